@@ -24,6 +24,7 @@ OF_LIBVIRT = Path("/run/libvirt/qemu")
 _OF_LIBVIRT_PREFIX = "snapchain-"
 _LONGEST_NAME = 24
 _LONGEST_FILE = 32
+_MADE = re.compile(r"-[0-9a-f]{8}\Z")
 
 
 def base() -> Path:
@@ -80,6 +81,12 @@ def remove(path: Path) -> None:
             for name in here.names():
                 here.remove(name)
         above.remove_directory(path.name)
+
+
+def remove_of(socket: Path) -> None:
+    """Remove the directory that `make` made for a QEMU, which has ended. socket: its monitor, wherever that is."""
+    if _MADE.search(socket.parent.name):
+        remove(socket.parent)
 
 
 def give_to(path: Path, uid: int) -> None:

@@ -11,6 +11,7 @@ from snapchain.destination.protocol import Destination
 from snapchain.destination.records import DiskRecord
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.model.consistency import Consistency
+from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestStanding, GuestState, Vouched
 from snapchain.ops.failover.choose import loss_of
 from snapchain.ops.guest_points import GuestView, guest_named, guests_of
@@ -27,6 +28,7 @@ class GuestStatus(_Shown):
     guest_point, time, consistency: of the newest guest point; torn: newer moments that are no guest point
     lag_seconds: since its time; lag_bytes: what the guest wrote since, by the rate between its last two points, or None
     ahead_bytes: DATA that the destination has beyond it
+    verified, booted: what came of the last verification of the guest, and of the last boot of a clone (failover --test)
     owed: what must still be done about it, sentences; fault: why it could not be asked
     """
 
@@ -45,6 +47,8 @@ class GuestStatus(_Shown):
     lag_seconds: float | None = None
     lag_bytes: int | None = None
     ahead_bytes: int = 0
+    verified: GuestCheck | None = None
+    booted: GuestCheck | None = None
     owed: tuple[str, ...] = ()
     fault: str | None = None
 
@@ -92,7 +96,7 @@ def _one(place: Destination, disks: Sequence[DiskRecord], name: str, now: dateti
 def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -> GuestStatus:
     row = GuestStatus(guest=name, destination=place.url)
     try:
-        standing = place.guest_state(name)
+        standing, checks = place.guest_state(name), place.guest_checks(name)
         row = row.model_copy(
             update={
                 "state": standing.state,
@@ -101,7 +105,9 @@ def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -
                 "former": standing.former,
                 "since": standing.time,
                 "vouched": standing.vouched,
-                "owed": owed(standing),
+                "verified": checks.verified,
+                "booted": checks.booted,
+                "owed": owed(standing) + owed_by_checks(checks),
             }
         )
         if view is not None and view.points:
@@ -130,7 +136,7 @@ def owed(standing: GuestStanding) -> tuple[str, ...]:
         case GuestState.MOVING:
             return (f"a move from {master} is under way: it must be finished or aborted there",)
         case GuestState.SWITCHED:
-            return (f"the guest is not known to run on {master} yet: finish the move",)
+            return (f"the guest is not known to run on {master} yet: finish the move, or start it there",)
         case GuestState.PROMOTING:
             return (f"a failover to {master} is under way: run it again there, or --withdraw",)
         case GuestState.SUSPECT:
@@ -141,3 +147,13 @@ def owed(standing: GuestStanding) -> tuple[str, ...]:
             return (f"{former} must not start it: run `snapchain fence` there before its guests start",)
         case GuestState.ACTIVE | GuestState.PROTECTED:
             return ()
+
+
+def owed_by_checks(checks: GuestChecks) -> tuple[str, ...]:
+    """What the last checks have found to be wrong."""
+    found = []
+    if checks.verified is not None and not checks.verified.ok:
+        found.append(f"the last verification found damage: {checks.verified.words}")
+    if checks.booted is not None and not checks.booted.ok:
+        found.append(f"the last boot of a clone failed: {checks.booted.words}")
+    return tuple(found)

@@ -40,6 +40,7 @@ from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, 
 from snapchain.replica.guest_states import look
 from snapchain.replica.guest_store import alone_with, disks_of, write_standing
 from snapchain.replica.handover import Case, cases_of, check_may_be_given, record_given, revoke_given
+from snapchain.replica.left_behind import remove_left_behind
 from snapchain.replica.store import Work, in_turn, open_replica
 from snapchain.replica.stream.messages import ActiveState, HandedDisk, Kind, Move, MoveStep, Moving, MovingDomain
 
@@ -153,7 +154,7 @@ class GuestArrival:
         self._exports: tuple[str, ...] = request.exports
         self._found = found
         self._monitor: Monitor | None = None
-        self._settles = False
+        self._settles = self._has_run = False
         self._resumed: float | None = None
         self._version: str | None = None
         self._machine: str | None = None
@@ -180,6 +181,10 @@ class GuestArrival:
         try:
             if self._settles and self._found is not None:
                 self.settle()
+            if self._has_run:
+                for case in self._cases:
+                    with suppress(SnapchainError, OSError):  # the guest runs: files that stay are no fault of the move
+                        remove_left_behind(case.disk)
         finally:
             if self._monitor is not None:
                 self._monitor.close()
@@ -324,6 +329,7 @@ class GuestArrival:
         self._change(Transition.START, host=socket.gethostname())
         assert self._found is not None
         journal.remove(self._found.path)
+        self._has_run = True
 
     def end(self) -> None:
         """Give it up. Raises Conflict where the guest may have run here, or has come whole and is this host's."""

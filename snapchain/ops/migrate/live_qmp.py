@@ -253,6 +253,7 @@ class QmpKind:
             self._moved.pause = max(0.0, running.resumed - ahead - stopped)
         self._moved.fenced = live_settle.fence_all(record)
         run_directory.remove(record.directory)
+        run_directory.remove_of(outgoing.monitor.path)  # where that QEMU had come here by a move, too
         journal.remove(self._found.path)
 
 

@@ -287,6 +287,8 @@ class _End:
 
     def _done(self, *, moved: bool, says: str) -> SettledMove:
         run_directory.remove(self._record.directory)
+        if moved and self._found.record.qmp is not None:
+            run_directory.remove_of(Path(self._found.record.qmp))
         journal.remove(self._found.path)
         guest = self._found.record.guest
         return SettledMove(guest=guest, destination=self._record.destination, moved=moved, says=says)

@@ -10,7 +10,8 @@ from snapchain.guest.protocol import Guest, State
 from snapchain.guest.source import RunningDisk, RunningDisks
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import OnEvent, ignore
-from snapchain.ops.ship.run import Divergence
+from snapchain.ops.guest_seal import epoch_of
+from snapchain.ops.ship.request import Divergence
 from snapchain.ops.sync.request import Proof, SyncRequest
 from snapchain.ops.sync.run import sealed_request
 from snapchain.ops.sync.virsh import Guest as Migrating
@@ -48,7 +49,7 @@ def requests_of(
             image,
             check_disk_name(f"{prefix or guest.name}/{disk.name}"),
             labels=labels,
-            divergence=divergence,
+            divergence=_divergence(divergence, guest, disk.name, image_dirs),
             image_dirs=(*image_dirs, image.parent),
             limit_rate=limit_rate,
             opens=source if runs else None,
@@ -63,3 +64,14 @@ def requests_of(
         )
         requests.append(request)
     return requests, RunningDisks(sources, image_dirs=image_dirs, on_event=on_event) if runs else None
+
+
+def _divergence(asked: Divergence, guest: Guest, disk: str, image_dirs: Sequence[Path]) -> Divergence:
+    """What to do where the destination has layers of files that the guest does not have here.
+
+    A host that it has left has such layers: of the files there, and of files that were merged since. The guest is the
+    one of the newest epoch, so what it shows follows on them, whatever they were made of.
+    """
+    if asked is Divergence.REFUSE and epoch_of(guest, disk, image_dirs=image_dirs) > 1:
+        return Divergence.COMPARE
+    return asked
