@@ -107,6 +107,7 @@ class DomainArrival(GuestArrival):
             self._change(Transition.SWITCH, host=socket.gethostname())
         self._follow()
         self._change(Transition.START, host=socket.gethostname())
+        self._has_run = True
         self._arrived = arrival_of(self._virsh, self._uuid)
         if self._found is not None:
             run_directory.remove(details_of(self._found).directory)
