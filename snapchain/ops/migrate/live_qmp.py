@@ -27,10 +27,10 @@ from snapchain.guest.qmp_migration import MemoryLook, Outgoing, look_at_memory, 
 from snapchain.host import run_directory
 from snapchain.host.processes import held_back
 from snapchain.image import ImageChain
-from snapchain.model.convergence import Rules, judge
 from snapchain.model.events import Progress
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_check import (
+    MemoryWatch,
     check_destination,
     check_files,
     check_guest,
@@ -39,7 +39,7 @@ from snapchain.ops.migrate.live_check import (
     switch_seconds,
 )
 from snapchain.ops.migrate.live_kind import Asked, Moved
-from snapchain.ops.migrate.live_prepare import check_same_layers
+from snapchain.ops.migrate.live_prepare import check_same_layers, link_rate
 from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.live_settle import MoveRecord
 from snapchain.ops.migrate.look import opened
@@ -56,12 +56,8 @@ _GIVE_UP_SECONDS = 3.0
 """For mirrors to end while their link is still there; where that hangs, they end when it is closed."""
 _SWITCH_SECONDS = 10.0
 """How much longer than was allowed each of the two steps of QEMU's switch may take, before they are undone."""
-_MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
-"""Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
-_THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
 _SMALL_REST = 1 << 20
 """Bytes, whatever the rate: that of a few pages of memory says little."""
-_MEASURED_BYTES = 16 << 20
 _QMP = "qmp"
 
 
@@ -89,7 +85,8 @@ class QmpKind:
 
     def begin(self, record: MoveRecord) -> MoveRecord:
         """See `LiveKind`."""
-        return record.model_copy(update={"capabilities": self._outgoing.capabilities()})
+        directory = run_directory.make(f"{self._guest.name}-out", self._token)
+        return record.model_copy(update={"directory": directory, "capabilities": self._outgoing.capabilities()})
 
     def move(self, found: journal.Found, moved: Moved, shipped: SetReport) -> None:
         """See `LiveKind`."""
@@ -114,7 +111,7 @@ class QmpKind:
                 max_downtime=self._request.max_downtime,
                 round_trip=round_trip,
                 dirty_rate=measured_dirty_rate(self._outgoing.monitor),
-                link_rate=self._request.bandwidth or _link_rate(shipped),
+                link_rate=self._request.bandwidth or link_rate(shipped),
                 auto_converge=self._request.auto_converge,
                 subject=self._guest.name,
             )
@@ -201,29 +198,21 @@ class QmpKind:
 
     def _watch_memory(self, there: GuestMove, limit: float) -> Callable[[MemoryLook], None]:
         """Reports each look; raises Conflict, with the figures, where more rounds bring the pause no nearer."""
-        left: list[int] = []
-        seen, furthest = 0, 0
-        rules = _THROTTLED_RULES if self._request.auto_converge else _MEMORY_RULES
+        watch = MemoryWatch(
+            limit=limit,
+            max_downtime=self._request.max_downtime,
+            auto_converge=self._request.auto_converge,
+            subject=self._guest.name,
+        )
+        furthest = 0
 
         def on_look(look: MemoryLook) -> None:
-            nonlocal seen, furthest
+            nonlocal furthest
             there.keep_alive()
             furthest = max(furthest, look.transferred)
             if look.total:
                 self._on_event(Progress(f"memory, round {look.round}", furthest, furthest + look.remaining))
-            if look.round == seen or look.round < 2:
-                return
-            seen = look.round
-            left.append(look.remaining)
-            verdict = judge(left, int(limit * look.rate), rules)
-            if verdict.ends and look.remaining > limit * look.rate:
-                raise Conflict(
-                    f"after {look.round} rounds {look.remaining} bytes of memory are left, the guest dirties "
-                    f"{per_second(look.dirty_rate)}, and the link carries {per_second(look.rate)}: a pause within "
-                    f"--max-downtime {self._request.max_downtime:g} is not in reach ({verdict.value})",
-                    subject=self._guest.name,
-                    hint="--auto-converge slows the guest down until it is; or allow a longer pause",
-                )
+            watch.look(round=look.round, left=look.remaining, dirty_rate=look.dirty_rate, rate=look.rate)
 
         return on_look
 
@@ -266,11 +255,6 @@ class QmpKind:
         run_directory.remove(record.directory)
         run_directory.remove_of(outgoing.monitor.path)  # where that QEMU had come here by a move, too
         journal.remove(self._found.path)
-
-
-def _link_rate(shipped: SetReport) -> float | None:
-    """Bytes a second, where so much was shipped that its time was spent on the wire."""
-    return shipped.rate if sum(disk.bytes_sent for disk in shipped.disks) >= _MEASURED_BYTES else None
 
 
 def give_access(directory: Path, process: tuple[int, int] | None) -> None:
