@@ -19,10 +19,11 @@ from _pytest.mark.structures import ParameterSet
 from snapchain.cli import main
 from snapchain.errors import Conflict
 from snapchain.guest import journal
-from snapchain.guest.qmp_migration import AUTO_CONVERGE, CAPABILITIES
+from snapchain.guest.qmp_migration import AUTO_CONVERGE, CAPABILITIES, Incoming, Outgoing
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_request import AbortReport, LiveDisk, LiveDiskPlan, LivePlan, LiveReport, SettledMove
 from snapchain.replica.guest_client import GuestMove
+from snapchain.replica.guest_server import GuestArrival
 from snapchain.replica.stream.messages import MoveStep
 from snapchain.source import ownership
 from tests.exhaustive import EXHAUSTIVE
@@ -104,19 +105,19 @@ def test_a_guest_moves_there_and_back(guest: Counting, run: Path, tmp_path: Path
 
 # --- Whoever dies: one guest that runs, nothing lost, nothing left.
 
-FIRST, LAST = 4, 21
-"""The changing commands of a run, after the rounds; counted by the whole run."""
+FIRST, SWITCH, LAST = 4, 17, 18
+"""The changing commands of a run, after the rounds; counted by the whole run. SWITCH: the last one before the decision"""
 SENT = {
     5: "blockdev-add",
     6: "blockdev-mirror",
     13: "migrate",
     14: "block-job-cancel",
-    20: "migrate-continue",
-    21: "quit",
+    SWITCH: "migrate-continue",
+    LAST: "quit",
 }
-KILLED = {(20, Place.SENT), (21, Place.BEFORE)}
+KILLED = {(SWITCH, Place.SENT), (LAST, Place.BEFORE)}
 DEAD_SOURCE: set[tuple[int, Place]] = set()
-DEAD_DESTINATION = {(20, Place.SENT)}
+DEAD_DESTINATION = {(SWITCH, Place.SENT)}
 CUT = {(13, Place.SENT)}
 
 
@@ -275,9 +276,11 @@ def test_qemu_dies_here(guest: Counting, run: Path, tmp_path: Path, number: int,
 POINTS = {
     "marked": (ownership, "fence", 2),
     "given": (GuestMove, "step", 4),
+    "switching": (live_settle, "restaged", 1),
+    "followed": (GuestArrival, "_follow", 1),
+    "runs": (Incoming, "run", 1),
     "switched": (live_settle, "restaged", 2),
     "ended here": (live_settle, "end_source", 1),
-    "running there": (GuestMove, "step", 5),
     "fenced": (live_settle, "fence_all", 1),
 }
 """What happens around the decision, beside QEMU's monitor: a function, and its which call."""
@@ -306,7 +309,7 @@ def test_snapchain_is_killed_around_the_decision(
     with monkeypatch.context() as patch:
         patch.setattr(place, name, dying)
         assert os.WTERMSIG(migrating(guest.machine.qmp, tmp_path / "b")) == signal.SIGKILL
-    stays = point == "marked" or (point == "given" and not after)
+    stays = point in ("switching", "marked") or (point == "given" and not after)
     assert check_settled(guest, run, tmp_path / "b") == ("here" if stays else "there")
 
 
@@ -385,7 +388,7 @@ def test_a_qemu_that_has_got_the_guest_and_died_is_not_given_it(
     real = GuestMove.step
 
     def killing(move: GuestMove, step: MoveStep, **named: Any) -> Any:
-        if step is MoveStep.GIVE:
+        if step is MoveStep.GIVE_AND_RUN:
             assert guest.machine.status() == "postmigrate"
             for pid in arrived(run):
                 os.kill(pid, signal.SIGKILL)
@@ -413,7 +416,7 @@ def test_the_record_is_enough(guest: Counting, run: Path, tmp_path: Path, how: s
         kill_watchdog()
         return KILL(link)
 
-    with Spy(tmp_path / "spy", guest.machine.qmp, Fault(20, Place.SENT, kill_both), counts=changing) as spy:
+    with Spy(tmp_path / "spy", guest.machine.qmp, Fault(SWITCH, Place.SENT, kill_both), counts=changing) as spy:
         assert os.WTERMSIG(migrating(spy.path, tmp_path / "b")) == signal.SIGKILL
         assert sorted(unfinished()) == ["incoming", "migration"]
         wait_until(lambda: guest.machine.status() == "postmigrate")
@@ -433,8 +436,8 @@ def test_a_destination_that_is_away_is_no_answer(
     real = GuestMove.step
 
     def dying(move: GuestMove, step: MoveStep, **named: Any) -> Any:
-        answer = None if step is MoveStep.GIVE and not given else real(move, step, **named)
-        if step is MoveStep.GIVE:
+        answer = None if step is MoveStep.GIVE_AND_RUN and not given else real(move, step, **named)
+        if step is MoveStep.GIVE_AND_RUN:
             kill_watchdog()
             os.kill(os.getpid(), signal.SIGKILL)
         return answer

@@ -18,6 +18,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -408,8 +409,7 @@ class _Work:
                 auto_converge=self._request.auto_converge,
             )
             last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
-            self._check_rest(last, limit)
-            rest = last.remaining + self._outgoing.mirrors_left()
+            rest = last.remaining + self._check_rest(last, limit)
             self._moved.predicted = switch_seconds(round_trip) + (rest / last.rate if last.rate else 0.0)
             with held_back():
                 self._switch(there, chains, record)
@@ -517,8 +517,8 @@ class _Work:
 
         return on_look
 
-    def _check_rest(self, look: MemoryLook, limit: float) -> None:
-        """Raises Conflict where the mirrors are so far behind that the guest, which is paused by now, would wait."""
+    def _check_rest(self, look: MemoryLook, limit: float) -> int:
+        """Bytes that the mirrors are behind. Raises Conflict where the mirrors are so far behind that the guest, which is paused by now, would wait."""
         left = self._outgoing.mirrors_left()
         if left > max(_SMALL_REST, limit * look.rate):
             raise Conflict(
@@ -527,32 +527,46 @@ class _Work:
                 subject=self._guest.name,
                 hint="wait for a quieter hour, or allow a longer pause",
             )
+        return left
 
     def _switch(self, there: GuestMove, chains: Sequence[ImageChain], record: MoveRecord) -> None:
         """The guest is paused. A signal that comes now waits until it runs again."""
         outgoing, patience = self._outgoing, _SWITCH_SECONDS + self._request.max_downtime
-        outgoing.end_mirrors(seconds=patience)
-        outgoing.switch_over(seconds=patience)
-        self._moved.memory = look_at_memory(outgoing.monitor)
-        self._found = live_settle.restaged(self._found, "switching")
-        for chain, each in zip(chains, record.disks, strict=True):
-            ownership.fence(chain, each.mark, top_only=True)
-        given = there.step(MoveStep.GIVE)
-        if not given.given:
-            raise Unavailable("the destination did not take the guest", subject=self._endpoint.url)
-        stopped = outgoing.monitor.time_of("STOP")
-        live_settle.end_source(outgoing.monitor, self._process, record)
+        try:
+            with ThreadPoolExecutor(1) as beside:  # neither waits for the other: QEMU sends, and this writes
+                marked = beside.submit(self._mark, chains, record)
+                outgoing.end_mirrors(seconds=patience)
+                outgoing.switch_over(seconds=patience)
+                marked.result()
+        except BaseException:
+            self._unmark(record)
+            raise
         asked = time.time()
-        running = there.step(MoveStep.RUN)
+        running = there.step(MoveStep.GIVE_AND_RUN)
         answered = time.time()
-        self._found = live_settle.restaged(self._found, "switched")
+        stopped = outgoing.monitor.time_of("STOP")
         if stopped is not None and running.resumed is not None:
             # The other host's clock, as it was in the middle between the question and its answer.
             ahead = running.clock - (asked + answered) / 2
             self._moved.pause = max(0.0, running.resumed - ahead - stopped)
+        self._found = live_settle.restaged(self._found, "switched")
+        with suppress(SnapchainError):  # it is for the report
+            self._moved.memory = look_at_memory(outgoing.monitor)
+        live_settle.end_source(outgoing.monitor, self._process, record)
         self._moved.fenced = live_settle.fence_all(record)
         run_directory.remove(record.directory)
         journal.remove(self._found.path)
+
+    def _mark(self, chains: Sequence[ImageChain], record: MoveRecord) -> None:
+        """All that must be on the disk here before the destination may be asked."""
+        self._found = live_settle.restaged(self._found, "switching")
+        for chain, each in zip(chains, record.disks, strict=True):
+            ownership.fence(chain, each.mark, top_only=True)
+
+    def _unmark(self, record: MoveRecord) -> None:
+        """It was not asked, so the guest can go on here without its answer."""
+        live_settle.unfence_all(record)
+        self._found = live_settle.restaged(self._found, "moving")
 
 
 def _link_rate(shipped: SetReport) -> float | None:

@@ -219,11 +219,8 @@ class _End:
         elif not is_gone:
             self._tell_end()
         if was_asked:
-            for each in record.disks:
-                # Where it had been given, the disk there is an epoch further by now.
-                epoch = each.mark.epoch + 1 if is_gone or (there is not None and there.given) else 1
-                with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
-                    ownership.unfence(chain, record.token, epoch=epoch)
+            # Where it had been given, its disks there are an epoch further by now.
+            unfence_all(record, was_given=is_gone or (there is not None and there.given))
         if self._monitor is not None:
             self._go_on()
         words = "it goes on here, as before" if self._monitor is not None else "its QEMU here has ended; start it here"
@@ -306,6 +303,13 @@ def fence_all(record: MoveRecord) -> list[tuple[Path, ...]]:
             fenced.append(tuple(ownership.fence(chain, each.mark, image_dirs=record.image_dirs)))
             ownership.confirm(chain, record.token, started=True)
     return fenced
+
+
+def unfence_all(record: MoveRecord, *, was_given: bool = False) -> None:
+    """The opposite of `fence_all`. was_given: to the destination, which has ended that. May be repeated."""
+    for each in record.disks:
+        with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
+            ownership.unfence(chain, record.token, epoch=each.mark.epoch + 1 if was_given else 1)
 
 
 def _persisted(attempt: Callable[[], Answer], seconds: float) -> Answer:

@@ -580,6 +580,8 @@ class MoveStep(StrEnum):
     """The memory has come: from now on this host is the master of the disks."""
     RUN = "run"
     """Let the guest run. Only after GIVE."""
+    GIVE_AND_RUN = "give-and-run"
+    """GIVE, and RUN at once."""
     END = "end"
     """Give the move up: end QEMU, and remove what was made for it. Refused once the guest may have run here."""
     LOOK = "look"
