@@ -152,6 +152,7 @@ class GuestArrival:
 
     def step(self, request: Move) -> Moving:
         """Carry out one step. Raises Conflict for one that may not come now, and as each of them."""
+        begun = time.time()
         match request.step:
             case MoveStep.PREPARE:
                 self._prepare()
@@ -169,7 +170,7 @@ class GuestArrival:
                 self._resume()
             case MoveStep.END:
                 self.end()
-        return self._standing()
+        return self._standing(begun)
 
     def close(self) -> None:
         """Settle what is unfinished, where this stream has begun it."""
@@ -417,7 +418,7 @@ class GuestArrival:
             self._monitor = Monitor(Path(self._found.record.qmp or ""))
         return self._monitor
 
-    def _standing(self) -> Moving:
+    def _standing(self, begun: float) -> Moving:
         details = None if self._found is None else _details(self._found)
         return Moving(
             directory="" if details is None else str(details.directory),
@@ -429,7 +430,7 @@ class GuestArrival:
             machine=self._machine,
             cpu=cpu_digest(),
             free=files.free_bytes(self._root),
-            clock=time.time(),
+            clock=(begun + time.time()) / 2,
             resumed=self._resumed,
         )
 

@@ -115,7 +115,12 @@ def far_server(run: Path) -> list[int]:
 
 
 WHO = ["ssh", "the snapchain there", "snapchain", "the QEMU there"]
-WHEN = {"mirrors": (8, Place.SENT), "memory": (13, Place.SENT), "switch": (SWITCH, Place.SENT), "quit": (LAST, Place.BEFORE)}
+WHEN = {
+    "mirrors": (8, Place.SENT),
+    "memory": (13, Place.SENT),
+    "switch": (SWITCH, Place.SENT),
+    "quit": (LAST, Place.BEFORE),
+}
 
 
 @pytest.mark.parametrize(

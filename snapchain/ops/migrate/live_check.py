@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from snapchain.errors import Busy, Conflict, Unsupported
-from snapchain.guest.protocol import Definition, GuestDisk, State
-from snapchain.guest.qmp_guest import QmpGuest
-from snapchain.guest.qmp_migration import Outgoing
+from snapchain.guest.protocol import Definition, Guest, GuestDisk, State
 from snapchain.replica.stream.messages import Moving
 
 _OFFLINE = "shut the guest down, and migrate it with --offline"
@@ -19,7 +17,7 @@ ROUND_TRIPS = 4
 """Of a pause: the mirrors' last flush, the device state, GIVE, RUN."""
 
 
-def check_guest(guest: QmpGuest, outgoing: Outgoing, disks: Sequence[GuestDisk]) -> Definition:
+def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
     """Its definition. Raises Unsupported for what cannot move, Busy for what others do in it, Conflict when paused."""
     if guest.state() is not State.RUNNING:
         raise Conflict(
@@ -42,14 +40,17 @@ def check_guest(guest: QmpGuest, outgoing: Outgoing, disks: Sequence[GuestDisk])
     definition = guest.definition(with_secrets=True)
     if definition.immovable:
         raise Unsupported("; ".join(definition.immovable), subject=guest.name, hint=f"detach it; or {_OFFLINE}")
+    return definition
+
+
+def check_files(guest: Guest, definition: Definition) -> None:
+    """Raises Unsupported for files besides the disks, which snapchain does not take along while the guest runs."""
     if roles := {file.role for file in definition.files}:
         raise Unsupported(
             f"it has files besides its disks that a live migration does not take along: {', '.join(sorted(roles))}",
             subject=guest.name,
             hint=_OFFLINE,
         )
-    outgoing.check()
-    return definition
 
 
 def check_destination(

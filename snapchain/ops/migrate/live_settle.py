@@ -2,7 +2,7 @@
 
     stage        what may have happened there             which host has the guest
     moving       it was never asked to take the guest     the source
-    switching    it was asked; perhaps it has it          as its record says, and nothing else
+    switching    it may have been asked, and have it      as its record says, and nothing else
     switched     it has it                                the destination
 
 The stage is on the disk before the step that it names.  After the destination was asked, the guest goes on at the
@@ -24,7 +24,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snapchain.destinations import replica_at
-from snapchain.errors import Busy, Corrupt, NotFound, SnapchainError, Unavailable
+from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.qmp import Monitor
 from snapchain.guest.qmp_migration import Outgoing
@@ -102,7 +102,7 @@ class Verdict(Enum):
     STAY = "stay"
     """The guest goes on here; there everything is ended first."""
     COMPLETE = "complete"
-    """It is not given, but only its QEMU there can go on with it: give it, then as MOVED."""
+    """It is not given, but only its QEMU there can go on with it: give it, then as MOVED; if it is refused, STAY."""
     MOVED = "moved"
     """The guest is the destination's."""
     UNKNOWN = "unknown"
@@ -124,7 +124,7 @@ def judge(stage: str, there: Moving | None, *, runs_here: bool) -> Verdict:
     never_ran = there.directory != "" and not there.ran
     if there.given:
         return Verdict.STAY if never_ran and not there.alive and runs_here else Verdict.MOVED
-    # Asked only after its memory was there whole: where it is lost here, that is the better copy.
+    # Where its memory is lost here, and there whole, that is the better copy.
     return Verdict.COMPLETE if there.alive and not runs_here else Verdict.STAY
 
 
@@ -134,6 +134,11 @@ def record_of(found: journal.Found) -> MoveRecord:
         return MoveRecord.model_validate(found.record.details)
     except ValidationError as error:
         raise Corrupt("not the record of a migration", subject=found.path, hint="remove it") from error
+
+
+def current(found: journal.Found) -> journal.Found | None:
+    """The record as it is now; None where it is gone."""
+    return next((each for each in journal.find(operation=OPERATION)[0] if each.path == found.path), None)
 
 
 def restaged(found: journal.Found, stage: Literal["moving", "switching", "switched"]) -> journal.Found:
@@ -175,8 +180,10 @@ def settle(
                 )
             case Verdict.STAY:
                 return end.stay(there, is_gone=is_gone)
+            case Verdict.COMPLETE if not end.give():
+                return end.stay(there, is_gone=False)
             case _:
-                return end.moved(complete=verdict is Verdict.COMPLETE)
+                return end.moved()
     finally:
         if ours is not None:
             ours.close()
@@ -226,11 +233,16 @@ class _End:
         words = "it goes on here, as before" if self._monitor is not None else "its QEMU here has ended; start it here"
         return self._done(moved=False, says=words)
 
-    def moved(self, *, complete: bool) -> SettledMove:
+    def give(self) -> bool:
+        """Whether the destination has taken the guest now; not where it has not got all of its memory."""
+        try:
+            return self._step(MoveStep.GIVE).given
+        except Conflict:
+            return False
+
+    def moved(self) -> SettledMove:
         """The guest is the destination's."""
         with moving(self._endpoint, self._record.what) as move:
-            if complete:
-                move.step(MoveStep.GIVE)
             self._found = restaged(self._found, "switched")
             if self._monitor is not None:
                 end_source(self._monitor, self._found.record.process, self._record)

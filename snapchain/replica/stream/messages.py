@@ -627,7 +627,8 @@ class Moving(Message):
     alive: whether the QEMU of this move runs; given: whether the guest was given to this host by this move
     ran: whether it may have run here; version: of QEMU, as 7.2; machine: its type
     cpu: a digest of the processor's model and features; free: bytes of the replica's filesystem
-    clock: of this host, resumed: when the guest went on, seconds since the epoch
+    clock: of this host, in the middle of the work on the request, and
+    resumed: when the guest went on; both in seconds since the epoch
     """
 
     directory: str = Field(default="", max_length=4096)

@@ -1,0 +1,302 @@
+"""A bare QEMU moves: snapchain starts the one at the destination, mirrors the disks, and switches.
+
+    QEMU there, awaiting                          ended again by the other side when we are gone
+    mirrors READY, memory under way               the guest runs, its writes follow at once
+    -- paused --                                  mirrors drained, device state sent; beside that:
+    record "switching", tops marked here          the destination may be asked from now on
+    GIVE_AND_RUN: its record says that it has     the one moment that decides
+    the guest, and the guest is let run           -- it runs there --
+    record "switched", QEMU here ended, all files marked, record removed
+
+Up to GIVE_AND_RUN anything that fails, and Ctrl-C, ends with the guest running here as before (`live_settle`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from snapchain.errors import Conflict, SnapchainError, Unsupported
+from snapchain.guest import journal
+from snapchain.guest.protocol import GuestDisk
+from snapchain.guest.qemu_files import QemuFiles
+from snapchain.guest.qmp_guest import QmpGuest
+from snapchain.guest.qmp_migration import MemoryLook, Outgoing, look_at_memory, measured_dirty_rate, version_of
+from snapchain.host import run_directory
+from snapchain.host.processes import held_back
+from snapchain.image import ImageChain
+from snapchain.model.convergence import Rules, judge
+from snapchain.model.events import Progress
+from snapchain.ops.migrate import live_settle
+from snapchain.ops.migrate.live_check import (
+    check_destination,
+    check_files,
+    check_guest,
+    check_pause,
+    per_second,
+    switch_seconds,
+)
+from snapchain.ops.migrate.live_kind import Asked, Moved
+from snapchain.ops.migrate.live_prepare import check_same_layers
+from snapchain.ops.migrate.live_request import SettledMove
+from snapchain.ops.migrate.live_settle import MoveRecord
+from snapchain.ops.migrate.look import opened
+from snapchain.ops.migrate.request import Move as MovedImage
+from snapchain.ops.restore.changed_definition import Changes, NewDisk
+from snapchain.ops.restore.qemu_argv import change_for_incoming
+from snapchain.ops.sync.request import SetReport
+from snapchain.replica.guest_client import GuestMove, moving
+from snapchain.replica.guest_server import NBD, RAM, cpu_digest
+from snapchain.replica.stream.messages import MoveStep, Moving
+from snapchain.source import ownership
+
+_GIVE_UP_SECONDS = 3.0
+"""For mirrors to end while their link is still there; where that hangs, they end when it is closed."""
+_SWITCH_SECONDS = 10.0
+"""How much longer than was allowed each of the two steps of QEMU's switch may take, before they are undone."""
+_MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
+"""Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
+_THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
+_SMALL_REST = 1 << 20
+"""Bytes, whatever the rate: that of a few pages of memory says little."""
+_MEASURED_BYTES = 16 << 20
+_LOOKS = 3
+"""The shortest of so many questions is the round trip: a busy machine answers some of them late."""
+_QMP = "qmp"
+
+
+class QmpKind:
+    """Implements `LiveKind` for a bare QEMU."""
+
+    def __init__(self, asked: Asked, guest: QmpGuest, disks: Sequence[GuestDisk]) -> None:
+        self._guest, self._request, self._endpoint, self._token = guest, asked.request, asked.endpoint, asked.token
+        self._on_event = asked.on_event
+        self._outgoing = Outgoing(guest.monitor, asked.token, [disk.name for disk in disks])
+        self._process = guest.process()
+
+    def check(self, disks: Sequence[GuestDisk]) -> None:
+        """See `LiveKind`."""
+        self._definition = check_guest(self._guest, disks)
+        check_files(self._guest, self._definition)
+        self._outgoing.check()
+        if self._definition.argv is None and not self._request.command:
+            words = "; ".join(self._definition.unreadable)
+            raise Unsupported(words, subject=self._guest.name, hint="or give --start-command")
+
+    def dirty_rate(self) -> float | None:
+        """See `LiveKind`."""
+        return measured_dirty_rate(self._guest.monitor)
+
+    def begin(self, record: MoveRecord) -> MoveRecord:
+        """See `LiveKind`."""
+        return record.model_copy(update={"capabilities": self._outgoing.capabilities()})
+
+    def move(self, found: journal.Found, moved: Moved, shipped: SetReport) -> None:
+        """See `LiveKind`."""
+        self._found, self._moved = found, moved
+        self._move(moved.record, shipped)
+
+    def settle(self, found: journal.Found) -> SettledMove:
+        """See `LiveKind`."""
+        return live_settle.settle(found, monitor=self._guest.monitor, on_event=self._on_event)
+
+    def _move(self, record: MoveRecord, shipped: SetReport) -> None:
+        with ExitStack() as stack:
+            there = stack.enter_context(moving(self._endpoint, record.what))
+            stack.enter_context(self._goes_on_at_once(record))
+            prepared = there.step(MoveStep.PREPARE)
+            self._moved.overlays = prepared.overlays
+            self._start(there, prepared, shipped)
+            for _ in range(_LOOKS):
+                there.step(MoveStep.LOOK)
+            limit = check_pause(
+                max_downtime=self._request.max_downtime,
+                round_trip=there.round_trip,
+                dirty_rate=measured_dirty_rate(self._outgoing.monitor),
+                link_rate=self._request.bandwidth or _link_rate(shipped),
+                auto_converge=self._request.auto_converge,
+                subject=self._guest.name,
+            )
+            far = [Path(prepared.directory) / name for name in (NBD, RAM)]
+            give_access(record.directory, self._process)
+            nbd, ram = stack.enter_context(self._endpoint.forwarded(far, record.directory))
+            chains = [
+                stack.enter_context(opened(record.request, MovedImage(each.image, each.mark.disk)))
+                for each in record.disks
+            ]
+            self._outgoing.mirror(nbd, speed=self._request.bandwidth or 0)
+            check_same_layers(self._guest, record)
+            self._outgoing.wait_until_mirrored(self._report_mirrors(there))
+            self._outgoing.send_memory(
+                ram,
+                pause_limit=limit,
+                bandwidth=self._request.bandwidth,
+                auto_converge=self._request.auto_converge,
+            )
+            last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
+            rest = last.remaining + self._check_rest(last, limit)
+            self._moved.predicted = switch_seconds(there.round_trip) + (rest / last.rate if last.rate else 0.0)
+            with held_back():
+                self._switch(there, chains, record)
+                there.stop()
+
+    @contextmanager
+    def _goes_on_at_once(self, record: MoveRecord) -> Iterator[None]:
+        """Where it fails before the destination was asked, the guest need not wait until all connections are closed."""
+        try:
+            yield
+        except BaseException:
+            if live_settle.record_of(self._found).stage == "moving":
+                with held_back(), suppress(SnapchainError):  # it is done again, and reported, by `_settle`
+                    self._outgoing.undo(record.capabilities, seconds=_GIVE_UP_SECONDS)
+            raise
+
+    def _start(self, there: GuestMove, prepared: Moving, shipped: SetReport) -> None:
+        """Start the QEMU at the destination, and check that it is the same machine."""
+        directory = Path(prepared.directory)
+        record = self._moved.record
+        overlays = dict(zip((each.name for each in record.disks), prepared.overlays, strict=True))
+        if self._request.command:
+            qmp = directory / _QMP
+            argv = ["env", *_facts(record, overlays, directory, qmp), *self._request.command]
+            started_in = None
+        else:
+            changes = Changes(
+                disks={name: NewDisk(Path(path), "qcow2") for name, path in overlays.items()},
+                old_paths={each.name: str(each.image) for each in record.disks},
+                directory=directory,
+            )
+            assert self._definition.argv is not None
+            assert self._guest.address.qmp is not None
+            made = change_for_incoming(
+                self._definition.argv,
+                changes,
+                monitor=self._guest.address.qmp.absolute(),
+                subject=self._guest.name,
+            )
+            if made.lacking:
+                raise Unsupported("; ".join(made.lacking), subject=self._guest.name, hint="give --start-command")
+            argv, qmp = list(made.argv), made.qmp
+            place = QemuFiles(self._process[0]).directory if self._process is not None else None
+            started_in = None if place is None else str(place)
+        self._moved.qmp = str(qmp)
+        started = there.step(MoveStep.START, argv=argv, directory=started_in, qmp=str(qmp))
+        check_destination(
+            started,
+            self._definition,
+            version=version_of(self._outgoing.monitor),
+            cpu=cpu_digest(),
+            bytes_left=shipped.bytes_left,
+            subject=self._endpoint.url,
+        )
+
+    def _report_mirrors(self, there: GuestMove) -> Callable[[int, int], None]:
+        def on_look(done: int, total: int) -> None:
+            there.keep_alive()
+            self._on_event(Progress("mirror", min(done, total), total))
+
+        return on_look
+
+    def _watch_memory(self, there: GuestMove, limit: float) -> Callable[[MemoryLook], None]:
+        """Reports each look; raises Conflict, with the figures, where more rounds bring the pause no nearer."""
+        left: list[int] = []
+        seen, furthest = 0, 0
+        rules = _THROTTLED_RULES if self._request.auto_converge else _MEMORY_RULES
+
+        def on_look(look: MemoryLook) -> None:
+            nonlocal seen, furthest
+            there.keep_alive()
+            furthest = max(furthest, look.transferred)
+            if look.total:
+                self._on_event(Progress(f"memory, round {look.round}", furthest, furthest + look.remaining))
+            if look.round == seen or look.round < 2:
+                return
+            seen = look.round
+            left.append(look.remaining)
+            verdict = judge(left, int(limit * look.rate), rules)
+            if verdict.ends and look.remaining > limit * look.rate:
+                raise Conflict(
+                    f"after {look.round} rounds {look.remaining} bytes of memory are left, the guest dirties "
+                    f"{per_second(look.dirty_rate)}, and the link carries {per_second(look.rate)}: a pause within "
+                    f"--max-downtime {self._request.max_downtime:g} is not in reach ({verdict.value})",
+                    subject=self._guest.name,
+                    hint="--auto-converge slows the guest down until it is; or allow a longer pause",
+                )
+
+        return on_look
+
+    def _check_rest(self, look: MemoryLook, limit: float) -> int:
+        """Bytes that the mirrors are behind.
+
+        Raises Conflict where that is so much that the guest, which is paused by now, would wait.
+        """
+        left = self._outgoing.mirrors_left()
+        if left > max(_SMALL_REST, limit * look.rate):
+            raise Conflict(
+                f"the guest writes faster to its disks than the link carries: {left} bytes were left when it was "
+                f"paused, at {per_second(look.rate)}, and --max-downtime is {self._request.max_downtime:g}",
+                subject=self._guest.name,
+                hint="wait for a quieter hour, or allow a longer pause",
+            )
+        return left
+
+    def _switch(self, there: GuestMove, chains: Sequence[ImageChain], record: MoveRecord) -> None:
+        """The guest is paused. A signal that comes now waits until it runs again."""
+        outgoing, patience = self._outgoing, _SWITCH_SECONDS + self._request.max_downtime
+        try:
+            with ThreadPoolExecutor(1) as beside:  # neither waits for the other: QEMU sends, and this writes
+                marked = beside.submit(self._mark, chains, record)
+                outgoing.end_mirrors(seconds=patience)
+                outgoing.switch_over(seconds=patience)
+                marked.result()
+        except BaseException:
+            with suppress(SnapchainError):  # else `settle` does it, when it has asked the destination
+                self._unmark(record)
+            raise
+        running = there.step(MoveStep.GIVE_AND_RUN)
+        stopped = outgoing.monitor.time_of("STOP")
+        if stopped is not None and running.resumed is not None:
+            self._moved.pause = max(0.0, running.resumed - there.clock_ahead - stopped)
+        self._found = live_settle.restaged(self._found, "switched")
+        with suppress(SnapchainError):  # it is only for the report
+            memory = look_at_memory(outgoing.monitor)
+            self._moved.memory_bytes, self._moved.memory_rounds = memory.transferred, memory.round
+            self._moved.memory_rate = memory.rate
+        live_settle.end_source(outgoing.monitor, self._process, record)
+        self._moved.fenced = live_settle.fence_all(record)
+        run_directory.remove(record.directory)
+        journal.remove(self._found.path)
+
+    def _mark(self, chains: Sequence[ImageChain], record: MoveRecord) -> None:
+        """All that must be on the disk here before the destination may be asked."""
+        self._found = live_settle.restaged(self._found, "switching")
+        for chain, each in zip(chains, record.disks, strict=True):
+            ownership.fence(chain, each.mark, top_only=True)
+
+    def _unmark(self, record: MoveRecord) -> None:
+        """It was not asked, so the guest can go on here without its answer."""
+        live_settle.unfence_all(record)
+        self._found = live_settle.restaged(self._found, "moving")
+
+
+def _link_rate(shipped: SetReport) -> float | None:
+    """Bytes a second, where so much was shipped that its time was spent on the wire."""
+    return shipped.rate if sum(disk.bytes_sent for disk in shipped.disks) >= _MEASURED_BYTES else None
+
+
+def give_access(directory: Path, process: tuple[int, int] | None) -> None:
+    """Let the user of QEMU reach the sockets in a directory of ours."""
+    if process is not None:
+        run_directory.give_to(directory, Path(f"/proc/{process[0]}").stat().st_uid)
+
+
+def _facts(record: MoveRecord, overlays: dict[str, str], directory: Path, qmp: Path) -> Iterator[str]:
+    """For a command of the user's: it must start QEMU with -S -incoming defer, on these files, with this monitor."""
+    yield f"SNAPCHAIN_DIRECTORY={directory}"
+    yield f"SNAPCHAIN_QMP={qmp}"
+    yield f"SNAPCHAIN_DISKS={len(record.disks)}"
+    for number, each in enumerate(record.disks, 1):
+        yield f"SNAPCHAIN_DISK_{number}={each.name}"
+        yield f"SNAPCHAIN_OVERLAY_{number}={overlays[each.name]}"
