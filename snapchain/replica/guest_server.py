@@ -322,7 +322,11 @@ class GuestArrival:
     def _resume(self) -> None:
         """The guest is this host's. That it may have run is on the disk before it does."""
         incoming, details = Incoming(self._connected()), self._at("started", "ran")
-        self._follow(lambda: self._write(details.model_copy(update={"stage": "ran"})), incoming.stop_exports)
+        try:
+            self._follow(lambda: self._write(details.model_copy(update={"stage": "ran"})), incoming.stop_exports)
+        except SnapchainError:  # such as a QEMU that has died: it never ran, and its source has its memory still
+            self._write(details)
+            raise
         self._resumed = incoming.run() or time.time()
         self._change(Transition.START, host=socket.gethostname())
         assert self._found is not None

@@ -459,7 +459,6 @@ def test_memory_that_is_lost_on_both_hosts_leaves_the_disks_here(
         patch.setattr(Outgoing, "end_mirrors", dying)
         assert os.WTERMSIG(migrating(guest.machine.qmp, tmp_path / "b")) == signal.SIGKILL
     guest.machine.process.wait(60)
-    assert len(arrived(run)) == 1
     done = snapchain("migrate", "--qmp", guest.machine.qmp, "--abort", "--json")
     assert [each["moved"] for each in json.loads(done.stdout)["settled"]] == [False], done.stdout
     assert arrived(run) == []
