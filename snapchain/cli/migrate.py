@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from snapchain.guest.protocol import Guest
     from snapchain.ops.migrate.live_request import AbortReport, LivePlan, LiveReport
     from snapchain.ops.migrate.run import MigratePlan, MigrateReport, TakeBackPlan, TakeBackReport
+    from snapchain.ops.other_destinations import Reach
     from snapchain.ops.ship.request import Divergence
 
 _BACK = "To go back"
@@ -51,7 +52,7 @@ MovedDisks = Annotated[
     when_interrupted="run it again to go on; `inspect` shows whether the disk was given away already, and --take-back "
     "undoes that as long as no guest has written there. A running guest goes on here, unless its move was done",
 )
-@options.takes_output()
+@options.takes_output(passphrase=True)
 @options.takes_guest()
 def migrate(
     disks: MovedDisks = None,
@@ -178,6 +179,8 @@ def migrate(
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
+    at: options.OtherAt = None,
+    without: options.Without = None,
     out: Output,
 ) -> None:
     """Move a guest to another host: while it runs, or its disks when it does not. All disks, or none.
@@ -196,7 +199,8 @@ def migrate(
 
     Then, with the images locked, they are marked as given away and made read-only here. The destination takes them over
     in a new epoch, and the start hook runs. From then on snapchain neither writes nor sends these images here, and the
-    replica refuses whatever this host sends.
+    replica refuses whatever this host sends. The guest's other destinations hear of it before: one of them that has
+    heard of a failover refuses the move, and one that does not answer stops it, unless you vouch for it.
 
     If it is interrupted, run the same command again: it continues.
     """
@@ -214,6 +218,7 @@ def migrate(
             labels=label or (),
             divergence=_divergence(cut=cut_replica),
             image_dirs=options.image_dirs(image_dir),
+            reach=options.reach(at, without, out),
         )
         _migrate_guest(guest, disks or [], live, abort=abort, is_gone=destination_is_gone, out=out)
         return
@@ -238,11 +243,12 @@ def migrate(
         format=options.format_of(image_format),
         image_dirs=options.image_dirs(image_dir),
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+        reach=options.reach(at, without, out),
     )
     if take_back and out.dry_run:
         out.plan(plan_take_back(request, endpoint, unasked=destination_is_gone), _draw_take_back_plan)
     elif take_back:
-        out.report(undo(request, endpoint, unasked=destination_is_gone), _draw_take_back)
+        out.report(undo(request, endpoint, unasked=destination_is_gone, on_event=out.on_event), _draw_take_back)
     elif out.dry_run:
         out.plan(plan(request, endpoint, on_event=out.on_event), _draw_plan)
     else:
@@ -281,6 +287,7 @@ class _Live(TypedDict):
     labels: Sequence[str]
     divergence: Divergence
     image_dirs: Sequence[Path]
+    reach: Reach
 
 
 def _divergence(*, cut: bool) -> Divergence:

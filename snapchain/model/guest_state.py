@@ -378,14 +378,12 @@ def after(now: GuestStanding, change: GuestChange, *, time: datetime, subject: o
 def _may_follow(now: GuestStanding, change: GuestChange) -> bool:
     """Whether a takeover at another destination is later than what is recorded here.
 
-    Of two in one epoch that know of each other only now, the one with the greater token counts, unless the guest of the
-    other may have been started.
+    In one epoch it replaces only what has started no guest: of two that meet, the caller decides which one yields.
     """
     if change.seen_epoch != now.epoch:
         return False
     if change.epoch == now.epoch:
-        is_other = now.state is GuestState.PROMOTING or (now.state is GuestState.PROTECTED and now.at is not None)
-        return is_other and change.token > (now.token or "")
+        return now.state is GuestState.PROMOTING or (now.state is GuestState.PROTECTED and now.at is not None)
     return change.epoch > now.epoch
 
 

@@ -49,6 +49,7 @@ class _Kept(BaseModel):
 
     place: Place
     told: tuple[str, ...] = ()
+    is_new: bool = Field(default=False, exclude=True)
 
 
 class _Memory(BaseModel):
@@ -84,6 +85,17 @@ def own_places(images: Iterable[Path]) -> tuple[Place, ...]:
     return joined(*(each for directory in _directories(images) for each in _own_replica(directory)))
 
 
+def told_of(images: Iterable[Path], guest: str, place: Place) -> tuple[Place, ...]:
+    """The destinations that are known to know of another one."""
+    word = _word(place)
+    kept = [each for directory in _directories(images) for each in _recall(directory, guest).kept]
+    return tuple(each.place for each in kept if word in each.told)
+
+
+def _word(place: Place) -> str:
+    return f"{place.id} {place.url}"
+
+
 def remember(images: Iterable[Path], guest: str, places: Iterable[Place]) -> None:
     """This host ships a guest to these destinations, or has got it from there. Raises as writing a small file."""
     known = tuple(places)
@@ -104,17 +116,37 @@ def introduced(image: Path, disk: str, destination: Writing, *, on_event: OnEven
     if guest is None:
         yield
         return
-    known: Place | None = None
+    known: _Kept | None = None
     try:
         known = _introduce(image, guest, destination, on_event)
     except (_NotRemembered, RuntimeError) as error:  # no home directory
         on_event(Notice(f"this host cannot remember where the guest is shipped to: {error}"))
     yield
-    if known is not None and known.id is None:
+    if known is not None and known.place.id is None:
         with suppress(SnapchainError):  # the next run asks again
             standing = destination.guest_state(guest)
             if standing.here is not None:
                 remember([image], guest, [standing.here])
+                known = known.model_copy(update={"place": standing.here})
+    if known is not None and known.is_new:
+        _announce(image, guest, known.place)
+
+
+def _announce(image: Path, guest: str, new: Place) -> None:
+    """Tell the others of a new destination, as far as they can be reached without a passphrase; once.
+
+    Those that do not hear of it are told when the guest is shipped there again.  Until then it asks them.
+    """
+    for place in apart_from(places_of([image], guest), new):
+        with suppress(SnapchainError):
+            tell_others(open_other(place.url), guest, [new], by=socket.gethostname())
+
+
+def open_other(url: str) -> Writing:
+    """The destination at an address that is remembered."""
+    from snapchain.destinations import open_destination
+
+    return open_destination(url, writing=True)
 
 
 def tell_others(destination: Writing, guest: str, others: Sequence[Place], *, by: str) -> GuestStanding | None:
@@ -155,7 +187,7 @@ class _NotRemembered(Exception):
     """The state directory cannot be read or written."""
 
 
-def _introduce(image: Path, guest: str, destination: Writing, on_event: OnEvent) -> Place:
+def _introduce(image: Path, guest: str, destination: Writing, on_event: OnEvent) -> _Kept:
     """The destination, as it is remembered here, before anything goes there."""
     me = Place(url=destination.url)
     (directory,) = _directories([image])
@@ -164,17 +196,17 @@ def _introduce(image: Path, guest: str, destination: Writing, on_event: OnEvent)
         others = apart_from(joined(*(each.place for each in memory.kept), *_of_replica(directory, guest)), me)
         mine = next((each for each in memory.kept if each.place.is_same(me)), None)
         if mine is None:
-            mine = _Kept(place=me)
+            mine = _Kept(place=me, is_new=True)
             _write(memory, [*memory.kept, mine])
     except SnapchainError as error:
         raise _NotRemembered(str(error)) from error
-    told = tuple(sorted(f"{each.id} {each.url}" for each in others))
+    told = tuple(sorted(map(_word, others)))
     if told != mine.told:
         try:
             standing = tell_others(destination, guest, others, by=socket.gethostname())
         except Unsupported as error:
             on_event(Notice(f"it is not told of the guest's other destinations: {error}"))
-            return mine.place
+            return mine
         if standing is not None and standing.here is not None:
             mine = mine.model_copy(update={"place": updated([mine.place], [standing.here])[0]})
         mine = mine.model_copy(update={"told": told})
@@ -183,7 +215,7 @@ def _introduce(image: Path, guest: str, destination: Writing, on_event: OnEvent)
             _write(memory, kept)
         except SnapchainError as error:
             raise _NotRemembered(str(error)) from error
-    return mine.place
+    return mine
 
 
 def _directories(images: Iterable[Path]) -> list[Path]:

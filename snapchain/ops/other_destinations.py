@@ -38,12 +38,6 @@ Opens = Callable[[str], Writing]
 _TRIES = 5
 
 
-def _open(url: str) -> Writing:
-    from snapchain.destinations import open_destination
-
-    return open_destination(url, writing=True)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
     """How this host reaches a guest's other destinations.
@@ -54,7 +48,7 @@ class Reach:
 
     at: Sequence[str] = ()
     without: Sequence[str] = ()
-    opens: Opens = _open
+    opens: Opens = guest_places.open_other
 
 
 class Overtaken(Conflict):
@@ -155,13 +149,15 @@ class OtherDestinations:
         standings = [*known, *(each.standing for each in self.answers if each.standing is not None)]
         return max(standings, key=lambda each: (each.epoch, each.master is not None, each.has_begun))
 
-    def check_silent(self, *, proven: str | None = None) -> None:
+    def check_silent(self, *, proven: str | None = None, told: Sequence[Place] = ()) -> None:
         """Raises Unavailable for a destination that does not answer, unless the caller vouches for it.
 
         proven: the host that is proven to be down; a replica on it can have made no other host the master since
+        told: those that need not answer now, since they would ask the caller's destination first
         """
         for each in self.silent:
-            if proven is None or each.place.host != proven:
+            is_down = proven is not None and each.place.host == proven
+            if not is_down and apart_from((each.place,), *told):
                 raise Unavailable(
                     f"the guest may have been taken over there, and it does not answer: {each.fault}",
                     subject=f"{each.place}::{self._guest}",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from blake3 import blake3
 
@@ -47,6 +48,7 @@ from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_re
 from snapchain.replica.stream.messages import Active, AskGuest, Feature, HandedDisk, Kind, Standing, Stands
 from snapchain.source.handed_over import HandedOver
 from snapchain.source.notes import Notes
+from snapchain.source.ownership import note_epoch
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver
@@ -105,7 +107,10 @@ def _written(disk: ReplicaDisk) -> _Written:
     given = Notes().of(overlay.resolve()).given
     if given is None or given.epoch < catalogue.epoch:
         return _Written(catalogue.epoch)
-    return _Written(given.epoch, at=Place(url=given.destination) if given.destination else None)
+    if not given.destination:
+        return _Written(given.epoch)
+    host = (urlsplit(given.destination).hostname or socket.gethostname())[:250]
+    return _Written(given.epoch, host, Place(url=given.destination))
 
 
 def place_of(replica: Replica) -> Place:
@@ -305,6 +310,9 @@ class _Raise:
             held = catalogue.handover
             is_given_on = held is not None and _is_read_only(overlay_of(self._disks[name], held))
             kept = held if is_given_on else None
+            if held is not None and kept is None:
+                with suppress(SnapchainError):  # without it, the images count as older than they are
+                    note_epoch(overlay_of(self._disks[name], held), held.epoch)
             if catalogue.epoch < self._new.epoch or kept is not held:
                 self._write(name, epoch=max(catalogue.epoch, self._new.epoch), handover=kept)
             if held is not None and self._was.state is GuestState.PROMOTING and held.token == self._was.token:

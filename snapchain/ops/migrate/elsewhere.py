@@ -14,7 +14,7 @@ from snapchain.errors import NotFound, SnapchainError
 from snapchain.image import scan
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.guest_state import GuestStanding, GuestState, Place
-from snapchain.ops.guest_places import guest_named_by, own_places, places_of
+from snapchain.ops.guest_places import guest_named_by, own_places, places_of, told_of
 from snapchain.ops.migrate.request import MigrateRequest
 from snapchain.ops.other_destinations import OtherDestinations, Overtaken
 from snapchain.replica.client import guest_at
@@ -57,6 +57,27 @@ class Elsewhere:
         self._others.check_silent()
         if self._others.words:
             self._on_event(Notice(self._others.words))
+
+    def announce(self, epoch: int) -> None:
+        """Before a guest moves while it runs: all others know of the destination to which it goes. Raises as `check`.
+
+        A host that runs the guest adds no second master by moving it.  So another destination may be silent if it was
+        told of this one before: whoever takes the guest over there asks here first.
+        """
+        if self._others is None:
+            return
+        self._others.check_epoch(epoch)
+        self._others.check_silent(told=told_of(self._images, self._guest or "", self._target))
+        self._others.announce(self._target, by=socket.gethostname())
+
+    def tell_afterwards(self, token: str, epoch: int) -> None:
+        """They hear that the guest is there. One that does not, knows of the destination, and asks it."""
+        if self._others is None:
+            return
+        try:
+            self.tell(token, epoch)
+        except SnapchainError as error:
+            self._on_event(Notice(f"not every other destination has heard of the move: {error}"))
 
     def _mark(self, standing: GuestStanding) -> None:
         """Every later command here refuses without asking anybody."""

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from pydantic import JsonValue
 
@@ -27,6 +28,7 @@ from snapchain.host.hooks import missing, run_hook
 from snapchain.host.processes import held_back
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.migrate import live_settle
+from snapchain.ops.migrate.elsewhere import Elsewhere
 from snapchain.ops.migrate.live_kind import Asked, LiveKind, Moved
 from snapchain.ops.migrate.live_libvirt import LibvirtKind
 from snapchain.ops.migrate.live_prepare import prepare, ship
@@ -125,7 +127,11 @@ def migrate_live(
     if request.before:
         run_hook("before", request.before, facts)
     shipped = ship(guest, request, endpoint, on_event)
-    moved = _Work(asked, kind).run(prepare(guest, request, endpoint, asked.token, on_event), shipped)
+    record = prepare(guest, request, endpoint, asked.token, on_event)
+    elsewhere = Elsewhere(replace(record.request, reach=request.reach), endpoint, on_event)
+    elsewhere.announce(record.disks[0].mark.epoch - 1)
+    moved = _Work(asked, kind).run(record, shipped)
+    elsewhere.tell_afterwards(asked.token, record.disks[0].mark.epoch)
     report = moved.report(shipped, seconds=time.monotonic() - begun)
     if request.after:
         run_hook("after", request.after, {**facts, "pause": report.pause, "qmp": report.qmp})
