@@ -36,6 +36,7 @@ from snapchain.guest.qmp_migration import Incoming, version_of
 from snapchain.host import files, run_directory
 from snapchain.host.detached import start_program
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.priority import urgent
 from snapchain.host.process_identity import Identity, boot_id, identity, own_identity, still_runs
 from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Transition, after, is_done
 from snapchain.replica.guest_states import look
@@ -149,6 +150,7 @@ class GuestArrival:
         self._resumed: float | None = None
         self._version: str | None = None
         self._machine: str | None = None
+        self._urgent = ExitStack()
 
     def step(self, request: Move) -> Moving:
         """Carry out one step. Raises Conflict for one that may not come now, and as each of them."""
@@ -178,6 +180,7 @@ class GuestArrival:
             if self._settles and self._found is not None:
                 self.settle()
         finally:
+            self._urgent.close()
             if self._monitor is not None:
                 self._monitor.close()
 
@@ -240,6 +243,7 @@ class GuestArrival:
         qmp = Path(request.qmp)
         pid = start_program(argv, log=details.directory / _LOG, environment=dict(os.environ))
         found = identity(pid)
+        self._urgent.enter_context(urgent())  # from now on it waits for what is sent, and the guest for it
         # Recorded before anything else can fail: a program that nobody knows of would stay for ever.
         details = self._write(details.model_copy(update={"stage": "started", "qemu": found}), qmp=qmp)
         self._monitor = self._wait_for_monitor(qmp, details)

@@ -25,6 +25,7 @@ from snapchain.guest.qemu_files import QemuFiles
 from snapchain.guest.qmp_guest import QmpGuest
 from snapchain.guest.qmp_migration import MemoryLook, Outgoing, look_at_memory, measured_dirty_rate, version_of
 from snapchain.host import run_directory
+from snapchain.host.priority import urgent
 from snapchain.host.processes import held_back
 from snapchain.image import ImageChain
 from snapchain.model.convergence import Rules, judge
@@ -135,12 +136,13 @@ class QmpKind:
                 bandwidth=self._request.bandwidth,
                 auto_converge=self._request.auto_converge,
             )
-            last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
-            rest = last.remaining + self._check_rest(last, limit)
-            self._moved.predicted = switch_seconds(there.round_trip) + (rest / last.rate if last.rate else 0.0)
-            with held_back():
-                self._switch(there, chains, record)
-                there.stop()
+            with urgent():  # it mostly waits, until the guest is paused and waits for it
+                last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
+                rest = last.remaining + self._check_rest(last, limit)
+                self._moved.predicted = switch_seconds(there.round_trip) + (rest / last.rate if last.rate else 0.0)
+                with held_back():
+                    self._switch(there, chains, record)
+                    there.stop()
 
     @contextmanager
     def _goes_on_at_once(self, record: MoveRecord) -> Iterator[None]:
