@@ -13,6 +13,7 @@ Up to GIVE_AND_RUN anything that fails, and Ctrl-C, ends with the guest running 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,19 +29,19 @@ from snapchain.host import run_directory
 from snapchain.host.priority import urgent
 from snapchain.host.processes import held_back
 from snapchain.image import ImageChain
-from snapchain.model.convergence import Rules, judge
 from snapchain.model.events import Progress
+from snapchain.model.pause import Measured, switch_seconds
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_check import (
+    MemoryWatch,
     check_destination,
     check_files,
     check_guest,
     check_pause,
     per_second,
-    switch_seconds,
 )
 from snapchain.ops.migrate.live_kind import Asked, Moved
-from snapchain.ops.migrate.live_prepare import check_same_layers
+from snapchain.ops.migrate.live_prepare import check_same_layers, link_rate
 from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.live_settle import MoveRecord
 from snapchain.ops.migrate.look import opened
@@ -57,12 +58,8 @@ _GIVE_UP_SECONDS = 3.0
 """For mirrors to end while their link is still there; where that hangs, they end when it is closed."""
 _SWITCH_SECONDS = 10.0
 """How much longer than was allowed each of the two steps of QEMU's switch may take, before they are undone."""
-_MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
-"""Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
-_THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
 _SMALL_REST = 1 << 20
 """Bytes, whatever the rate: that of a few pages of memory says little."""
-_MEASURED_BYTES = 16 << 20
 _LOOKS = 3
 """The shortest of so many questions is the round trip: a busy machine answers some of them late."""
 _QMP = "qmp"
@@ -92,7 +89,8 @@ class QmpKind:
 
     def begin(self, record: MoveRecord) -> MoveRecord:
         """See `LiveKind`."""
-        return record.model_copy(update={"capabilities": self._outgoing.capabilities()})
+        directory = run_directory.make(f"{self._guest.name}-out", self._token)
+        return record.model_copy(update={"directory": directory, "capabilities": self._outgoing.capabilities()})
 
     def move(self, found: journal.Found, moved: Moved, shipped: SetReport) -> None:
         """See `LiveKind`."""
@@ -110,13 +108,13 @@ class QmpKind:
             prepared = there.step(MoveStep.PREPARE)
             self._moved.overlays = prepared.overlays
             self._start(there, prepared, shipped)
-            for _ in range(_LOOKS):
-                there.step(MoveStep.LOOK)
+            switch = switch_seconds(self._measure(there))
             limit = check_pause(
                 max_downtime=self._request.max_downtime,
+                switch=switch,
                 round_trip=there.round_trip,
                 dirty_rate=measured_dirty_rate(self._outgoing.monitor),
-                link_rate=self._request.bandwidth or _link_rate(shipped),
+                link_rate=self._request.bandwidth or link_rate(shipped),
                 auto_converge=self._request.auto_converge,
                 subject=self._guest.name,
             )
@@ -139,7 +137,7 @@ class QmpKind:
             with urgent():  # it mostly waits, until the guest is paused and waits for it
                 last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
                 rest = last.remaining + self._check_rest(last, limit)
-                self._moved.predicted = switch_seconds(there.round_trip) + (rest / last.rate if last.rate else 0.0)
+                self._moved.predicted = switch + (rest / last.rate if last.rate else 0.0)
                 with held_back():
                     self._switch(there, chains, record)
                     there.stop()
@@ -154,6 +152,15 @@ class QmpKind:
                 with held_back(), suppress(SnapchainError):  # it is done again, and reported, by `_settle`
                     self._outgoing.undo(record.capabilities, seconds=_GIVE_UP_SECONDS)
             raise
+
+    def _measure(self, there: GuestMove) -> Measured:
+        """What one of each of the steps takes now of which a pause consists."""
+        for _ in range(_LOOKS):
+            there.step(MoveStep.LOOK)
+        begun = time.monotonic()
+        self._found = live_settle.restaged(self._found, "moving")
+        written = time.monotonic()
+        return Measured(there.round_trip, self._outgoing.answer_seconds(), written - begun, there.write_seconds)
 
     def _start(self, there: GuestMove, prepared: Moving, shipped: SetReport) -> None:
         """Start the QEMU at the destination, and check that it is the same machine."""
@@ -203,29 +210,21 @@ class QmpKind:
 
     def _watch_memory(self, there: GuestMove, limit: float) -> Callable[[MemoryLook], None]:
         """Reports each look; raises Conflict, with the figures, where more rounds bring the pause no nearer."""
-        left: list[int] = []
-        seen, furthest = 0, 0
-        rules = _THROTTLED_RULES if self._request.auto_converge else _MEMORY_RULES
+        watch = MemoryWatch(
+            limit=limit,
+            max_downtime=self._request.max_downtime,
+            auto_converge=self._request.auto_converge,
+            subject=self._guest.name,
+        )
+        furthest = 0
 
         def on_look(look: MemoryLook) -> None:
-            nonlocal seen, furthest
+            nonlocal furthest
             there.keep_alive()
             furthest = max(furthest, look.transferred)
             if look.total:
                 self._on_event(Progress(f"memory, round {look.round}", furthest, furthest + look.remaining))
-            if look.round == seen or look.round < 2:
-                return
-            seen = look.round
-            left.append(look.remaining)
-            verdict = judge(left, int(limit * look.rate), rules)
-            if verdict.ends and look.remaining > limit * look.rate:
-                raise Conflict(
-                    f"after {look.round} rounds {look.remaining} bytes of memory are left, the guest dirties "
-                    f"{per_second(look.dirty_rate)}, and the link carries {per_second(look.rate)}: a pause within "
-                    f"--max-downtime {self._request.max_downtime:g} is not in reach ({verdict.value})",
-                    subject=self._guest.name,
-                    hint="--auto-converge slows the guest down until it is; or allow a longer pause",
-                )
+            watch.look(round=look.round, left=look.remaining, dirty_rate=look.dirty_rate, rate=look.rate)
 
         return on_look
 
@@ -269,6 +268,7 @@ class QmpKind:
         live_settle.end_source(outgoing.monitor, self._process, record)
         self._moved.fenced = live_settle.fence_all(record)
         run_directory.remove(record.directory)
+        run_directory.remove_of(outgoing.monitor.path)  # where that QEMU had come here by a move, too
         journal.remove(self._found.path)
 
     def _mark(self, chains: Sequence[ImageChain], record: MoveRecord) -> None:
@@ -281,11 +281,6 @@ class QmpKind:
         """It was not asked, so the guest can go on here without its answer."""
         live_settle.unfence_all(record)
         self._found = live_settle.restaged(self._found, "moving")
-
-
-def _link_rate(shipped: SetReport) -> float | None:
-    """Bytes a second, where so much was shipped that its time was spent on the wire."""
-    return shipped.rate if sum(disk.bytes_sent for disk in shipped.disks) >= _MEASURED_BYTES else None
 
 
 def give_access(directory: Path, process: tuple[int, int] | None) -> None:
