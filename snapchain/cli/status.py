@@ -41,6 +41,8 @@ def status(
     about how much the guest wrote since; when it was last verified, and when a clone of it last booted. A line `owed`
     says what is left to be done, such as after a failover.
 
+    The guest's other destinations are asked, too: one of them may have a newer master.
+
     A guest or a destination that does not answer is a line of the list, and does not change the exit code.
     """
     from snapchain.destination.address import PointAddress, parse_destination
@@ -55,7 +57,7 @@ def status(
                 raise InvalidInput("a guest is wanted here, not a point of it", subject=text)
             guest = address.disk
         asked.append((options.destination(address.dest, out), guest))
-    out.show(run(asked), _draw)
+    out.show(run(asked, reach=options.reach(None, None, out)), _draw)
 
 
 def _draw(console: Console, report: StatusReport) -> None:
@@ -73,6 +75,8 @@ def _draw(console: Console, report: StatusReport) -> None:
                 ("from", guest.former or ""),
                 ("guest point", _point(guest)),
                 ("behind", _lag(guest)),
+                ("others", ", ".join(guest.others)),
+                *(("no answer", each) for each in guest.silent),
                 ("verified", _checked(guest.verified, with_share=True)),
                 ("boot tested", _checked(guest.booted)),
                 *(("owed", each) for each in guest.owed),

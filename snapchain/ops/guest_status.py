@@ -12,9 +12,10 @@ from snapchain.destination.records import DiskRecord
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.model.consistency import Consistency
 from snapchain.model.guest_checks import GuestCheck, GuestChecks
-from snapchain.model.guest_state import GuestStanding, GuestState, Vouched
+from snapchain.model.guest_state import GuestStanding, GuestState, Place, Vouched, describe
 from snapchain.ops.failover.choose import loss_of
 from snapchain.ops.guest_points import GuestView, guest_named, guests_of
+from snapchain.ops.other_destinations import OtherDestinations, Reach
 
 
 class _Shown(BaseModel):
@@ -28,6 +29,8 @@ class GuestStatus(_Shown):
     guest_point, time, consistency: of the newest guest point; torn: newer moments that are no guest point
     lag_seconds: since its time; lag_bytes: what the guest wrote since, by the rate between its last two points, or None
     ahead_bytes: DATA that the destination has beyond it
+    taken_at: the other destination at which the master took the guest over; others: all other destinations that are
+    known; silent: those of them that did not answer, and why
     verified, booted: what came of the last verification of the guest, and of the last boot of a clone (failover --test)
     owed: what must still be done about it, sentences; fault: why it could not be asked
     """
@@ -47,6 +50,9 @@ class GuestStatus(_Shown):
     lag_seconds: float | None = None
     lag_bytes: int | None = None
     ahead_bytes: int = 0
+    taken_at: str | None = None
+    others: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
     verified: GuestCheck | None = None
     booted: GuestCheck | None = None
     owed: tuple[str, ...] = ()
@@ -64,8 +70,10 @@ class StatusReport(_Shown):
     guests: tuple[GuestStatus, ...]
 
 
-def status(places: Sequence[tuple[Destination, str | None]], *, now: datetime | None = None) -> StatusReport:
-    """Ask destinations, each about one guest or about all. now: for ages
+def status(
+    places: Sequence[tuple[Destination, str | None]], *, now: datetime | None = None, reach: Reach | None = None
+) -> StatusReport:
+    """Ask destinations, each about one guest or about all. now: for ages; reach: how other destinations are asked, too
 
     A guest whose state cannot be asked is a row with the reason. Raises NotFound for a guest that a destination lacks.
     """
@@ -74,6 +82,8 @@ def status(places: Sequence[tuple[Destination, str | None]], *, now: datetime | 
     for place, name in places:
         disks = place.disks()
         rows += _all(place, disks, now) if name is None else [_one(place, disks, name, now)]
+    if reach is not None:
+        rows = [_with_others(row, place, reach) for row in rows for place, _ in places if place.url == row.destination]
     return StatusReport(guests=tuple(sorted(rows, key=lambda row: row.guest)))
 
 
@@ -127,6 +137,27 @@ def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -
     except SnapchainError as error:
         return row.model_copy(update={"fault": str(error)})
     return row
+
+
+def _with_others(row: GuestStatus, place: Destination, reach: Reach) -> GuestStatus:
+    """What the guest's other destinations say. Where one has a newer master, that is what is shown."""
+    try:
+        standing = place.guest_state(row.guest)
+    except SnapchainError:
+        return row
+    known = [*standing.others, *([] if standing.at is None else [standing.at])]
+    own = [Place(url=place.url), *([] if standing.here is None else [standing.here])]
+    others = OtherDestinations(row.guest, known, reach, own=own)
+    newest = others.newest(standing)
+    found: dict[str, object] = {
+        "taken_at": None if standing.at is None else str(standing.at),
+        "others": tuple(map(str, others.places)),
+        "silent": tuple(f"{each.place}: {each.fault}" for each in others.answers if each.standing is None),
+    }
+    if newest.epoch > standing.epoch:
+        where = newest.at or newest.here
+        found["owed"] = (*row.owed, f"it was taken over since: it is {describe(newest)}, at {where}")
+    return row.model_copy(update=found)
 
 
 def owed(standing: GuestStanding) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from snapchain.errors import Corrupt
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.stream.messages import HandedDisk, Kind, Move, MoveStep, Moving
+from snapchain.replica.stream.messages import HandedDisk, Kind, Move, MoveStep, Moving, MovingDomain
 from snapchain.replica.stream.session import ClientSession, printable
 
 _ALIVE_SECONDS = 5.0
@@ -19,12 +19,16 @@ _ALIVE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class MovingGuest:
-    """Which guest moves, by which token. disks: as they are handed over; exports: their names in the guest."""
+    """Which guest moves, by which token. disks: as they are handed over; exports: their names in the guest.
+
+    domain: of libvirt, None for a bare QEMU
+    """
 
     token: str
     guest: str
     disks: Sequence[HandedDisk]
     exports: Sequence[str]
+    domain: MovingDomain | None = None
 
 
 class GuestMove:
@@ -48,6 +52,7 @@ class GuestMove:
             argv=tuple(argv),
             directory=directory,
             qmp=qmp or None,
+            domain=self._what.domain,
         )
         if self._begun:
             self._session.request(Kind.MOVE, request)
@@ -56,7 +61,7 @@ class GuestMove:
             self._session.ask(Kind.MOVE, request)
         answer = self._session.decode(Moving, self._session.expect(Kind.MOVING))
         self._heard = time.monotonic()
-        for text in (answer.directory, *answer.overlays, answer.version or "", answer.machine or ""):
+        for text in (answer.directory, *answer.overlays, answer.version or "", answer.machine or "", answer.libvirt):
             if printable(text) != text:
                 raise Corrupt("it names an impossible file", subject=self._endpoint.url)
         return answer

@@ -40,8 +40,9 @@ from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, 
 from snapchain.replica.guest_states import look
 from snapchain.replica.guest_store import alone_with, disks_of, write_standing
 from snapchain.replica.handover import Case, cases_of, check_may_be_given, record_given, revoke_given
+from snapchain.replica.left_behind import remove_left_behind
 from snapchain.replica.store import Work, in_turn, open_replica
-from snapchain.replica.stream.messages import ActiveState, HandedDisk, Kind, Move, MoveStep, Moving
+from snapchain.replica.stream.messages import ActiveState, HandedDisk, Kind, Move, MoveStep, Moving, MovingDomain
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver
@@ -81,6 +82,7 @@ class _Details(BaseModel):
     directory: Path
     stage: Literal["prepared", "started", "ran"]
     qemu: Identity | None = None
+    domain: MovingDomain | None = None
 
 
 def answer(receiver: Receiver, request: Move) -> None:
@@ -109,13 +111,21 @@ def _opened(root: Path, request: Move) -> Iterator[GuestArrival]:
             raise InvalidInput("a move begins with PREPARE", subject=root)
         cases = _locked(root, request.disks, locks)
         found = _record_of(request.token)
-        if request.step is not MoveStep.PREPARE and found is not None and not _details(found).disks == request.disks:
+        if request.step is not MoveStep.PREPARE and found is not None and not details_of(found).disks == request.disks:
             raise Conflict("these are not the disks of that move", subject=root)
-        arrival = GuestArrival(root, request, cases, found)
+        arrival = _arrival(root, request, cases, found)
         try:
             yield arrival
         finally:
             arrival.close()
+
+
+def _arrival(root: Path, request: Move, cases: list[Case], found: journal.Found | None) -> GuestArrival:
+    if request.domain is None:
+        return GuestArrival(root, request, cases, found)
+    from snapchain.replica.domain_server import DomainArrival  # inside: most hosts have one kind
+
+    return DomainArrival(root, request, cases, found, request.domain)
 
 
 def _locked(root: Path, disks: tuple[HandedDisk, ...], locks: ExitStack) -> list[Case]:
@@ -144,10 +154,11 @@ class GuestArrival:
         self._exports: tuple[str, ...] = request.exports
         self._found = found
         self._monitor: Monitor | None = None
-        self._settles = False
+        self._settles = self._has_run = False
         self._resumed: float | None = None
         self._version: str | None = None
         self._machine: str | None = None
+        self._domain: MovingDomain | None = request.domain
 
     def step(self, request: Move) -> Moving:
         """Carry out one step. Raises Conflict for one that may not come now, and as each of them."""
@@ -170,6 +181,10 @@ class GuestArrival:
         try:
             if self._settles and self._found is not None:
                 self.settle()
+            if self._has_run:
+                for case in self._cases:
+                    with suppress(SnapchainError, OSError):  # the guest runs: files that stay are no fault of the move
+                        remove_left_behind(case.disk)
         finally:
             if self._monitor is not None:
                 self._monitor.close()
@@ -183,6 +198,10 @@ class GuestArrival:
                 self._run()
         else:
             self.end()
+
+    def settle_abandoned(self) -> None:
+        """As `settle`, of a move whose stream has ended long ago."""
+        self.settle()
 
     # --- The steps.
 
@@ -209,7 +228,7 @@ class GuestArrival:
                 subject=f"{self._root}: {self._guest}",
                 hint="run the migration again; find out which host runs the guest before anything else",
             )
-        directory = run_directory.make(self._guest, self._token)
+        directory = self._make_directory()
         self._settles = True
         # The journal first: whoever finds the guest `moving` finds out what became of the move.
         self._write(
@@ -221,9 +240,13 @@ class GuestArrival:
                 overlays=tuple(_made(case.path) for case in self._cases),
                 directory=directory,
                 stage="prepared",
+                domain=self._domain,
             )
         )
         self._change(Transition.MOVE, host=self._by)
+
+    def _make_directory(self) -> Path:
+        return run_directory.make(self._guest, self._token)
 
     def _start(self, request: Move) -> None:
         details = self._at("prepared")
@@ -306,6 +329,7 @@ class GuestArrival:
         self._change(Transition.START, host=socket.gethostname())
         assert self._found is not None
         journal.remove(self._found.path)
+        self._has_run = True
 
     def end(self) -> None:
         """Give it up. Raises Conflict where the guest may have run here, or has come whole and is this host's."""
@@ -313,7 +337,7 @@ class GuestArrival:
             if self._is_given():
                 raise Conflict("the guest was given to this host, and may have run here", subject=self._guest)
             return
-        details, given = _details(self._found), self._is_given()
+        details, given = details_of(self._found), self._is_given()
         if details.stage == "ran" or (given and self._alive()):
             raise Conflict("the guest is this host's", subject=self._guest, hint="migrate it from here")
         if self._monitor is not None:
@@ -326,7 +350,7 @@ class GuestArrival:
         else:
             self._change(Transition.ABORT, host=self._by)
         for made in details.overlays:
-            _remove_overlay(made)
+            remove_overlay(made)
         run_directory.remove(details.directory)
         journal.remove(self._found.path)
         self._found = None
@@ -360,7 +384,7 @@ class GuestArrival:
             write_standing(self._root, after(now, asked, time=datetime.now(UTC), subject=subject))
 
     def _at(self, *stages: str) -> _Details:
-        details = None if self._found is None else _details(self._found)
+        details = None if self._found is None else details_of(self._found)
         if details is None or details.stage not in stages:
             raise Conflict(
                 f"the move is not at that step: {'nothing is known of it' if details is None else details.stage}",
@@ -389,7 +413,7 @@ class GuestArrival:
         return details
 
     def _alive(self) -> bool:
-        return self._found is not None and _alive(_details(self._found).qemu, boot=self._found.record.boot)
+        return self._found is not None and _alive(details_of(self._found).qemu, boot=self._found.record.boot)
 
     def _connected(self) -> Monitor:
         if self._monitor is None:
@@ -398,7 +422,7 @@ class GuestArrival:
         return self._monitor
 
     def _standing(self) -> Moving:
-        details = None if self._found is None else _details(self._found)
+        details = None if self._found is None else details_of(self._found)
         return Moving(
             directory="" if details is None else str(details.directory),
             overlays=tuple(str(case.path) for case in self._cases),
@@ -421,17 +445,22 @@ def _is_undone(now: GuestStanding, transition: Transition) -> bool:
 
 def settle_record(found: journal.Found) -> None:
     """Finish or undo a move to this host that was interrupted. Raises Busy where somebody works on its disks."""
-    details = _details(found)
+    details = details_of(found)
     request = Move(
-        step=MoveStep.LOOK, token=details.token, guest=found.record.guest, by=details.by, disks=details.disks
+        step=MoveStep.LOOK,
+        token=details.token,
+        guest=found.record.guest,
+        by=details.by,
+        disks=details.disks,
+        domain=details.domain,
     )
     with ExitStack() as locks:
         now = _record_of(details.token)
         if now is None:
             return
-        arrival = GuestArrival(details.root, request, _locked(details.root, details.disks, locks), now)
+        arrival = _arrival(details.root, request, _locked(details.root, details.disks, locks), now)
         try:
-            arrival.settle()
+            arrival.settle_abandoned()
         finally:
             arrival.close()
 
@@ -442,7 +471,7 @@ def _settle_others(root: Path, request: Move) -> None:
     for found in journal.find(operation=OPERATION)[0]:
         if not found.record.is_abandoned:
             continue
-        details = _details(found)
+        details = details_of(found)
         if details.root == root and names & {each.disk for each in details.disks}:
             settle_record(found)
 
@@ -452,7 +481,7 @@ def _record_of(token: str) -> journal.Found | None:
     return next((each for each in records if each.record.details.get("token") == token), None)
 
 
-def _details(found: journal.Found) -> _Details:
+def details_of(found: journal.Found) -> _Details:
     try:
         return _Details.model_validate(found.record.details)
     except ValidationError as error:
@@ -465,7 +494,7 @@ def _made(path: Path) -> _Made:
     return _Made(path=path, device=status.st_dev, inode=status.st_ino)
 
 
-def _remove_overlay(made: _Made) -> None:
+def remove_overlay(made: _Made) -> None:
     """What was mirrored into it is no guest's."""
     with suppress(NotFound), files.directory_of(made.path) as place:
         if not place.has(made.path.name):

@@ -37,7 +37,7 @@ def write_standing(root: Path, standing: GuestStanding) -> None:
     """Replace the record of a guest, durably. Only under its lock."""
     with os_errors(root):
         access = Access.of(root.stat())
-    write_record(_place(root, standing.guest, ".json"), standing, access=access)
+    write_record(_place(root, standing.guest, ".json"), standing.model_copy(update={"here": None}), access=access)
 
 
 def read_checks(root: Path, guest: str) -> GuestChecks:

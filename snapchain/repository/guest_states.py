@@ -20,12 +20,14 @@ from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import (
     GuestChange,
     GuestStanding,
+    Place,
     Transition,
     after,
     as_disks_stand,
     describe_takeover,
     epoch_of,
     is_done,
+    unrecorded,
 )
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
@@ -56,12 +58,19 @@ class _StoredChecks(StoredModel):
 
 
 def look(repository: Repository, guest: str) -> GuestStanding:
-    """How a guest stands. Raises NotFound where no disk is one of such a guest, Corrupt."""
-    disks = _disks(repository, guest)
-    if not disks:
+    """How a guest stands. Raises NotFound where nothing is of such a guest, Corrupt."""
+    disks, record = _disks(repository, guest), _read(repository, guest)
+    if not disks and record is None:
         raise NotFound(f"there is no guest {guest!r} here", subject=repository.store.url)
-    newest = max(disks, key=lambda each: each.epoch)
-    return as_disks_stand(_read(repository, guest), guest, epoch_of([newest.epoch]), master=newest.owner)
+    newest = max(disks, key=lambda each: each.epoch, default=None)
+    owner = None if newest is None else newest.owner
+    standing = as_disks_stand(record, guest, epoch_of([each.epoch for each in disks]), master=owner)
+    return standing.model_copy(update={"here": place_of(repository)})
+
+
+def place_of(repository: Repository) -> Place:
+    """This repository, for whoever keeps a list of a guest's destinations."""
+    return Place(id=repository.config.id, url=repository.store.url)
 
 
 def change(repository: Repository, asked: GuestChange) -> GuestStanding:
@@ -73,7 +82,7 @@ def change(repository: Repository, asked: GuestChange) -> GuestStanding:
     if asked.transition in (Transition.MOVE, Transition.SWITCH):
         hint = "move it to a replica"
         raise Unsupported("a repository has no files that a guest can run on", subject=subject, hint=hint)
-    now = look(repository, asked.guest)
+    now = _stands(repository, asked)
     if asked.transition is Transition.PROMOTE:
         _check_points(repository, asked)
     if asked.transition is Transition.START:
@@ -113,6 +122,16 @@ def note_check(repository: Repository, check: GuestCheck) -> None:
     name = _name(repository, check.guest, CHECKS)
     stored = _StoredChecks(nonce=secrets.token_hex(16), checks=before.after(check))
     repository.store.put(name, seal(repository.keys, KIND, name, stored.model_dump_json().encode()))
+
+
+def _stands(repository: Repository, asked: GuestChange) -> GuestStanding:
+    try:
+        return look(repository, asked.guest)
+    except NotFound:
+        if asked.transition is not Transition.KNOW:
+            raise
+    # It comes before the first layer: no guest point is to be here without the names of the other destinations.
+    return unrecorded(asked.guest, 1).model_copy(update={"here": place_of(repository)})
 
 
 def check_epoch(repository: Repository, catalogue: Catalogue, epoch: int) -> None:
@@ -203,6 +222,7 @@ def _newest(store: ObjectStore, folder: str) -> int | None:
 def _create(repository: Repository, standing: GuestStanding) -> bool:
     """Whether the record was made: nobody else has made one of that number."""
     name = _name(repository, standing.guest, standing.number)
-    body = _Stored(nonce=secrets.token_hex(16), standing=standing).model_dump_json().encode()
+    stored = standing.model_copy(update={"here": None})
+    body = _Stored(nonce=secrets.token_hex(16), standing=stored).model_dump_json().encode()
     sealed = seal(repository.keys, KIND, name, body)
     return create_exclusively(repository.store, name, sealed, conditional=repository.conditional)

@@ -15,6 +15,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -58,6 +59,14 @@ class Monitor:
                 continue
             assert "error" not in answer, f"{command}: {answer['error']['desc']}"
             return answer["return"]
+
+    def quit(self) -> None:
+        """End QEMU as an operator does, until it has gone, and close this."""
+        self._socket.sendall(b'{"execute": "quit"}\n')
+        with suppress(ConnectionResetError):
+            while self._lines.readline():
+                pass
+        self.close()
 
     def close(self) -> None:
         self._lines.close()

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from snapchain.errors import Busy, Conflict, Unsupported
-from snapchain.guest.protocol import Definition, GuestDisk, State
-from snapchain.guest.qmp_guest import QmpGuest
-from snapchain.guest.qmp_migration import Outgoing
+from snapchain.guest.protocol import Definition, Guest, GuestDisk, State
+from snapchain.model.convergence import Rules, judge
 from snapchain.replica.stream.messages import Moving
 
+_MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
+"""Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
+_THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
 _OFFLINE = "shut the guest down, and migrate it with --offline"
 _HARMLESS = ("empty", "CD-ROM")
 DEVICE_STATE_SECONDS = 0.12
@@ -19,7 +21,7 @@ ROUND_TRIPS = 4
 """Of a pause: the mirrors' last flush, the device state, GIVE, RUN."""
 
 
-def check_guest(guest: QmpGuest, outgoing: Outgoing, disks: Sequence[GuestDisk]) -> Definition:
+def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
     """Its definition. Raises Unsupported for what cannot move, Busy for what others do in it, Conflict when paused."""
     if guest.state() is not State.RUNNING:
         raise Conflict(
@@ -42,14 +44,17 @@ def check_guest(guest: QmpGuest, outgoing: Outgoing, disks: Sequence[GuestDisk])
     definition = guest.definition(with_secrets=True)
     if definition.immovable:
         raise Unsupported("; ".join(definition.immovable), subject=guest.name, hint=f"detach it; or {_OFFLINE}")
+    return definition
+
+
+def check_files(guest: Guest, definition: Definition) -> None:
+    """Raises Unsupported for files besides the disks, which snapchain does not take along while the guest runs."""
     if roles := {file.role for file in definition.files}:
         raise Unsupported(
             f"it has files besides its disks that a live migration does not take along: {', '.join(sorted(roles))}",
             subject=guest.name,
             hint=_OFFLINE,
         )
-    outgoing.check()
-    return definition
 
 
 def check_destination(
@@ -78,12 +83,22 @@ def check_destination(
             subject=subject,
             hint="a guest moves to the same version or a newer one: upgrade QEMU there",
         )
-    if uses_host_cpu(definition.argv or ()) and there.cpu != cpu:
+    check_cpu(there, cpu, is_hosts=uses_host_cpu(definition.argv or ()), subject=subject)
+    check_room(there, bytes_left, subject=subject)
+
+
+def check_cpu(there: Moving, cpu: str, *, is_hosts: bool, subject: str) -> None:
+    """Raises Unsupported where the guest has the processor of its host, and the other host has another one."""
+    if is_hosts and there.cpu != cpu:
         raise Unsupported(
             "the guest has the processor of this host (-cpu host), and the other host has another one",
             subject=subject,
             hint="start the guest with a CPU model that both hosts have, such as -cpu x86-64-v2",
         )
+
+
+def check_room(there: Moving, bytes_left: int, *, subject: str) -> None:
+    """Raises Conflict where the active layers have no room there."""
     if there.free < bytes_left:
         raise Conflict(
             f"{there.free} bytes are free there, and the guest's active layers have {bytes_left}",
@@ -133,6 +148,32 @@ def check_pause(
             "--bandwidth",
         )
     return max_downtime - fixed
+
+
+class MemoryWatch:
+    """Whether rounds over the memory bring the pause nearer. limit: seconds that are left for the last of it"""
+
+    def __init__(self, *, limit: float, max_downtime: float, auto_converge: bool, subject: str) -> None:
+        self._limit, self._max_downtime, self._subject = limit, max_downtime, subject
+        self._rules = _THROTTLED_RULES if auto_converge else _MEMORY_RULES
+        self._left: list[int] = []
+        self._seen = 0
+
+    def look(self, *, round: int, left: int, dirty_rate: float, rate: float) -> None:
+        """Take the bytes that a round has left; the rates are bytes a second. Raises Conflict, with the figures."""
+        if round == self._seen or round < 2:
+            return
+        self._seen = round
+        self._left.append(left)
+        verdict = judge(self._left, int(self._limit * rate), self._rules)
+        if verdict.ends and left > self._limit * rate:
+            raise Conflict(
+                f"after {round} rounds {left} bytes of memory are left, the guest dirties "
+                f"{per_second(dirty_rate)}, and the link carries {per_second(rate)}: a pause within "
+                f"--max-downtime {self._max_downtime:g} is not in reach ({verdict.value})",
+                subject=self._subject,
+                hint="--auto-converge slows the guest down until it is; or allow a longer pause",
+            )
 
 
 def per_second(rate: float) -> str:

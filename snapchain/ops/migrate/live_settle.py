@@ -35,15 +35,15 @@ from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.look import opened
 from snapchain.ops.migrate.request import MigrateRequest, Move as MovedImage
 from snapchain.replica.guest_client import MovingGuest, moving
-from snapchain.replica.stream.messages import HandedDisk, MoveStep, Moving
+from snapchain.replica.stream.messages import HandedDisk, MoveStep, Moving, MovingDomain
 from snapchain.source import ownership
 from snapchain.source.notes import Given
 
 OPERATION = "migration"
 """Of the journal's records."""
-_ASK_SECONDS = 90.0
+ASK_SECONDS = 90.0
 """For a question whose answer decides: longer than the other side needs to give up a peer that is silent."""
-_TELL_SECONDS = 10.0
+TELL_SECONDS = 10.0
 """For an end that the other side comes to by itself, too."""
 _QUIT_SECONDS = 10.0
 _POLL_SECONDS = 0.005
@@ -62,10 +62,25 @@ class MovingDisk(BaseModel):
     mark: Given
 
 
+class LeavingRecord(BaseModel):
+    """What is recorded of a domain of libvirt. is_lasting: whether it has a definition that lasts
+
+    max_downtime: libvirt's bound before the move, milliseconds
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    uuid: str
+    is_lasting: bool
+    max_downtime: int
+
+
 class MoveRecord(BaseModel):
     """What the journal records of a move.
 
     name: of the guest at the destination; directory: of the sockets here; capabilities: of the source, as before
+    domain: of libvirt, None for a bare QEMU
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -76,7 +91,8 @@ class MoveRecord(BaseModel):
     disks: tuple[MovingDisk, ...]
     stage: Literal["moving", "switching", "switched"]
     directory: Path
-    capabilities: dict[str, bool]
+    capabilities: dict[str, bool] = {}
+    domain: LeavingRecord | None = None
     image_dirs: tuple[Path, ...] = ()
 
     @property
@@ -93,7 +109,8 @@ class MoveRecord(BaseModel):
     @property
     def what(self) -> MovingGuest:
         """As the destination is told."""
-        return MovingGuest(self.token, self.name, [each.handed for each in self.disks], self.names)
+        domain = None if self.domain is None else MovingDomain(name=self.domain.name, uuid=self.domain.uuid)
+        return MovingGuest(self.token, self.name, [each.handed for each in self.disks], self.names, domain)
 
 
 class Verdict(Enum):
@@ -136,6 +153,11 @@ def record_of(found: journal.Found) -> MoveRecord:
         raise Corrupt("not the record of a migration", subject=found.path, hint="remove it") from error
 
 
+def current(found: journal.Found) -> journal.Found | None:
+    """The record as it is now; None where it is gone."""
+    return next((each for each in journal.find(operation=OPERATION)[0] if each.path == found.path), None)
+
+
 def restaged(found: journal.Found, stage: Literal["moving", "switching", "switched"]) -> journal.Found:
     """The record with another stage, durably."""
     details = {**found.record.details, "stage": stage}
@@ -154,6 +176,10 @@ def settle(
     then, and the record stays.
     """
     record = record_of(found)
+    if record.domain is not None:
+        from snapchain.ops.migrate.live_domain import settle_domain  # inside: it builds on this
+
+        return settle_domain(found, is_gone=is_gone, on_event=on_event)
     ours = None
     try:
         if monitor is None or found.record.qemu_runs is False:
@@ -161,7 +187,7 @@ def settle(
         end = _End(found, record, monitor, on_event)
         there = None
         if record.stage == "switching" and not is_gone:
-            there = end.ask(_ASK_SECONDS)
+            there = end.ask(ASK_SECONDS)
         verdict = judge(record.stage, there, runs_here=monitor is not None)
         if is_gone and record.stage == "switching":
             verdict = Verdict.STAY
@@ -203,7 +229,7 @@ class _End:
     def ask(self, seconds: float) -> Moving | None:
         """How the move stands there; None without an answer: a replica that is not there is none."""
         with suppress(Unavailable, Busy, NotFound):
-            return _persisted(lambda: self._step(MoveStep.LOOK), seconds)
+            return persisted(lambda: self._step(MoveStep.LOOK), seconds)
         return None
 
     def stay(self, there: Moving | None, *, is_gone: bool) -> SettledMove:
@@ -211,7 +237,7 @@ class _End:
         record = self._record
         was_asked = record.stage == "switching"
         if was_asked and not is_gone:
-            _persisted(lambda: self._step(MoveStep.END), _ASK_SECONDS)
+            persisted(lambda: self._step(MoveStep.END), ASK_SECONDS)
         elif not is_gone and self._monitor is not None:
             # Never asked to take the guest, it cannot run it: the guest here need not wait for it.
             self._go_on()
@@ -254,13 +280,15 @@ class _End:
 
     def _tell_end(self) -> None:
         try:
-            _persisted(lambda: self._step(MoveStep.END), _TELL_SECONDS)
+            persisted(lambda: self._step(MoveStep.END), TELL_SECONDS)
         except SnapchainError as error:
             words = f"it was not told that the guest stays, and ends by itself what was made there: {error}"
             self._on_event(Notice.of(self._record.destination, words))
 
     def _done(self, *, moved: bool, says: str) -> SettledMove:
         run_directory.remove(self._record.directory)
+        if moved and self._found.record.qmp is not None:
+            run_directory.remove_of(Path(self._found.record.qmp))
         journal.remove(self._found.path)
         guest = self._found.record.guest
         return SettledMove(guest=guest, destination=self._record.destination, moved=moved, says=says)
@@ -308,7 +336,7 @@ def fence_all(record: MoveRecord) -> list[tuple[Path, ...]]:
     return fenced
 
 
-def _persisted(attempt: Callable[[], Answer], seconds: float) -> Answer:
+def persisted(attempt: Callable[[], Answer], seconds: float) -> Answer:
     """Try again while the other side does not answer, or is still busy with the stream that was cut."""
     until = time.monotonic() + seconds
     while True:

@@ -589,6 +589,25 @@ MOST_ARGUMENTS = 10_000
 """Of a QEMU's command line."""
 
 
+class DomainPresence(StrEnum):
+    """How libvirt on a host has a domain."""
+
+    ABSENT = "absent"
+    DEFINED = "defined"
+    """It does not run; of one that comes by a migration: it has run, since libvirt defines it at the end."""
+    INCOMING = "incoming"
+    """Its memory is still on its way, or it is being started."""
+    HERE = "here"
+    """It runs, or is paused by somebody."""
+
+
+class MovingDomain(Message):
+    """A domain of libvirt."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=1000), AfterValidator(_printable)]
+    uuid: str = Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+
+
 class MoveStep(StrEnum):
     """What a MOVE requests, in the order in which they come."""
 
@@ -613,6 +632,7 @@ class Move(Message):
     disks: all of the guest's, each below its name, and in the epoch in which its new master will write it
     exports: of the disks, in their order, their names in the guest
     argv: of the QEMU to start; directory: in which it is started; qmp: the monitor among its sockets
+    domain: of libvirt, which moves it: then there is no START, and GIVE records what libvirt has done
     """
 
     step: MoveStep
@@ -625,6 +645,7 @@ class Move(Message):
     argv: tuple[Annotated[str, StringConstraints(max_length=65536)], ...] = Field(default=(), max_length=MOST_ARGUMENTS)
     directory: str | None = Field(default=None, max_length=4096)
     qmp: str | None = Field(default=None, max_length=4096)
+    domain: MovingDomain | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -646,6 +667,8 @@ class Moving(Message):
     ran: whether it may have run here; version: of QEMU, as 7.2; machine: its type
     cpu: a digest of the processor's model and features; free: bytes of the replica's filesystem
     clock: of this host, resumed: when the guest went on, seconds since the epoch
+    domain: how libvirt has it; libvirt: the socket of its daemon, host: that daemon's UUID of this host
+    pause: seconds in which the guest did not run, by libvirt's own measure; memory: bytes that came, in how many rounds
     """
 
     directory: str = Field(default="", max_length=4096)
@@ -659,6 +682,12 @@ class Moving(Message):
     free: int = Field(default=0, ge=0, le=1 << 63)
     clock: float
     resumed: float | None = None
+    domain: DomainPresence | None = None
+    libvirt: str = Field(default="", max_length=4096)
+    host: str = Field(default="", max_length=100)
+    pause: float | None = None
+    memory: int = Field(default=0, ge=0, le=1 << 63)
+    rounds: int = Field(default=0, ge=0, le=1 << 31)
 
 
 # --- MERGE
@@ -844,6 +873,8 @@ class Feature(StrEnum):
     """The receiver keeps the states of guests, and answers GUEST."""
     MOVE = "move"
     """Guests can come to the receiver's host while they run."""
+    PLACES = "places"
+    """The receiver knows of a guest's other destinations, and names itself in STANDING."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,273 @@
+"""A bare QEMU moves: snapchain starts the one at the destination, mirrors the disks, and switches.
+
+    QEMU there, awaiting                          ended again by the other side when we are gone
+    mirrors READY, memory under way               the guest runs, its writes follow at once
+    -- paused --                                  mirrors drained, device state sent
+    record "switching", tops marked here          from now on only the destination knows which host has the guest
+    GIVE: its record says that it has the guest   the one moment that decides
+    QEMU here ended, RUN                          -- it runs there --
+    record "switched", all files marked, record removed
+
+Up to "switching" anything that fails, and Ctrl-C, ends with the guest running here as before (`live_settle`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from snapchain.errors import Conflict, SnapchainError, Unavailable, Unsupported
+from snapchain.guest import journal
+from snapchain.guest.protocol import GuestDisk
+from snapchain.guest.qemu_files import QemuFiles
+from snapchain.guest.qmp_guest import QmpGuest
+from snapchain.guest.qmp_migration import MemoryLook, Outgoing, look_at_memory, measured_dirty_rate, version_of
+from snapchain.host import run_directory
+from snapchain.host.processes import held_back
+from snapchain.image import ImageChain
+from snapchain.model.events import Progress
+from snapchain.ops.migrate import live_settle
+from snapchain.ops.migrate.live_check import (
+    MemoryWatch,
+    check_destination,
+    check_files,
+    check_guest,
+    check_pause,
+    per_second,
+    switch_seconds,
+)
+from snapchain.ops.migrate.live_kind import Asked, Moved
+from snapchain.ops.migrate.live_prepare import check_same_layers, link_rate
+from snapchain.ops.migrate.live_request import SettledMove
+from snapchain.ops.migrate.live_settle import MoveRecord
+from snapchain.ops.migrate.look import opened
+from snapchain.ops.migrate.request import Move as MovedImage
+from snapchain.ops.restore.changed_definition import Changes, NewDisk
+from snapchain.ops.restore.qemu_argv import change_for_incoming
+from snapchain.ops.sync.request import SetReport
+from snapchain.replica.guest_client import GuestMove, moving
+from snapchain.replica.guest_server import NBD, RAM, cpu_digest
+from snapchain.replica.stream.messages import MoveStep, Moving
+from snapchain.source import ownership
+
+_GIVE_UP_SECONDS = 3.0
+"""For mirrors to end while their link is still there; where that hangs, they end when it is closed."""
+_SWITCH_SECONDS = 10.0
+"""How much longer than was allowed each of the two steps of QEMU's switch may take, before they are undone."""
+_SMALL_REST = 1 << 20
+"""Bytes, whatever the rate: that of a few pages of memory says little."""
+_QMP = "qmp"
+
+
+class QmpKind:
+    """Implements `LiveKind` for a bare QEMU."""
+
+    def __init__(self, asked: Asked, guest: QmpGuest, disks: Sequence[GuestDisk]) -> None:
+        self._guest, self._request, self._endpoint, self._token = guest, asked.request, asked.endpoint, asked.token
+        self._on_event = asked.on_event
+        self._outgoing = Outgoing(guest.monitor, asked.token, [disk.name for disk in disks])
+        self._process = guest.process()
+
+    def check(self, disks: Sequence[GuestDisk]) -> None:
+        """See `LiveKind`."""
+        self._definition = check_guest(self._guest, disks)
+        check_files(self._guest, self._definition)
+        self._outgoing.check()
+        if self._definition.argv is None and not self._request.command:
+            words = "; ".join(self._definition.unreadable)
+            raise Unsupported(words, subject=self._guest.name, hint="or give --start-command")
+
+    def dirty_rate(self) -> float | None:
+        """See `LiveKind`."""
+        return measured_dirty_rate(self._guest.monitor)
+
+    def begin(self, record: MoveRecord) -> MoveRecord:
+        """See `LiveKind`."""
+        directory = run_directory.make(f"{self._guest.name}-out", self._token)
+        return record.model_copy(update={"directory": directory, "capabilities": self._outgoing.capabilities()})
+
+    def move(self, found: journal.Found, moved: Moved, shipped: SetReport) -> None:
+        """See `LiveKind`."""
+        self._found, self._moved = found, moved
+        self._move(moved.record, shipped)
+
+    def settle(self, found: journal.Found) -> SettledMove:
+        """See `LiveKind`."""
+        return live_settle.settle(found, monitor=self._guest.monitor, on_event=self._on_event)
+
+    def _move(self, record: MoveRecord, shipped: SetReport) -> None:
+        with ExitStack() as stack:
+            there = stack.enter_context(moving(self._endpoint, record.what))
+            stack.enter_context(self._goes_on_at_once(record))
+            prepared = there.step(MoveStep.PREPARE)
+            self._moved.overlays = prepared.overlays
+            self._start(there, prepared, shipped)
+            asked = time.monotonic()
+            there.step(MoveStep.LOOK)
+            round_trip = time.monotonic() - asked
+            limit = check_pause(
+                max_downtime=self._request.max_downtime,
+                round_trip=round_trip,
+                dirty_rate=measured_dirty_rate(self._outgoing.monitor),
+                link_rate=self._request.bandwidth or link_rate(shipped),
+                auto_converge=self._request.auto_converge,
+                subject=self._guest.name,
+            )
+            far = [Path(prepared.directory) / name for name in (NBD, RAM)]
+            give_access(record.directory, self._process)
+            nbd, ram = stack.enter_context(self._endpoint.forwarded(far, record.directory))
+            chains = [
+                stack.enter_context(opened(record.request, MovedImage(each.image, each.mark.disk)))
+                for each in record.disks
+            ]
+            self._outgoing.mirror(nbd, speed=self._request.bandwidth or 0)
+            check_same_layers(self._guest, record)
+            self._outgoing.wait_until_mirrored(self._report_mirrors(there))
+            self._outgoing.send_memory(
+                ram,
+                pause_limit=limit,
+                bandwidth=self._request.bandwidth,
+                auto_converge=self._request.auto_converge,
+            )
+            last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
+            self._check_rest(last, limit)
+            rest = last.remaining + self._outgoing.mirrors_left()
+            self._moved.predicted = switch_seconds(round_trip) + (rest / last.rate if last.rate else 0.0)
+            with held_back():
+                self._switch(there, chains, record)
+                there.stop()
+
+    @contextmanager
+    def _goes_on_at_once(self, record: MoveRecord) -> Iterator[None]:
+        """Where it fails before the destination was asked, the guest need not wait until all connections are closed."""
+        try:
+            yield
+        except BaseException:
+            if live_settle.record_of(self._found).stage == "moving":
+                with held_back(), suppress(SnapchainError):  # it is done again, and reported, by `_settle`
+                    self._outgoing.undo(record.capabilities, seconds=_GIVE_UP_SECONDS)
+            raise
+
+    def _start(self, there: GuestMove, prepared: Moving, shipped: SetReport) -> None:
+        """Start the QEMU at the destination, and check that it is the same machine."""
+        directory = Path(prepared.directory)
+        record = self._moved.record
+        overlays = dict(zip((each.name for each in record.disks), prepared.overlays, strict=True))
+        if self._request.command:
+            qmp = directory / _QMP
+            argv = ["env", *_facts(record, overlays, directory, qmp), *self._request.command]
+            started_in = None
+        else:
+            changes = Changes(
+                disks={name: NewDisk(Path(path), "qcow2") for name, path in overlays.items()},
+                old_paths={each.name: str(each.image) for each in record.disks},
+                directory=directory,
+            )
+            assert self._definition.argv is not None
+            assert self._guest.address.qmp is not None
+            made = change_for_incoming(
+                self._definition.argv,
+                changes,
+                monitor=self._guest.address.qmp.absolute(),
+                subject=self._guest.name,
+            )
+            if made.lacking:
+                raise Unsupported("; ".join(made.lacking), subject=self._guest.name, hint="give --start-command")
+            argv, qmp = list(made.argv), made.qmp
+            place = QemuFiles(self._process[0]).directory if self._process is not None else None
+            started_in = None if place is None else str(place)
+        self._moved.qmp = str(qmp)
+        started = there.step(MoveStep.START, argv=argv, directory=started_in, qmp=str(qmp))
+        check_destination(
+            started,
+            self._definition,
+            version=version_of(self._outgoing.monitor),
+            cpu=cpu_digest(),
+            bytes_left=shipped.bytes_left,
+            subject=self._endpoint.url,
+        )
+
+    def _report_mirrors(self, there: GuestMove) -> Callable[[int, int], None]:
+        def on_look(done: int, total: int) -> None:
+            there.keep_alive()
+            self._on_event(Progress("mirror", min(done, total), total))
+
+        return on_look
+
+    def _watch_memory(self, there: GuestMove, limit: float) -> Callable[[MemoryLook], None]:
+        """Reports each look; raises Conflict, with the figures, where more rounds bring the pause no nearer."""
+        watch = MemoryWatch(
+            limit=limit,
+            max_downtime=self._request.max_downtime,
+            auto_converge=self._request.auto_converge,
+            subject=self._guest.name,
+        )
+        furthest = 0
+
+        def on_look(look: MemoryLook) -> None:
+            nonlocal furthest
+            there.keep_alive()
+            furthest = max(furthest, look.transferred)
+            if look.total:
+                self._on_event(Progress(f"memory, round {look.round}", furthest, furthest + look.remaining))
+            watch.look(round=look.round, left=look.remaining, dirty_rate=look.dirty_rate, rate=look.rate)
+
+        return on_look
+
+    def _check_rest(self, look: MemoryLook, limit: float) -> None:
+        """Raises Conflict where the mirrors are so far behind that the guest, which is paused by now, would wait."""
+        left = self._outgoing.mirrors_left()
+        if left > max(_SMALL_REST, limit * look.rate):
+            raise Conflict(
+                f"the guest writes faster to its disks than the link carries: {left} bytes were left when it was "
+                f"paused, at {per_second(look.rate)}, and --max-downtime is {self._request.max_downtime:g}",
+                subject=self._guest.name,
+                hint="wait for a quieter hour, or allow a longer pause",
+            )
+
+    def _switch(self, there: GuestMove, chains: Sequence[ImageChain], record: MoveRecord) -> None:
+        """The guest is paused. A signal that comes now waits until it runs again."""
+        outgoing, patience = self._outgoing, _SWITCH_SECONDS + self._request.max_downtime
+        outgoing.end_mirrors(seconds=patience)
+        outgoing.switch_over(seconds=patience)
+        memory = look_at_memory(outgoing.monitor)
+        self._moved.memory_bytes, self._moved.memory_rounds = memory.transferred, memory.round
+        self._moved.memory_rate = memory.rate
+        self._found = live_settle.restaged(self._found, "switching")
+        for chain, each in zip(chains, record.disks, strict=True):
+            ownership.fence(chain, each.mark, top_only=True)
+        given = there.step(MoveStep.GIVE)
+        if not given.given:
+            raise Unavailable("the destination did not take the guest", subject=self._endpoint.url)
+        stopped = outgoing.monitor.time_of("STOP")
+        live_settle.end_source(outgoing.monitor, self._process, record)
+        asked = time.time()
+        running = there.step(MoveStep.RUN)
+        answered = time.time()
+        self._found = live_settle.restaged(self._found, "switched")
+        if stopped is not None and running.resumed is not None:
+            # The other host's clock, as it was in the middle between the question and its answer.
+            ahead = running.clock - (asked + answered) / 2
+            self._moved.pause = max(0.0, running.resumed - ahead - stopped)
+        self._moved.fenced = live_settle.fence_all(record)
+        run_directory.remove(record.directory)
+        run_directory.remove_of(outgoing.monitor.path)  # where that QEMU had come here by a move, too
+        journal.remove(self._found.path)
+
+
+def give_access(directory: Path, process: tuple[int, int] | None) -> None:
+    """Let the user of QEMU reach the sockets in a directory of ours."""
+    if process is not None:
+        run_directory.give_to(directory, Path(f"/proc/{process[0]}").stat().st_uid)
+
+
+def _facts(record: MoveRecord, overlays: dict[str, str], directory: Path, qmp: Path) -> Iterator[str]:
+    """For a command of the user's: it must start QEMU with -S -incoming defer, on these files, with this monitor."""
+    yield f"SNAPCHAIN_DIRECTORY={directory}"
+    yield f"SNAPCHAIN_QMP={qmp}"
+    yield f"SNAPCHAIN_DISKS={len(record.disks)}"
+    for number, each in enumerate(record.disks, 1):
+        yield f"SNAPCHAIN_DISK_{number}={each.name}"
+        yield f"SNAPCHAIN_OVERLAY_{number}={overlays[each.name]}"
