@@ -383,11 +383,17 @@ def _ask(plan: FailoverPlan) -> None:
         raise InvalidInput("nothing was done", subject=f"{plan.destination}::{plan.guest}")
 
 
+def _from(plan: FailoverPlan) -> str:
+    """The host that is replaced, which may have taken the guest over elsewhere."""
+    where = "" if plan.master_at is None else f", to which it went at {plan.master_at}"
+    return f"{plan.master or 'its host'}{where}"
+
+
 def _ask_all(plans: FailoversPlan) -> None:
     """As `_ask`, once for all of them."""
     if not plans.guests:
         raise PartialFailure("no guest can be taken over", hint="--dry-run shows why")
-    lines = [f"{each.guest}: from {each.master or 'its host'}; lost: {_lost(each.loss)}" for each in plans.guests]
+    lines = [f"{each.guest}: from {_from(each)}; lost: {_lost(each.loss)}" for each in plans.guests]
     lines += [f"{each.guest}: cannot be taken over: {each.message}" for each in plans.failed]
     if not sys.stdin.isatty():
         raise InvalidInput(
@@ -398,12 +404,6 @@ def _ask_all(plans: FailoversPlan) -> None:
         typer.echo(printable(line), err=True)
     if not typer.confirm(f"Take {counted(len(plans.guests), 'guest')} over?", err=True):
         raise InvalidInput("nothing was done")
-
-
-def _from(plan: FailoverPlan) -> str:
-    """The host that is replaced, which may have taken the guest over elsewhere."""
-    where = "" if plan.master_at is None else f", to which it went at {plan.master_at}"
-    return f"{plan.master or 'its host'}{where}"
 
 
 def _lost(loss: Loss) -> str:

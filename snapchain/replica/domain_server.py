@@ -56,6 +56,7 @@ class DomainArrival(GuestArrival):
 
     def step(self, request: Move) -> Moving:
         """See `GuestArrival`."""
+        begun = time.time()
         match request.step:
             case MoveStep.PREPARE:
                 self._check_free()
@@ -70,7 +71,7 @@ class DomainArrival(GuestArrival):
                 pass
             case _:
                 raise Unsupported("libvirt does that of its domains", subject=request.step.value)
-        return self._standing()
+        return self._standing(begun)
 
     def settle(self) -> None:
         """Record what libvirt has done, where it has the domain; else leave all as it is, for END."""
@@ -140,7 +141,7 @@ class DomainArrival(GuestArrival):
             time.sleep(_POLL_SECONDS)
         return now
 
-    def _standing(self) -> Moving:
+    def _standing(self, begun: float) -> Moving:
         now = presence(self._virsh, self._uuid)
         facts: dict[str, object] = {
             "domain": _PRESENCE[now],
@@ -152,4 +153,4 @@ class DomainArrival(GuestArrival):
         if self._arrived is not None:
             came = self._arrived
             facts |= {"pause": came.pause, "memory": came.memory, "rounds": came.rounds}
-        return super()._standing().model_copy(update=facts)
+        return super()._standing(begun).model_copy(update=facts)

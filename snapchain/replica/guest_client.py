@@ -38,6 +38,10 @@ class GuestMove:
         self._session, self._endpoint, self._what = session, endpoint, what
         self._begun = False
         self._heard = time.monotonic()
+        self.round_trip = float("inf")
+        """Seconds: of the LOOK that was answered soonest."""
+        self.clock_ahead = 0.0
+        """Seconds that the other host's clock is ahead of the one here, known to half that round trip."""
 
     def step(self, step: MoveStep, *, argv: Sequence[str] = (), directory: str | None = None, qmp: str = "") -> Moving:
         """Have one step done there. Raises what the other side refuses with, Unavailable where no answer came."""
@@ -54,6 +58,7 @@ class GuestMove:
             qmp=qmp or None,
             domain=self._what.domain,
         )
+        asked, clock = time.monotonic(), time.time()
         if self._begun:
             self._session.request(Kind.MOVE, request)
         else:
@@ -61,6 +66,9 @@ class GuestMove:
             self._session.ask(Kind.MOVE, request)
         answer = self._session.decode(Moving, self._session.expect(Kind.MOVING))
         self._heard = time.monotonic()
+        took = self._heard - asked
+        if step is MoveStep.LOOK and took < self.round_trip:
+            self.round_trip, self.clock_ahead = took, answer.clock - (clock + took / 2)
         for text in (answer.directory, *answer.overlays, answer.version or "", answer.machine or "", answer.libvirt):
             if printable(text) != text:
                 raise Corrupt("it names an impossible file", subject=self._endpoint.url)

@@ -4,7 +4,7 @@
     PREPARE   disks locked, overlays empty on the newest layers    prepared   moving
     START     QEMU started, -S -incoming defer                     started
     GIVE      its memory is here, whole                                       switched   <- this write decides
-    RUN       nbd-server-stop, cont                                ran        active
+    RUN       catalogues of the disks, nbd-server-stop, cont       ran        active
 
 The disks stay locked from PREPARE to the end of the stream, so that no other transfer changes what lies below the
 guest.  Where the stream ends early, its peer has died or the link is cut: before GIVE the QEMU is ended and what was
@@ -19,7 +19,8 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -162,6 +163,7 @@ class GuestArrival:
 
     def step(self, request: Move) -> Moving:
         """Carry out one step. Raises Conflict for one that may not come now, and as each of them."""
+        begun = time.time()
         match request.step:
             case MoveStep.PREPARE:
                 self._prepare()
@@ -170,11 +172,16 @@ class GuestArrival:
             case MoveStep.GIVE:
                 self._settles = True
                 self._give()
+                self._follow()
             case MoveStep.RUN:
                 self._run()
+            case MoveStep.GIVE_AND_RUN:
+                self._settles = True
+                self._give()
+                self._resume()
             case MoveStep.END:
                 self.end()
-        return self._standing()
+        return self._standing(begun)
 
     def close(self) -> None:
         """Settle what is unfinished, where this stream has begun it."""
@@ -302,11 +309,21 @@ class GuestArrival:
                 if case.catalogue.tip is None or case.catalogue.tip.id != case.asked.overlay.on:
                     raise Conflict("its overlay is not on the newest layer here any more", subject=case.path)
         self._change(Transition.SWITCH, host=socket.gethostname())
-        self._follow()
 
-    def _follow(self) -> None:
-        """All disks of the guest follow its record into the new epoch."""
-        self._cases = [record_given(case, self._token) for case in self._cases]
+    def _follow(self, *beside: Callable[[], object]) -> None:
+        """All disks of the guest follow its record into the new epoch. beside: what is to be done at the same time
+
+        One after the other, each would wait for the storage, and a paused guest for all of them.
+        """
+        with ThreadPoolExecutor(len(self._cases) + 1 + len(beside)) as pool:
+            cases = [pool.submit(record_given, case, self._token) for case in self._cases]
+            rest = [pool.submit(each) for each in (self._raise_others, *beside)]
+            self._cases = [each.result() for each in cases]
+            for each in rest:
+                each.result()
+
+    def _raise_others(self) -> None:
+        """The epochs of disks that no guest runs on, such as the one of the guest's records."""
         mine = {case.disk.name for case in self._cases}
         for disk in disks_of(open_replica(self._root), self._guest):
             if disk.name not in mine and (found := disk.read()) is not None and found.epoch < self._epoch:
@@ -314,7 +331,7 @@ class GuestArrival:
                     disk.write((disk.read() or found).after(epoch=self._epoch))
 
     def _run(self) -> None:
-        details = self._at("started", "ran")
+        self._at("started", "ran")
         if not self._alive():
             raise Unavailable(
                 "the QEMU that had got the guest has ended; the disks are this host's",
@@ -323,9 +340,17 @@ class GuestArrival:
             )
         if not self._is_given():
             raise Conflict("the guest was not given to this host", subject=self._guest)
-        self._follow()
-        self._write(details.model_copy(update={"stage": "ran"}))
-        self._resumed = Incoming(self._connected()).run() or time.time()
+        self._resume()
+
+    def _resume(self) -> None:
+        """The guest is this host's. That it may have run is on the disk before it does."""
+        incoming, details = Incoming(self._connected()), self._at("started", "ran")
+        try:
+            self._follow(lambda: self._write(details.model_copy(update={"stage": "ran"})), incoming.stop_exports)
+        except SnapchainError:  # such as a QEMU that has died: it never ran, and its source has its memory still
+            self._write(details)
+            raise
+        self._resumed = incoming.run() or time.time()
         self._change(Transition.START, host=socket.gethostname())
         assert self._found is not None
         journal.remove(self._found.path)
@@ -421,7 +446,7 @@ class GuestArrival:
             self._monitor = Monitor(Path(self._found.record.qmp or ""))
         return self._monitor
 
-    def _standing(self) -> Moving:
+    def _standing(self, begun: float) -> Moving:
         details = None if self._found is None else details_of(self._found)
         return Moving(
             directory="" if details is None else str(details.directory),
@@ -433,7 +458,7 @@ class GuestArrival:
             machine=self._machine,
             cpu=cpu_digest(),
             free=files.free_bytes(self._root),
-            clock=time.time(),
+            clock=(begun + time.time()) / 2,
             resumed=self._resumed,
         )
 

@@ -2,23 +2,23 @@
 
     QEMU there, awaiting                          ended again by the other side when we are gone
     mirrors READY, memory under way               the guest runs, its writes follow at once
-    -- paused --                                  mirrors drained, device state sent
-    record "switching", tops marked here          from now on only the destination knows which host has the guest
-    GIVE: its record says that it has the guest   the one moment that decides
-    QEMU here ended, RUN                          -- it runs there --
-    record "switched", all files marked, record removed
+    -- paused --                                  mirrors drained, device state sent; beside that:
+    record "switching", tops marked here          the destination may be asked from now on
+    GIVE_AND_RUN: its record says that it has     the one moment that decides
+    the guest, and the guest is let run           -- it runs there --
+    record "switched", QEMU here ended, all files marked, record removed
 
-Up to "switching" anything that fails, and Ctrl-C, ends with the guest running here as before (`live_settle`).
+Up to GIVE_AND_RUN anything that fails, and Ctrl-C, ends with the guest running here as before (`live_settle`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from snapchain.errors import Conflict, SnapchainError, Unavailable, Unsupported
+from snapchain.errors import Conflict, SnapchainError, Unsupported
 from snapchain.guest import journal
 from snapchain.guest.protocol import GuestDisk
 from snapchain.guest.qemu_files import QemuFiles
@@ -58,6 +58,8 @@ _SWITCH_SECONDS = 10.0
 """How much longer than was allowed each of the two steps of QEMU's switch may take, before they are undone."""
 _SMALL_REST = 1 << 20
 """Bytes, whatever the rate: that of a few pages of memory says little."""
+_LOOKS = 3
+"""The shortest of so many questions is the round trip: a busy machine answers some of them late."""
 _QMP = "qmp"
 
 
@@ -104,12 +106,11 @@ class QmpKind:
             prepared = there.step(MoveStep.PREPARE)
             self._moved.overlays = prepared.overlays
             self._start(there, prepared, shipped)
-            asked = time.monotonic()
-            there.step(MoveStep.LOOK)
-            round_trip = time.monotonic() - asked
+            for _ in range(_LOOKS):
+                there.step(MoveStep.LOOK)
             limit = check_pause(
                 max_downtime=self._request.max_downtime,
-                round_trip=round_trip,
+                round_trip=there.round_trip,
                 dirty_rate=measured_dirty_rate(self._outgoing.monitor),
                 link_rate=self._request.bandwidth or link_rate(shipped),
                 auto_converge=self._request.auto_converge,
@@ -132,9 +133,8 @@ class QmpKind:
                 auto_converge=self._request.auto_converge,
             )
             last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
-            self._check_rest(last, limit)
-            rest = last.remaining + self._outgoing.mirrors_left()
-            self._moved.predicted = switch_seconds(round_trip) + (rest / last.rate if last.rate else 0.0)
+            rest = last.remaining + self._check_rest(last, limit)
+            self._moved.predicted = switch_seconds(there.round_trip) + (rest / last.rate if last.rate else 0.0)
             with held_back():
                 self._switch(there, chains, record)
                 there.stop()
@@ -216,8 +216,11 @@ class QmpKind:
 
         return on_look
 
-    def _check_rest(self, look: MemoryLook, limit: float) -> None:
-        """Raises Conflict where the mirrors are so far behind that the guest, which is paused by now, would wait."""
+    def _check_rest(self, look: MemoryLook, limit: float) -> int:
+        """Bytes that the mirrors are behind.
+
+        Raises Conflict where that is so much that the guest, which is paused by now, would wait.
+        """
         left = self._outgoing.mirrors_left()
         if left > max(_SMALL_REST, limit * look.rate):
             raise Conflict(
@@ -226,35 +229,46 @@ class QmpKind:
                 subject=self._guest.name,
                 hint="wait for a quieter hour, or allow a longer pause",
             )
+        return left
 
     def _switch(self, there: GuestMove, chains: Sequence[ImageChain], record: MoveRecord) -> None:
         """The guest is paused. A signal that comes now waits until it runs again."""
         outgoing, patience = self._outgoing, _SWITCH_SECONDS + self._request.max_downtime
-        outgoing.end_mirrors(seconds=patience)
-        outgoing.switch_over(seconds=patience)
-        memory = look_at_memory(outgoing.monitor)
-        self._moved.memory_bytes, self._moved.memory_rounds = memory.transferred, memory.round
-        self._moved.memory_rate = memory.rate
-        self._found = live_settle.restaged(self._found, "switching")
-        for chain, each in zip(chains, record.disks, strict=True):
-            ownership.fence(chain, each.mark, top_only=True)
-        given = there.step(MoveStep.GIVE)
-        if not given.given:
-            raise Unavailable("the destination did not take the guest", subject=self._endpoint.url)
+        try:
+            with ThreadPoolExecutor(1) as beside:  # neither waits for the other: QEMU sends, and this writes
+                marked = beside.submit(self._mark, chains, record)
+                outgoing.end_mirrors(seconds=patience)
+                outgoing.switch_over(seconds=patience)
+                marked.result()
+        except BaseException:
+            with suppress(SnapchainError):  # else `settle` does it, when it has asked the destination
+                self._unmark(record)
+            raise
+        running = there.step(MoveStep.GIVE_AND_RUN)
         stopped = outgoing.monitor.time_of("STOP")
-        live_settle.end_source(outgoing.monitor, self._process, record)
-        asked = time.time()
-        running = there.step(MoveStep.RUN)
-        answered = time.time()
-        self._found = live_settle.restaged(self._found, "switched")
         if stopped is not None and running.resumed is not None:
-            # The other host's clock, as it was in the middle between the question and its answer.
-            ahead = running.clock - (asked + answered) / 2
-            self._moved.pause = max(0.0, running.resumed - ahead - stopped)
+            self._moved.pause = max(0.0, running.resumed - there.clock_ahead - stopped)
+        self._found = live_settle.restaged(self._found, "switched")
+        with suppress(SnapchainError):  # it is only for the report
+            memory = look_at_memory(outgoing.monitor)
+            self._moved.memory_bytes, self._moved.memory_rounds = memory.transferred, memory.round
+            self._moved.memory_rate = memory.rate
+        live_settle.end_source(outgoing.monitor, self._process, record)
         self._moved.fenced = live_settle.fence_all(record)
         run_directory.remove(record.directory)
         run_directory.remove_of(outgoing.monitor.path)  # where that QEMU had come here by a move, too
         journal.remove(self._found.path)
+
+    def _mark(self, chains: Sequence[ImageChain], record: MoveRecord) -> None:
+        """All that must be on the disk here before the destination may be asked."""
+        self._found = live_settle.restaged(self._found, "switching")
+        for chain, each in zip(chains, record.disks, strict=True):
+            ownership.fence(chain, each.mark, top_only=True)
+
+    def _unmark(self, record: MoveRecord) -> None:
+        """It was not asked, so the guest can go on here without its answer."""
+        live_settle.unfence_all(record)
+        self._found = live_settle.restaged(self._found, "moving")
 
 
 def give_access(directory: Path, process: tuple[int, int] | None) -> None:

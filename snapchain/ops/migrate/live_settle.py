@@ -2,7 +2,7 @@
 
     stage        what may have happened there             which host has the guest
     moving       it was never asked to take the guest     the source
-    switching    it was asked; perhaps it has it          as its record says, and nothing else
+    switching    it may have been asked, and have it      as its record says, and nothing else
     switched     it has it                                the destination
 
 The stage is on the disk before the step that it names.  After the destination was asked, the guest goes on at the
@@ -24,7 +24,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snapchain.destinations import replica_at
-from snapchain.errors import Busy, Corrupt, NotFound, SnapchainError, Unavailable
+from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.qmp import Monitor
 from snapchain.guest.qmp_migration import Outgoing
@@ -119,7 +119,7 @@ class Verdict(Enum):
     STAY = "stay"
     """The guest goes on here; there everything is ended first."""
     COMPLETE = "complete"
-    """It is not given, but only its QEMU there can go on with it: give it, then as MOVED."""
+    """It is not given, but only its QEMU there can go on with it: give it, then as MOVED; if it is refused, STAY."""
     MOVED = "moved"
     """The guest is the destination's."""
     UNKNOWN = "unknown"
@@ -141,7 +141,7 @@ def judge(stage: str, there: Moving | None, *, runs_here: bool) -> Verdict:
     never_ran = there.directory != "" and not there.ran
     if there.given:
         return Verdict.STAY if never_ran and not there.alive and runs_here else Verdict.MOVED
-    # Asked only after its memory was there whole: where it is lost here, that is the better copy.
+    # Where its memory is lost here, and there whole, that is the better copy.
     return Verdict.COMPLETE if there.alive and not runs_here else Verdict.STAY
 
 
@@ -201,8 +201,10 @@ def settle(
                 )
             case Verdict.STAY:
                 return end.stay(there, is_gone=is_gone)
+            case Verdict.COMPLETE if not end.give():
+                return end.stay(there, is_gone=False)
             case _:
-                return end.moved(complete=verdict is Verdict.COMPLETE)
+                return end.moved()
     finally:
         if ours is not None:
             ours.close()
@@ -245,21 +247,23 @@ class _End:
         elif not is_gone:
             self._tell_end()
         if was_asked:
-            for each in record.disks:
-                # Where it had been given, the disk there is an epoch further by now.
-                epoch = each.mark.epoch + 1 if is_gone or (there is not None and there.given) else 1
-                with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
-                    ownership.unfence(chain, record.token, epoch=epoch)
+            # Where it had been given, its disks there are an epoch further by now.
+            unfence_all(record, was_given=is_gone or (there is not None and there.given))
         if self._monitor is not None:
             self._go_on()
         words = "it goes on here, as before" if self._monitor is not None else "its QEMU here has ended; start it here"
         return self._done(moved=False, says=words)
 
-    def moved(self, *, complete: bool) -> SettledMove:
+    def give(self) -> bool:
+        """Whether the destination has taken the guest now; not where it has not got all of its memory."""
+        try:
+            return self._step(MoveStep.GIVE).given
+        except Conflict:
+            return False
+
+    def moved(self) -> SettledMove:
         """The guest is the destination's."""
         with moving(self._endpoint, self._record.what) as move:
-            if complete:
-                move.step(MoveStep.GIVE)
             self._found = restaged(self._found, "switched")
             if self._monitor is not None:
                 end_source(self._monitor, self._found.record.process, self._record)
@@ -334,6 +338,13 @@ def fence_all(record: MoveRecord) -> list[tuple[Path, ...]]:
             fenced.append(tuple(ownership.fence(chain, each.mark, image_dirs=record.image_dirs)))
             ownership.confirm(chain, record.token, started=True)
     return fenced
+
+
+def unfence_all(record: MoveRecord, *, was_given: bool = False) -> None:
+    """The opposite of `fence_all`. was_given: to the destination, which has ended that. May be repeated."""
+    for each in record.disks:
+        with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
+            ownership.unfence(chain, record.token, epoch=each.mark.epoch + 1 if was_given else 1)
 
 
 def persisted(attempt: Callable[[], Answer], seconds: float) -> Answer:

@@ -619,6 +619,8 @@ class MoveStep(StrEnum):
     """The memory has come: from now on this host is the master of the disks."""
     RUN = "run"
     """Let the guest run. Only after GIVE."""
+    GIVE_AND_RUN = "give-and-run"
+    """GIVE, and RUN at once."""
     END = "end"
     """Give the move up: end QEMU, and remove what was made for it. Refused once the guest may have run here."""
     LOOK = "look"
@@ -666,7 +668,8 @@ class Moving(Message):
     alive: whether the QEMU of this move runs; given: whether the guest was given to this host by this move
     ran: whether it may have run here; version: of QEMU, as 7.2; machine: its type
     cpu: a digest of the processor's model and features; free: bytes of the replica's filesystem
-    clock: of this host, resumed: when the guest went on, seconds since the epoch
+    clock: of this host, in the middle of the work on the request, and
+    resumed: when the guest went on; both in seconds since the epoch
     domain: how libvirt has it; libvirt: the socket of its daemon, host: that daemon's UUID of this host
     pause: seconds in which the guest did not run, by libvirt's own measure; memory: bytes that came, in how many rounds
     """
