@@ -21,19 +21,22 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.servers import DIE_WITH_PARENT
-from tests.waiting import wait_until
+from tests.waiting import HANG, wait_until
 
 QEMU = tuple(os.environ.get("TEST_QEMU", "qemu-system-x86_64").split())
 """`make soak` runs these tests once more with QEMU 10 (.ci/qemu10)."""
 
 
 class Monitor:
-    """A QMP connection, of the test."""
+    """A QMP connection, of the test. patience: seconds for an answer; a short one raises OSError for no QEMU, too"""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, patience: float = 120) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(120)
-        wait_until(lambda: self._connected(path))
+        self._socket.settimeout(patience)
+        if patience < HANG:
+            self._socket.connect(str(path))
+        else:
+            wait_until(lambda: self._connected(path))
         self._lines = self._socket.makefile("rb")
         self.events: list[dict[str, Any]] = []
         json.loads(self._lines.readline())

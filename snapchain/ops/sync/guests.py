@@ -8,13 +8,15 @@ from pathlib import Path
 from snapchain.guest.disks import active_path, disks_to_protect
 from snapchain.guest.protocol import Guest, State
 from snapchain.guest.source import RunningDisk, RunningDisks
+from snapchain.image import scan
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import OnEvent, ignore
-from snapchain.ops.guest_seal import epoch_of
 from snapchain.ops.ship.request import Divergence
 from snapchain.ops.sync.request import Proof, SyncRequest
 from snapchain.ops.sync.run import sealed_request
 from snapchain.ops.sync.virsh import Guest as Migrating
+from snapchain.source import ownership
+from snapchain.source.notes import Notes
 from snapchain.source.protocol import SetSealer
 
 
@@ -49,7 +51,7 @@ def requests_of(
             image,
             check_disk_name(f"{prefix or guest.name}/{disk.name}"),
             labels=labels,
-            divergence=_divergence(divergence, guest, disk.name, image_dirs),
+            divergence=_divergence(divergence, image, (*image_dirs, image.parent), runs=runs),
             image_dirs=(*image_dirs, image.parent),
             limit_rate=limit_rate,
             opens=source if runs else None,
@@ -66,12 +68,13 @@ def requests_of(
     return requests, RunningDisks(sources, image_dirs=image_dirs, on_event=on_event) if runs else None
 
 
-def _divergence(asked: Divergence, guest: Guest, disk: str, image_dirs: Sequence[Path]) -> Divergence:
+def _divergence(asked: Divergence, image: Path, image_dirs: Sequence[Path], *, runs: bool) -> Divergence:
     """What to do where the destination has layers of files that the guest does not have here.
 
     A host that it has left has such layers: of the files there, and of files that were merged since. The guest is the
     one of the newest epoch, so what it shows follows on them, whatever they were made of.
     """
-    if asked is Divergence.REFUSE and epoch_of(guest, disk, image_dirs=image_dirs) > 1:
-        return Divergence.COMPARE
-    return asked
+    if asked is not Divergence.REFUSE:
+        return asked
+    with scan(image, image_dirs=image_dirs, is_written=runs) as chain:
+        return Divergence.COMPARE if ownership.epoch_of(chain, Notes()) > 1 else asked
