@@ -33,14 +33,18 @@ class Monitor:
     def __init__(self, path: Path, *, patience: float = 120) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(patience)
-        if patience < HANG:
-            self._socket.connect(str(path))
-        else:
-            wait_until(lambda: self._connected(path))
         self._lines = self._socket.makefile("rb")
         self.events: list[dict[str, Any]] = []
-        json.loads(self._lines.readline())
-        self.ask("qmp_capabilities")
+        try:
+            if patience < HANG:
+                self._socket.connect(str(path))
+            else:
+                wait_until(lambda: self._connected(path))
+            json.loads(self._lines.readline())
+            self.ask("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
 
     def _connected(self, path: Path) -> bool:
         """QEMU makes the name of a socket first, and listens a moment later."""

@@ -235,9 +235,9 @@ def test_daily_life_goes_on_between_moves(tmp_path: Path, monkeypatch: pytest.Mo
                 old, site = site, pair.other(site)
                 report = old.report("migrate", *words, site.url, "--max-downtime", 60)
                 qmp = Path(report["qmp"])
-                if old.replica.exists():
-                    old.report("merge", f"dir:{old.replica}::web1", "--keep-last", 1)
                 for disk in report["disks"]:
+                    if old.replica.exists():
+                        old.report("merge", f"dir:{old.replica}::{disk['disk']}", "--keep-last", 1)
                     assert len(chain_of(disk["overlay"])) <= 8, chain_of(disk["overlay"])
                     assert len(list(Path(disk["overlay"]).parent.glob("*.qcow2"))) == 1
             monitor = Monitor(qmp)
