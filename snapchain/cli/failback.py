@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     """,
     when_interrupted="run it again to go on; `snapchain migrate --take-back` undoes a handover that was begun",
 )
-@options.takes_output()
+@options.takes_output(passphrase=True)
 def failback(
     disks: DiskPairs,
     *,
@@ -45,6 +45,8 @@ def failback(
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
+    at: options.OtherAt = None,
+    without: options.Without = None,
     out: Output,
 ) -> None:
     """Move a guest that was taken over back to its old host: only what differs crosses the link.
@@ -80,6 +82,7 @@ def failback(
         format=chosen,
         image_dirs=dirs,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+        reach=options.reach(at, without, out),
     )
     if out.dry_run:
         out.plan(ops.plan(request, endpoint, on_event=out.on_event), _draw_plan)

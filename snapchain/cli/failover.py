@@ -130,6 +130,8 @@ def failover(
         typer.Option("--withdraw", help="Undo a failover that was begun. Refused once the guest is active."),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    at: options.OtherAt = None,
+    without: options.Without = None,
     out: Output,
 ) -> None:
     """Take guests over whose host is gone: this host becomes their master, at the last guest point that is whole.
@@ -139,6 +141,10 @@ def failover(
 
     It demands proof that the old host is down: a fence program, or your word. Then the epoch of the guest and of all
     its disks rises at the destination, and whatever the old host sends there is refused from then on.
+
+    The guest's other destinations are asked first: the guest may have been moved or taken over there, and then that
+    host must be down. One that does not answer stops the failover, unless you vouch for it, or it is on the old host.
+    Each of the others is told, and refuses the old host from then on, too.
 
     At a replica (dir:/path) each disk gets a writable overlay on its point, and nothing is copied. From a repository
     the disks are restored into --into DIR first. Newer layers and points stay where they are.
@@ -163,6 +169,7 @@ def failover(
             defines=defines,
             connect=connect,
             starts=start,
+            reach=options.reach(at, without, out),
         )
 
     work = {text: _opened(text, into, request_of, out, many=len(guests) > 1) for text in dict.fromkeys(guests)}
@@ -275,9 +282,17 @@ def _ask(plan: FailoverPlan) -> None:
             hint="say --yes",
         )
     where = f"guest point {plan.guest_point} of {moment(plan.time, zone=True)}"
-    question = f"Take {plan.guest} over from {plan.master or 'its host'} at {where}? Lost: {_lost(plan.loss)}."
+    question = f"Take {plan.guest} over from {_from(plan)} at {where}? Lost: {_lost(plan.loss)}."
+    if plan.silent:
+        question += f" No answer from {', '.join(plan.silent)}."
     if not typer.confirm(question, err=True):
         raise InvalidInput("nothing was done", subject=f"{plan.destination}::{plan.guest}")
+
+
+def _from(plan: FailoverPlan) -> str:
+    """The host that is replaced, which may have taken the guest over elsewhere."""
+    where = "" if plan.master_at is None else f", to which it went at {plan.master_at}"
+    return f"{plan.master or 'its host'}{where}"
 
 
 def _lost(loss: Loss) -> str:
@@ -297,7 +312,9 @@ def _draw_plan(console: Console, plan: FailoverPlan) -> None:
         console,
         [
             ("lost", _lost(plan.loss)),
-            ("from", plan.master or "a host that is not recorded"),
+            ("from", _from(plan)),
+            ("others", ", ".join(plan.others)),
+            ("no answer", ", ".join(plan.silent)),
             ("state", f"{plan.state.value}; then in epoch {plan.epoch}"),
             ("consistency", plan.consistency.value),
             ("to write", size(plan.bytes_to_write)),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from snapchain.destination.protocol import Destination
     from snapchain.guest.address import GuestAddress
     from snapchain.guest.snapshot import SnapshotRequest
+    from snapchain.ops.other_destinations import Reach
 
 _OUTPUT = "Output"
 _KEY = "Passphrase"
@@ -281,6 +282,41 @@ def disk_of(address: DestinationAddress | PointAddress) -> str | None:
     from snapchain.destination.address import PointAddress as Point, parse_disk_address
 
     return parse_disk_address(str(address)).disk if isinstance(address, Point) else None
+
+
+_OTHERS = "The guest's other destinations"
+OtherAt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--at",
+        metavar="DEST",
+        help="Another destination of the guest, as this host reaches it. May be repeated.",
+        rich_help_panel=_OTHERS,
+    ),
+]
+Without = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--without",
+        metavar="DEST",
+        help="This other destination need not answer: you vouch that no host took the guest over there. Your name is "
+        "recorded. May be repeated.",
+        rich_help_panel=_OTHERS,
+    ),
+]
+
+
+def reach(at: Sequence[str] | None, without: Sequence[str] | None, out: Output) -> Reach:
+    """How a guest's other destinations are reached, with the passphrase of this command where one is encrypted."""
+    from snapchain.destinations import open_destination
+    from snapchain.ops.other_destinations import Reach
+
+    passphrase = passphrase_source(out)
+    return Reach(
+        at=at or (),
+        without=without or (),
+        opens=lambda url: open_destination(url, passphrase=passphrase, writing=True),
+    )
 
 
 def passphrase_source(out: Output) -> Callable[[], str | None]:

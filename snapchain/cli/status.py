@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.destination.protocol import Destination
+    from snapchain.model.guest_checks import GuestCheck
     from snapchain.ops.guest_status import GuestStatus, StatusReport
 
 
@@ -37,7 +38,10 @@ def status(
     """Show how the guests of destinations stand.
 
     For each guest: its state, the host that may run it, and the epoch; its newest guest point, how old that is, and
-    about how much the guest wrote since. A line `owed` says what is left to be done, such as after a failover.
+    about how much the guest wrote since; when it was last verified, and when a clone of it last booted. A line `owed`
+    says what is left to be done, such as after a failover.
+
+    The guest's other destinations are asked, too: one of them may have a newer master.
 
     A guest or a destination that does not answer is a line of the list, and does not change the exit code.
     """
@@ -53,7 +57,7 @@ def status(
                 raise InvalidInput("a guest is wanted here, not a point of it", subject=text)
             guest = address.disk
         asked.append((options.destination(address.dest, out), guest))
-    out.show(run(asked), _draw)
+    out.show(run(asked, reach=options.reach(None, None, out)), _draw)
 
 
 def _draw(console: Console, report: StatusReport) -> None:
@@ -71,6 +75,10 @@ def _draw(console: Console, report: StatusReport) -> None:
                 ("from", guest.former or ""),
                 ("guest point", _point(guest)),
                 ("behind", _lag(guest)),
+                ("others", ", ".join(guest.others)),
+                *(("no answer", each) for each in guest.silent),
+                ("verified", _checked(guest.verified, with_share=True)),
+                ("boot tested", _checked(guest.booted)),
                 *(("owed", each) for each in guest.owed),
                 ("no answer", guest.fault or ""),
             ],
@@ -83,6 +91,14 @@ def _point(guest: GuestStatus) -> str:
     how = "" if guest.consistency is None else f", {guest.consistency.value}"
     torn = f"; {guest.torn} newer moments are incomplete" if guest.torn else ""
     return f"{guest.guest_point} of {moment(guest.time)}{how}{torn}"
+
+
+def _checked(check: GuestCheck | None, *, with_share: bool = False) -> str:
+    if check is None:
+        return "never"
+    share = f", {check.share:.0%} of the data" if with_share and check.share else ", records" if with_share else ""
+    verdict = "" if check.ok else f"; FAILED: {check.words}"
+    return f"{moment(check.time)} by {check.by}: guest point {check.point}{share}{verdict}"
 
 
 def _lag(guest: GuestStatus) -> str:

@@ -12,6 +12,7 @@ from snapchain.destination.traits import Traits
 from snapchain.model.content import Hashes
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents, Int64s
+from snapchain.model.guest_checks import GuestCheck, GuestChecks
 
 if TYPE_CHECKING:
     from snapchain.destination.records import (
@@ -184,6 +185,17 @@ class ReadableDestination(Protocol):
         """Check the records, and a share (0 to 1) of the data. Findings are values, not errors.
 
         Raises NotFound, and InvalidInput for a share that the traits do not allow.
+        """
+        ...
+
+    def guest_checks(self, guest: str) -> GuestChecks:
+        """What came of the last checks of a guest, as they were recorded here. Raises Unsupported as `note_check`."""
+        ...
+
+    def note_check(self, check: GuestCheck) -> None:
+        """Record a check, in the place of the last one of its kind. Whoever may read the guest may do so.
+
+        Raises NotFound where there is no such guest, Unsupported for a peer that is too old.
         """
         ...
 

@@ -17,6 +17,10 @@
 A record is written with the number after the one that its writer has read, so of two writers one is refused.  SWITCH,
 PROMOTE and WITHDRAW raise the epoch, and with it the epochs of all disks of the guest: these stay the guard that
 refuses an old master's writes.  Where the disks are in a later epoch than the record, they have gone on without it.
+
+A guest may have several destinations, each with a record of its own.  KNOW adds others to what one knows.  FOLLOW makes
+a record say that the guest was taken over at another destination: from any state to protected, in that later epoch.
+Whoever takes a guest over writes at one destination first, and then at all others (ops/other_destinations.py).
 """
 
 from __future__ import annotations
@@ -24,9 +28,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
 from snapchain.errors import Conflict
 from snapchain.model.disk_name import LARGEST_EPOCH
@@ -34,8 +47,11 @@ from snapchain.model.disk_name import LARGEST_EPOCH
 Name = Annotated[str, StringConstraints(min_length=1, max_length=250)]
 Words = Annotated[str, StringConstraints(max_length=1000)]
 Token = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Address = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 MOST_DISKS = 1000
 """Of one guest."""
+MOST_PLACES = 32
+"""Destinations of one guest."""
 
 
 class GuestState(StrEnum):
@@ -62,6 +78,8 @@ class Transition(StrEnum):
     RETURN = "return"
     DIVERGE = "diverge"
     SETTLE = "settle"
+    KNOW = "know"
+    FOLLOW = "follow"
 
 
 class Part(BaseModel):
@@ -81,6 +99,65 @@ class Vouched(Part):
     words: Words = ""
 
 
+class Place(Part):
+    """A destination of a guest, as one of its hosts has named it.
+
+    id: that the destination gives itself, None where it is not known; url: its address, which may mean something else,
+    or nothing, on another host; host: of a replica, the host that has it
+    """
+
+    id: Name | None = None
+    url: Address
+    host: Name | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the address is a path of one host."""
+        return self.url.startswith(("/", "dir:", "file:"))
+
+    def is_same(self, other: Place) -> bool:
+        """Whether both are one destination: by the id where both have one."""
+        if self.id is not None and other.id is not None:
+            return self.id == other.id
+        return self.url == other.url
+
+    def __str__(self) -> str:
+        return f"{self.url} on {self.host}" if self.is_local and self.host else self.url
+
+
+def joined(*places: Place) -> tuple[Place, ...]:
+    """Each destination once, in the order of their first mention; an address that other hosts can use is preferred."""
+    found: list[Place] = []
+    for place in places:
+        at = next((number for number, each in enumerate(found) if each.is_same(place)), None)
+        if at is None:
+            found.append(place)
+            continue
+        best = min((found[at], place), key=lambda each: each.is_local)
+        names = {"id": found[at].id or place.id, "host": found[at].host or place.host}
+        found[at] = best.model_copy(update=names)
+    return tuple(found)
+
+
+def updated(known: Sequence[Place], more: Sequence[Place]) -> tuple[Place, ...]:
+    """Known destinations, and more. A newer one takes the place of another at the same address, which is gone."""
+    stays = [each for each in known if not any(new.url == each.url and not new.is_same(each) for new in more)]
+    return joined(*stays, *more)
+
+
+def apart_from(places: Sequence[Place], *own: Place | None) -> tuple[Place, ...]:
+    """Those that are none of `own`."""
+    return tuple(each for each in places if not any(mine is not None and each.is_same(mine) for mine in own))
+
+
+_OPTIONS = "others", "at", "here", "epoch", "seen_epoch"
+"""Fields that are written only where they say something: programs from before them refuse them."""
+
+
+def _without_unset(fields: dict[str, Any], required: frozenset[str] = frozenset()) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value or name in required or name not in _OPTIONS}
+
+
 class GuestStanding(Part):
     """A guest at a destination.
 
@@ -88,6 +165,8 @@ class GuestStanding(Part):
     master: the host that may write the disks, None where no change has named it yet; former: the one before it
     token: of the move or failover that the state belongs to; by: the host that made the change
     vouched: why the former master counts as gone; point, instant: the guest point that was taken over
+    others: the guest's other destinations; at: the one at which the master took it over, None for this one
+    here: this destination, as it describes itself; never stored
     """
 
     guest: Name
@@ -102,11 +181,27 @@ class GuestStanding(Part):
     vouched: Vouched | None = None
     point: int | None = Field(default=None, ge=1, lt=1 << 53)
     instant: Token | None = None
+    others: tuple[Place, ...] = Field(default=(), max_length=MOST_PLACES)
+    at: Place | None = None
+    here: Place | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_unset(handler(self), frozenset({"epoch"}))
 
     @property
     def is_taken_over(self) -> bool:
         """Whether a host other than the first master may write the guest's disks."""
-        return self.state not in (GuestState.PROTECTED, GuestState.MOVING)
+        return self.at is not None or self.state not in (GuestState.PROTECTED, GuestState.MOVING)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the guest may run at this destination's host, by a failover or a move to it."""
+        return self.state not in (GuestState.PROTECTED, GuestState.MOVING, GuestState.PROMOTING)
+
+    def for_older(self) -> GuestStanding:
+        """As programs understand it that do not know of several destinations."""
+        return self.model_copy(update={"others": (), "at": None, "here": None})
 
 
 class TakenDisk(Part):
@@ -124,6 +219,10 @@ class GuestChange(Part):
     by RETURN and DIVERGE the one that came back; former: the master that PROMOTE replaces, as the guest point has it
     vouched, point, instant: as the record has them, for PROMOTE
     disks: for PROMOTE, all disks of the guest point
+    others: for KNOW, destinations that this one is to know
+    epoch: for FOLLOW, that of the takeover; for PROMOTE, the newest that is known of the guest anywhere, 0 if none is
+    seen_epoch, at: for FOLLOW, the epoch that the caller has read here, and where the guest was taken over, None where
+    it is its former host's again
     """
 
     guest: Name
@@ -137,6 +236,14 @@ class GuestChange(Part):
     point: int | None = Field(default=None, ge=1, lt=1 << 53)
     instant: Token | None = None
     disks: tuple[TakenDisk, ...] = Field(default=(), max_length=MOST_DISKS)
+    others: tuple[Place, ...] = Field(default=(), max_length=MOST_PLACES)
+    epoch: int = Field(default=0, ge=0, le=LARGEST_EPOCH)
+    seen_epoch: int = Field(default=0, ge=0, le=LARGEST_EPOCH)
+    at: Place | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_unset(handler(self))
 
     @model_validator(mode="after")
     def _names_disks_of_the_guest(self) -> Self:
@@ -150,9 +257,14 @@ class GuestChange(Part):
         """Whether it raises the epoch."""
         return self.transition in RAISES
 
+    @property
+    def needs_several(self) -> bool:
+        """Whether the other side must know of several destinations."""
+        return self.transition in (Transition.KNOW, Transition.FOLLOW) or bool(self.epoch)
+
 
 _UNDER_WAY = frozenset({GuestState.MOVING, GuestState.SWITCHED, GuestState.PROMOTING})
-RAISES = frozenset({Transition.SWITCH, Transition.PROMOTE, Transition.WITHDRAW})
+RAISES = frozenset({Transition.SWITCH, Transition.PROMOTE, Transition.WITHDRAW, Transition.FOLLOW})
 LEGAL: dict[Transition, tuple[frozenset[GuestState], GuestState]] = {
     Transition.MOVE: (frozenset({GuestState.PROTECTED}), GuestState.MOVING),
     Transition.ABORT: (frozenset({GuestState.MOVING}), GuestState.PROTECTED),
@@ -163,9 +275,10 @@ LEGAL: dict[Transition, tuple[frozenset[GuestState], GuestState]] = {
     Transition.RETURN: (frozenset({GuestState.ACTIVE}), GuestState.SUSPECT),
     Transition.DIVERGE: (frozenset({GuestState.ACTIVE, GuestState.SUSPECT}), GuestState.DIVERGED),
     Transition.SETTLE: (frozenset({GuestState.SUSPECT, GuestState.DIVERGED}), GuestState.ACTIVE),
+    Transition.FOLLOW: (frozenset(GuestState), GuestState.PROTECTED),
 }
-"""From which states each is legal, and to which it leads."""
-_BEGIN = frozenset({Transition.MOVE, Transition.PROMOTE})
+"""From which states each is legal, and to which it leads. KNOW changes no state."""
+_BEGIN = frozenset({Transition.MOVE, Transition.PROMOTE, Transition.FOLLOW})
 """These begin something; all other steps belong to what is under way or was done, and must name its token."""
 
 
@@ -174,22 +287,36 @@ def unrecorded(guest: str, epoch: int) -> GuestStanding:
     return GuestStanding(guest=guest, number=0, state=GuestState.PROTECTED, epoch=epoch)
 
 
-def as_disks_stand(record: GuestStanding | None, guest: str, epoch: int) -> GuestStanding:
+def as_disks_stand(
+    record: GuestStanding | None, guest: str, epoch: int, *, master: str | None = None, at: Place | None = None
+) -> GuestStanding:
     """How a guest stands. record: what is stored, None for nothing; epoch: the latest of its disks
 
+    master, at: who writes the disks in that epoch, and where they were given to, as far as the disks tell
     Disks in a later epoch than the record were handed on without it: their master writes them, as before any change.
     """
     if record is None:
-        return unrecorded(guest, epoch)
+        return unrecorded(guest, epoch).model_copy(update={"master": master, "at": at})
     if epoch <= record.epoch:
         return record
     return GuestStanding(
-        guest=guest, number=record.number, state=GuestState.PROTECTED, epoch=epoch, former=record.master
+        guest=guest,
+        number=record.number,
+        state=GuestState.PROTECTED,
+        epoch=epoch,
+        master=master,
+        at=at,
+        former=record.master,
+        others=record.others,
     )
 
 
 def is_done(now: GuestStanding, change: GuestChange) -> bool:
     """Whether a change was made already, by an earlier run whose answer was lost."""
+    if change.transition is Transition.KNOW:
+        return not apart_from(change.others, now.here, *now.others)
+    if change.transition is Transition.FOLLOW and now.epoch != change.epoch:
+        return False
     return (now.token, now.state, now.number) == (change.token, LEGAL[change.transition][1], change.seen + 1)
 
 
@@ -202,33 +329,82 @@ def after(now: GuestStanding, change: GuestChange, *, time: datetime, subject: o
         raise Conflict(
             f"the state of the guest was changed meanwhile: it is {describe(now)}", subject=subject, hint="run it again"
         )
+    if change.transition is Transition.KNOW:
+        known = updated(now.others, apart_from(change.others, now.here))
+        if len(known) > MOST_PLACES:
+            raise Conflict(f"a guest has at most {MOST_PLACES} destinations", subject=subject)
+        return now.model_copy(update={"number": now.number + 1, "time": time, "by": change.by, "others": known})
     states, target = LEGAL[change.transition]
+    if change.transition is Transition.WITHDRAW and now.vouched is None:
+        states |= {GuestState.ACTIVE}  # a planned move goes back as long as its guest has written nothing
     begins = change.transition in _BEGIN or now.state is GuestState.PROTECTED
     if now.state not in states or not (begins or now.token == change.token):
         raise Conflict(f"the guest is {describe(now)}", subject=subject, hint=_remedy(now))
     if change.transition is Transition.PROMOTE and change.vouched is None:
         raise Conflict("there is no proof that its master is gone", subject=subject, hint=PROOF)
-    if change.raises and now.epoch >= LARGEST_EPOCH:
-        raise Conflict(f"its epoch is {now.epoch}, and there is none after it", subject=subject)
+    if change.transition is Transition.FOLLOW and not _may_follow(now, change):
+        raise Conflict(describe_takeover(now), subject=subject, hint="`snapchain status` shows how it stands")
+    epoch = change.epoch if change.transition is Transition.FOLLOW else max(now.epoch, change.epoch) + 1
+    if change.raises and epoch > LARGEST_EPOCH:
+        raise Conflict(f"its epoch is {epoch - 1}, and there is none after it", subject=subject)
     kept: dict[str, object] = {"time": time, "by": change.by, "number": now.number + 1, "state": target}
     match change.transition:
         case Transition.MOVE:
-            begun = {"token": change.token, "master": change.host, "former": None, "vouched": None}
+            begun = {"token": change.token, "master": change.host, "former": None, "vouched": None, "at": None}
             return now.model_copy(update=kept | begun | _NO_POINT)
         case Transition.SWITCH | Transition.PROMOTE:
-            before = now.master or change.former
+            is_elsewhere = change.epoch > now.epoch  # then the caller has heard of it what is not known here
+            before = change.former if is_elsewhere else now.master or change.former
             former = before if before != change.host else now.former
             taken = {"token": change.token, "master": change.host, "former": former, "vouched": change.vouched}
             point = {"point": change.point, "instant": change.instant}
-            return now.model_copy(update=kept | taken | point | {"epoch": now.epoch + 1})
+            return now.model_copy(update=kept | taken | point | {"epoch": epoch, "at": None})
         case Transition.WITHDRAW:
-            back = {"master": now.former, "former": now.master, "vouched": None, "epoch": now.epoch + 1}
+            back = {"master": now.former, "former": now.master, "vouched": None, "epoch": epoch}
             return now.model_copy(update=kept | back | _NO_POINT)
+        case Transition.FOLLOW:
+            at = None if change.at is None or (now.here and now.here.is_same(change.at)) else change.at
+            more = () if at is None else apart_from((at,), *now.others)
+            taken = {"token": change.token, "master": change.host, "former": change.former, "vouched": change.vouched}
+            where = {"epoch": epoch, "at": at, "others": (*now.others, *more)[:MOST_PLACES]}
+            return now.model_copy(update=kept | taken | where | _NO_POINT)
         case Transition.RETURN | Transition.DIVERGE:
             return now.model_copy(update=kept | {"former": change.host})
         case Transition.ABORT | Transition.START | Transition.SETTLE:
             return now.model_copy(update=kept)
     raise AssertionError("every transition has its case")
+
+
+def _may_follow(now: GuestStanding, change: GuestChange) -> bool:
+    """Whether a takeover at another destination is later than what is recorded here.
+
+    In one epoch it replaces only what has started no guest: of two that meet, the caller decides which one yields.
+    """
+    if change.seen_epoch != now.epoch:
+        return False
+    if change.epoch == now.epoch:
+        return now.state is GuestState.PROMOTING or (now.state is GuestState.PROTECTED and now.at is not None)
+    return change.epoch > now.epoch
+
+
+def outranks(theirs: GuestStanding, mine: GuestStanding, *, seen: GuestStanding | None) -> bool:
+    """Whether what another destination has recorded counts before a takeover that is recorded as `mine` already.
+
+    seen: how the guest stood there before that, None where it did not answer. The proof that the master is gone was
+    made with that in view, so what has not changed since does not count.
+    """
+    if theirs.token == mine.token and theirs.epoch <= mine.epoch:
+        return False
+    if theirs.epoch > mine.epoch:
+        return True
+    if theirs.epoch == mine.epoch:
+        has_followed = theirs.state is GuestState.PROTECTED and theirs.at is not None
+        may_wait = has_followed or theirs.state is GuestState.PROMOTING
+        return not may_wait or (theirs.token or "") > (mine.token or "")
+    if seen is not None and (theirs.state, theirs.token, theirs.epoch) == (seen.state, seen.token, seen.epoch):
+        return False
+    was_written = seen is not None and theirs.epoch > seen.epoch and theirs.at is None and not theirs.has_begun
+    return (theirs.has_begun or was_written) and theirs.master != mine.former
 
 
 _NO_POINT: dict[str, object] = {"point": None, "instant": None}
@@ -255,7 +431,8 @@ def describe(now: GuestStanding) -> str:
     elif now.master is not None:
         words = f"{words} on {now.master}" if now.state is not GuestState.PROTECTED else f"protected, of {now.master}"
     since = "" if now.time is None else f", since {now.time:%Y-%m-%d %H:%M} UTC"
-    return f"{words} in epoch {now.epoch}{since}"
+    where = "" if now.at is None else f", taken over at {now.at}"
+    return f"{words} in epoch {now.epoch}{since}{where}"
 
 
 def describe_takeover(now: GuestStanding) -> str:
@@ -267,7 +444,9 @@ def describe_takeover(now: GuestStanding) -> str:
     kind = how[None if now.vouched is None else now.vouched.how]
     word = f", for which {now.vouched.who} vouched" if now.vouched and now.vouched.how == "person" else ""
     when = "" if now.time is None else f", {now.time:%Y-%m-%d %H:%M} UTC"
-    return f"{now.master or 'another host'} has taken the guest {now.guest} over {kind}{word}: epoch {now.epoch}{when}"
+    where = "" if now.at is None else f" at {now.at}"
+    taker = now.master or "another host"
+    return f"{taker} has taken the guest {now.guest} over {kind}{word}{where}: epoch {now.epoch}{when}"
 
 
 def epoch_of(epochs: Sequence[int]) -> int:

@@ -11,9 +11,11 @@ from snapchain.destination.protocol import Destination
 from snapchain.destination.records import DiskRecord
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.model.consistency import Consistency
-from snapchain.model.guest_state import GuestStanding, GuestState, Vouched
+from snapchain.model.guest_checks import GuestCheck, GuestChecks
+from snapchain.model.guest_state import GuestStanding, GuestState, Place, Vouched, describe
 from snapchain.ops.failover.choose import loss_of
 from snapchain.ops.guest_points import GuestView, guest_named, guests_of
+from snapchain.ops.other_destinations import OtherDestinations, Reach
 
 
 class _Shown(BaseModel):
@@ -27,6 +29,9 @@ class GuestStatus(_Shown):
     guest_point, time, consistency: of the newest guest point; torn: newer moments that are no guest point
     lag_seconds: since its time; lag_bytes: what the guest wrote since, by the rate between its last two points, or None
     ahead_bytes: DATA that the destination has beyond it
+    taken_at: the other destination at which the master took the guest over; others: all other destinations that are
+    known; silent: those of them that did not answer, and why
+    verified, booted: what came of the last verification of the guest, and of the last boot of a clone (failover --test)
     owed: what must still be done about it, sentences; fault: why it could not be asked
     """
 
@@ -45,6 +50,11 @@ class GuestStatus(_Shown):
     lag_seconds: float | None = None
     lag_bytes: int | None = None
     ahead_bytes: int = 0
+    taken_at: str | None = None
+    others: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
+    verified: GuestCheck | None = None
+    booted: GuestCheck | None = None
     owed: tuple[str, ...] = ()
     fault: str | None = None
 
@@ -60,8 +70,10 @@ class StatusReport(_Shown):
     guests: tuple[GuestStatus, ...]
 
 
-def status(places: Sequence[tuple[Destination, str | None]], *, now: datetime | None = None) -> StatusReport:
-    """Ask destinations, each about one guest or about all. now: for ages
+def status(
+    places: Sequence[tuple[Destination, str | None]], *, now: datetime | None = None, reach: Reach | None = None
+) -> StatusReport:
+    """Ask destinations, each about one guest or about all. now: for ages; reach: how other destinations are asked, too
 
     A guest whose state cannot be asked is a row with the reason. Raises NotFound for a guest that a destination lacks.
     """
@@ -70,6 +82,8 @@ def status(places: Sequence[tuple[Destination, str | None]], *, now: datetime | 
     for place, name in places:
         disks = place.disks()
         rows += _all(place, disks, now) if name is None else [_one(place, disks, name, now)]
+    if reach is not None:
+        rows = [_with_others(row, place, reach) for row in rows for place, _ in places if place.url == row.destination]
     return StatusReport(guests=tuple(sorted(rows, key=lambda row: row.guest)))
 
 
@@ -92,7 +106,7 @@ def _one(place: Destination, disks: Sequence[DiskRecord], name: str, now: dateti
 def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -> GuestStatus:
     row = GuestStatus(guest=name, destination=place.url)
     try:
-        standing = place.guest_state(name)
+        standing, checks = place.guest_state(name), place.guest_checks(name)
         row = row.model_copy(
             update={
                 "state": standing.state,
@@ -101,7 +115,9 @@ def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -
                 "former": standing.former,
                 "since": standing.time,
                 "vouched": standing.vouched,
-                "owed": owed(standing),
+                "verified": checks.verified,
+                "booted": checks.booted,
+                "owed": owed(standing) + owed_by_checks(checks),
             }
         )
         if view is not None and view.points:
@@ -123,6 +139,27 @@ def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -
     return row
 
 
+def _with_others(row: GuestStatus, place: Destination, reach: Reach) -> GuestStatus:
+    """What the guest's other destinations say. Where one has a newer master, that is what is shown."""
+    try:
+        standing = place.guest_state(row.guest)
+    except SnapchainError:
+        return row
+    known = [*standing.others, *([] if standing.at is None else [standing.at])]
+    own = [Place(url=place.url), *([] if standing.here is None else [standing.here])]
+    others = OtherDestinations(row.guest, known, reach, own=own)
+    newest = others.newest(standing)
+    found: dict[str, object] = {
+        "taken_at": None if standing.at is None else str(standing.at),
+        "others": tuple(map(str, others.places)),
+        "silent": tuple(f"{each.place}: {each.fault}" for each in others.answers if each.standing is None),
+    }
+    if newest.epoch > standing.epoch:
+        where = newest.at or newest.here
+        found["owed"] = (*row.owed, f"it was taken over since: it is {describe(newest)}, at {where}")
+    return row.model_copy(update=found)
+
+
 def owed(standing: GuestStanding) -> tuple[str, ...]:
     """What a state leaves to be done, and by whom."""
     master, former = standing.master or "the new host", standing.former or "the old host"
@@ -130,7 +167,7 @@ def owed(standing: GuestStanding) -> tuple[str, ...]:
         case GuestState.MOVING:
             return (f"a move from {master} is under way: it must be finished or aborted there",)
         case GuestState.SWITCHED:
-            return (f"the guest is not known to run on {master} yet: finish the move",)
+            return (f"the guest is not known to run on {master} yet: finish the move, or start it there",)
         case GuestState.PROMOTING:
             return (f"a failover to {master} is under way: run it again there, or --withdraw",)
         case GuestState.SUSPECT:
@@ -141,3 +178,13 @@ def owed(standing: GuestStanding) -> tuple[str, ...]:
             return (f"{former} must not start it: run `snapchain fence` there before its guests start",)
         case GuestState.ACTIVE | GuestState.PROTECTED:
             return ()
+
+
+def owed_by_checks(checks: GuestChecks) -> tuple[str, ...]:
+    """What the last checks have found to be wrong."""
+    found = []
+    if checks.verified is not None and not checks.verified.ok:
+        found.append(f"the last verification found damage: {checks.verified.words}")
+    if checks.booted is not None and not checks.booted.ok:
+        found.append(f"the last boot of a clone failed: {checks.booted.words}")
+    return tuple(found)

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Sequence
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import Finding, Findings, VerifyReport
 from snapchain.errors import Corrupt, NotFound, SnapchainError, Unavailable
+from snapchain.host.terminal import counted
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.guest_checks import CheckKind
+from snapchain.ops import guest_checks
 from snapchain.ops.guest_points import GuestPoint, GuestView, fault_of, guest_named, guests_of
 from snapchain.ops.guest_records import read_record
 
@@ -24,7 +27,11 @@ def verify(
     """
     if name is None:
         found = destination.verify(None, share=share, on_event=on_event)
-        return _with(found, _of_guests(destination, guests_of(destination.disks()), share=share, on_event=on_event))
+        guests = guests_of(destination.disks())
+        report = _with(found, _of_guests(destination, guests, share=share, on_event=on_event))
+        for each in guests:
+            _record(destination, each, report, share, on_event)
+        return report
     try:
         return destination.verify(name, share=share, on_event=on_event)
     except NotFound:
@@ -43,7 +50,30 @@ def verify(
         checked_bytes=sum(each.checked_bytes for each in reports),
         findings=tuple(finding for each in reports for finding in each.findings),
     )
-    return _with(report, _of_guests(destination, [view], share=1.0, on_event=on_event))
+    report = _with(report, _of_guests(destination, [view], share=1.0, on_event=on_event))
+    _record(destination, view, report, share, on_event)
+    return report
+
+
+def _record(
+    destination: ReadableDestination, view: GuestView, report: VerifyReport, share: float, on_event: OnEvent
+) -> None:
+    """Record at the destination what was found about a guest. What no disk is named for may be about it, too."""
+    if not view.points:
+        return
+    about = [each for each in report.findings if each.disk in (None, view.record_disk, *view.disks)]
+    words = f"{counted(len(about), 'finding')}, the first: {about[0].message}" if about else ""
+    point = view.points[-1].point
+    guest_checks.record(
+        destination,
+        view.name,
+        CheckKind.VERIFIED,
+        ok=not about,
+        point=point,
+        share=share,
+        words=words,
+        on_event=on_event,
+    )
 
 
 def _with(report: VerifyReport, more: Iterator[Finding]) -> VerifyReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from pydantic import ValidationError
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import Notice, OnEvent
-from snapchain.model.guest_state import LEGAL, GuestChange, GuestStanding
+from snapchain.model.guest_checks import GuestCheck, GuestChecks
+from snapchain.model.guest_state import LEGAL, GuestChange, GuestStanding, Transition, apart_from
 from snapchain.model.retention import DropPoints, Rules
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.stream.messages import (
@@ -167,9 +169,11 @@ def ask_for_handover(
 
     Raises what the replica refuses with: then nothing was changed there; Unavailable where that is not known.
     """
-    request = Handover(step=step, token=token, disks=tuple(disks), replica=endpoint.replica)
     found: tuple[Standing, ...] | None = None
     with _connected(endpoint) as session:
+        session.begin()  # which tells its features
+        by = socket.gethostname()[:250] if Feature.GUEST_STATE in session.features else None
+        request = Handover(step=step, token=token, disks=tuple(disks), replica=endpoint.replica, by=by)
         for frame in session.responses(Kind.HANDOVER, request):
             if frame.kind is not Kind.HANDED or found is not None:
                 raise session.unexpected(frame)
@@ -198,21 +202,39 @@ def guest_at(
     Unavailable where that is not known, Unsupported for a server that is too old.
     """
     request = _valid(AskGuest, guest=guest, replica=endpoint.replica, change=change, handed=tuple(handed))
+    feature = Feature.PLACES if change is not None and change.needs_several else None
+    found = _ask_guest(endpoint, request, feature=feature)
+    standing = found.standing
+    if change is not None and not _is_as_asked(standing, change):
+        raise Corrupt("it did not do what was requested", subject=endpoint.url)
+    _check_overlays(endpoint, found.disks)
+    if standing.here is not None:
+        standing = standing.model_copy(update={"here": standing.here.model_copy(update={"url": endpoint.url})})
+    return standing, found.disks
+
+
+def _is_as_asked(standing: GuestStanding, change: GuestChange) -> bool:
+    if change.transition is Transition.KNOW:
+        return not apart_from(change.others, standing.here, *standing.others)
+    return (change.token, LEGAL[change.transition][1]) == (standing.token, standing.state)
+
+
+def checks_at(endpoint: Endpoint, guest: str, check: GuestCheck | None = None) -> GuestChecks:
+    """What came of the last checks of a guest, after one that is to be recorded. Raises as `guest_at`."""
+    request = _valid(AskGuest, guest=guest, replica=endpoint.replica, check=check)
+    return _ask_guest(endpoint, request).checks
+
+
+def _ask_guest(endpoint: Endpoint, request: AskGuest, *, feature: Feature | None = None) -> Stands:
     found: Stands | None = None
     with _connected(endpoint) as session:
-        for frame in session.responses(Kind.GUEST, request):
+        for frame in session.responses(Kind.GUEST, request, feature=feature):
             if frame.kind is not Kind.STANDING or found is not None:
                 raise session.unexpected(frame)
             found = session.decode(Stands, frame)
-    if found is None or found.standing.guest != guest:
+    if found is None or found.standing.guest != request.guest:
         raise Corrupt("its answer lacks the guest that was asked for", subject=endpoint.url)
-    if change is not None and (change.token, LEGAL[change.transition][1]) != (
-        found.standing.token,
-        found.standing.state,
-    ):
-        raise Corrupt("it did not do what was requested", subject=endpoint.url)
-    _check_overlays(endpoint, found.disks)
-    return found.standing, found.disks
+    return found
 
 
 def _check_overlays(endpoint: Endpoint, disks: Sequence[Standing]) -> None:

@@ -34,9 +34,10 @@ from snapchain.image.qcow2.aligned import aligned
 from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, decode_sum
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Int64s
+from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestChange, GuestStanding
 from snapchain.replica.catalogue import keys_of
-from snapchain.replica.client import guest_at, waiting
+from snapchain.replica.client import checks_at, guest_at, waiting
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
@@ -102,6 +103,14 @@ class ReplicaWriting:
         """See `Writing`. A SWITCH names its overlays, and goes by `client.guest_at`."""
         standing, disks = guest_at(self.endpoint, change.guest, change)
         return standing, {each.disk: Path(each.overlay) for each in disks}
+
+    def guest_checks(self, guest: str) -> GuestChecks:
+        """See `ReadableDestination`."""
+        return checks_at(self.endpoint, guest)
+
+    def note_check(self, check: GuestCheck) -> None:
+        """See `ReadableDestination`."""
+        checks_at(self.endpoint, check.guest, check)
 
 
 class StreamWriting:

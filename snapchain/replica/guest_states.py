@@ -9,36 +9,46 @@ refused is refused before the record, so all disks are taken over, or none.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from blake3 import blake3
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.os_errors import os_errors
 from snapchain.image import scan
 from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.guest_state import (
     GuestChange,
     GuestStanding,
+    GuestState,
+    Place,
     TakenDisk,
     Transition,
     after,
     as_disks_stand,
     epoch_of,
     is_done,
+    unrecorded,
 )
 from snapchain.replica import handover, names
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Layer
 from snapchain.replica.epochs import overlay_of
-from snapchain.replica.guest_store import alone_with, disks_of, read_standing, write_standing
+from snapchain.replica.guest_store import alone_with, disks_of, note_check, read_checks, read_standing, write_standing
 from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_replica
-from snapchain.replica.stream.messages import Active, AskGuest, HandedDisk, Kind, Standing, Stands
+from snapchain.replica.stream.messages import Active, AskGuest, Feature, HandedDisk, Kind, Standing, Stands
 from snapchain.source.handed_over import HandedOver
 from snapchain.source.notes import Notes
+from snapchain.source.ownership import note_epoch
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver
@@ -48,31 +58,71 @@ _SECTOR = 512
 
 def answer(receiver: Receiver, request: AskGuest) -> None:
     """GUEST. Raises as `look` and `change`."""
-    replica = open_replica(receiver.root(request.replica))
-    found = look(replica, request.guest) if request.change is None else change(replica, request)
+    knows = request.change is not None and request.change.transition is Transition.KNOW
+    # It comes before the first layer: no guest point is to be here without the names of the other destinations.
+    replica = open_replica(receiver.root(request.replica), make=knows)
+    if request.check is not None:
+        with alone_with(replica.root, request.guest):
+            found = look(replica, request.guest)
+            found = found.model_copy(update={"checks": note_check(replica.root, request.check)})
+    else:
+        found = look(replica, request.guest) if request.change is None else change(replica, request)
+    if Feature.PLACES not in receiver.session.features:
+        found = found.model_copy(update={"standing": found.standing.for_older()})
     receiver.session.reply(Kind.STANDING, found)
     receiver.session.done()
 
 
 def look(replica: Replica, guest: str) -> Stands:
-    """How a guest stands; changes nothing. Raises NotFound where no disk here is one of such a guest."""
-    disks = disks_of(replica, guest)
-    if not disks:
+    """How a guest stands; changes nothing. Raises NotFound where nothing here is of such a guest."""
+    disks, record = disks_of(replica, guest), read_standing(replica.root, guest)
+    if not disks and record is None:
         raise NotFound(f"there is no guest {guest!r} here", subject=replica.root)
-    standing = as_disks_stand(read_standing(replica.root, guest), guest, epoch_of([_epoch(disk) for disk in disks]))
-    return Stands(standing=standing)
+    found = max((_written(disk) for disk in disks), key=lambda each: each.epoch, default=_Written(0))
+    standing = as_disks_stand(record, guest, epoch_of([found.epoch]), master=found.master, at=found.at)
+    return Stands(
+        standing=standing.model_copy(update={"here": place_of(replica)}), checks=read_checks(replica.root, guest)
+    )
 
 
-def _epoch(disk: ReplicaDisk) -> int:
-    """The latest epoch that is known here of a disk: the host of this replica may have given it on to another one."""
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """Who writes a disk, as it lies here. epoch: the latest that is known; at: where this host has given it on to"""
+
+    epoch: int
+    master: str | None = None
+    at: Place | None = None
+
+
+def _written(disk: ReplicaDisk) -> _Written:
     catalogue = disk.read()
     if catalogue is None:
-        return 0
-    overlay = None if catalogue.handover is None else overlay_of(disk, catalogue.handover)
-    if overlay is None or not overlay.exists() or overlay.stat().st_mode & 0o222:
-        return catalogue.epoch
+        return _Written(0)
+    held = catalogue.handover
+    overlay = None if held is None else overlay_of(disk, held)
+    if held is None or overlay is None or not overlay.exists():
+        return _Written(catalogue.epoch)
+    if overlay.stat().st_mode & 0o222:
+        return _Written(catalogue.epoch, socket.gethostname() if held.epoch == catalogue.epoch else None)
     given = Notes().of(overlay.resolve()).given
-    return catalogue.epoch if given is None else max(catalogue.epoch, given.epoch)
+    if given is None or given.epoch < catalogue.epoch:
+        return _Written(catalogue.epoch)
+    if not given.destination:
+        return _Written(given.epoch)
+    host = (urlsplit(given.destination).hostname or socket.gethostname())[:250]
+    return _Written(given.epoch, host, Place(url=given.destination))
+
+
+def place_of(replica: Replica) -> Place:
+    """This replica, for whoever keeps a list of a guest's destinations.
+
+    Its id is that of the file that makes the directory a replica: a copy of the directory is another one.
+    """
+    marker = replica.root / names.MARKER
+    with os_errors(marker):
+        status = marker.stat()
+    text = f"{status.st_ino} {status.st_mtime_ns}"
+    return Place(id=blake3(text.encode()).hexdigest(length=16), url=f"dir:{replica.root}", host=socket.gethostname())
 
 
 def change(replica: Replica, request: AskGuest) -> Stands:
@@ -82,7 +132,7 @@ def change(replica: Replica, request: AskGuest) -> Stands:
     if asked.transition is Transition.SWITCH and not request.handed:
         raise InvalidInput("the disks that are handed over are not named", subject=request.guest)
     with alone_with(replica.root, request.guest):
-        now = look(replica, request.guest).standing
+        now = _stands(replica, asked)
         is_repeated = is_done(now, asked)
         subject = f"{replica.root}: {request.guest}"
         new = now if is_repeated else after(now, asked, time=datetime.now(UTC), subject=subject)
@@ -93,8 +143,17 @@ def change(replica: Replica, request: AskGuest) -> Stands:
                 write_standing(replica.root, new)
             return Stands(standing=new)
         with ExitStack() as stack:
-            work = _Raise(replica, asked, new, stack, is_repeated=is_repeated)
+            work = _Raise(replica, asked, now, new, stack, is_repeated=is_repeated)
             return Stands(standing=new, disks=work.run(request.handed))
+
+
+def _stands(replica: Replica, asked: GuestChange) -> GuestStanding:
+    try:
+        return look(replica, asked.guest).standing
+    except NotFound:
+        if asked.transition is not Transition.KNOW:
+            raise
+    return unrecorded(asked.guest, 1).model_copy(update={"here": place_of(replica)})
 
 
 def _check_complete(replica: Replica, now: GuestStanding, subject: str) -> None:
@@ -113,9 +172,16 @@ class _Raise:
     """SWITCH, PROMOTE or WITHDRAW: all disks of the guest enter the epoch of the new record. Locks last as `stack`."""
 
     def __init__(
-        self, replica: Replica, asked: GuestChange, new: GuestStanding, stack: ExitStack, *, is_repeated: bool
+        self,
+        replica: Replica,
+        asked: GuestChange,
+        was: GuestStanding,
+        new: GuestStanding,
+        stack: ExitStack,
+        *,
+        is_repeated: bool,
     ) -> None:
-        self._replica, self._asked, self._new, self._stack = replica, asked, new, stack
+        self._replica, self._asked, self._was, self._new, self._stack = replica, asked, was, new, stack
         self._is_repeated = is_repeated
         # In one order, so that two requests never wait for each other.
         self._disks = {disk.name: disk for disk in sorted(disks_of(replica, asked.guest), key=lambda each: each.name)}
@@ -130,6 +196,9 @@ class _Raise:
                 return self._switch(handed)
             case Transition.PROMOTE:
                 return self._promote()
+            case Transition.FOLLOW:
+                self._follow()
+                return ()
             case _:
                 self._withdraw()
                 return ()
@@ -234,6 +303,28 @@ class _Raise:
             if overlay is not None:
                 files.remove(overlay)
 
+    def _follow(self) -> None:
+        """The guest was taken over elsewhere: no file here is its master's any more. What it holds stays."""
+        self._decide()
+        for name, catalogue in self._catalogues.items():
+            held = catalogue.handover
+            is_given_on = held is not None and _is_read_only(overlay_of(self._disks[name], held))
+            kept = held if is_given_on else None
+            if held is not None and kept is None:
+                with suppress(SnapchainError):  # without it, the images count as older than they are
+                    note_epoch(overlay_of(self._disks[name], held), held.epoch)
+            if catalogue.epoch < self._new.epoch or kept is not held:
+                self._write(name, epoch=max(catalogue.epoch, self._new.epoch), handover=kept)
+            if held is not None and self._was.state is GuestState.PROMOTING and held.token == self._was.token:
+                self._remove_empty(self._disks[name], overlay_of(self._disks[name], held))
+
+    def _remove_empty(self, disk: ReplicaDisk, overlay: Path) -> None:
+        """The overlay of a failover that was overtaken before its guest was started; one that is in use stays."""
+        with suppress(SnapchainError), ImageLock(overlay, LockMode.WRITE):
+            if handover.is_untouched(disk, overlay):
+                handover.check_unused(disk, overlay)
+                files.remove(overlay)
+
     def _check_goes_back(self, disk: ReplicaDisk, overlay: Path) -> None:
         if not overlay.stat().st_mode & 0o222:
             raise Conflict("it is read-only: the host there has given the disk on to another one", subject=overlay)
@@ -282,3 +373,10 @@ def _check_made_before(disk: ReplicaDisk, layer: Layer, path: Path) -> None:
         subject=path,
         hint="look what it is; if it may go, remove it there and run this again",
     )
+
+
+def _is_read_only(path: Path) -> bool:
+    try:
+        return not path.stat().st_mode & 0o222
+    except OSError:
+        return False

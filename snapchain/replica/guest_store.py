@@ -1,7 +1,8 @@
 """Where a replica keeps the states of its guests: a small file each, beside the disks, changed under a lock.
 
-ROOT/.guests/web1.json     the newest record of guest web1 (model/guest_state.py)
-ROOT/.guests/web1.lock     locked by the process that changes it
+ROOT/.guests/web1.json          the newest record of guest web1 (model/guest_state.py)
+ROOT/.guests/web1.checks.json   what came of the last checks of it (model/guest_checks.py)
+ROOT/.guests/web1.lock          locked by the process that changes it
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from snapchain.errors import Busy, SnapchainError
 from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
+from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestStanding, describe_takeover
 from snapchain.replica import names
 from snapchain.replica.access import Access
@@ -35,7 +37,21 @@ def write_standing(root: Path, standing: GuestStanding) -> None:
     """Replace the record of a guest, durably. Only under its lock."""
     with os_errors(root):
         access = Access.of(root.stat())
-    write_record(_place(root, standing.guest, ".json"), standing, access=access)
+    write_record(_place(root, standing.guest, ".json"), standing.model_copy(update={"here": None}), access=access)
+
+
+def read_checks(root: Path, guest: str) -> GuestChecks:
+    """What came of the last checks of a guest."""
+    return read_record(GuestChecks, _place(root, guest, ".checks.json")) or GuestChecks()
+
+
+def note_check(root: Path, check: GuestCheck) -> GuestChecks:
+    """Record one. Only under the guest's lock."""
+    checks = read_checks(root, check.guest).after(check)
+    with os_errors(root):
+        access = Access.of(root.stat())
+    write_record(_place(root, check.guest, ".checks.json"), checks, access=access)
+    return checks
 
 
 @contextmanager

@@ -33,22 +33,19 @@ from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, empty_catalogue
 from snapchain.replica.merge_journal import others_on, undisturbed
 from snapchain.replica.status import verify_disk
-from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_replica
+from snapchain.replica.store import Replica, ReplicaDisk
 from snapchain.replica.stream.messages import (
     Active,
     ActiveState,
-    Handed,
     HandedDisk,
-    Handover,
     Kind,
     Readiness,
     Standing,
-    Step,
 )
 from snapchain.source.handed_over import HandedOver
 
 if TYPE_CHECKING:
-    from snapchain.replica.receiver import Receiver, Transfer
+    from snapchain.replica.receiver import Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,37 +97,6 @@ class Case:
 
     def conflict(self, message: str, hint: str) -> Conflict:
         return Conflict(message, subject=self.path, hint=hint)
-
-
-def answer(receiver: Receiver, request: Handover) -> None:
-    """HANDOVER. Raises as `hand_over`."""
-    handed = hand_over(request, receiver.root(request.replica))
-    receiver.session.reply(Kind.HANDED, handed)
-    receiver.session.done()
-
-
-def hand_over(request: Handover, root: Path) -> Handed:
-    """Do what the request says, for all disks or none.
-
-    Raises NotFound for a disk that is not here, Busy when one is being changed or its overlay is open, Conflict where
-    a disk is not as it was prepared, another host has taken it over, or a guest has written to what is to go back.
-    """
-    replica = open_replica(root)
-    with ExitStack() as stack:
-        # In one order, whatever the sender's: two handovers at once must not wait for each other.
-        for name in sorted(each.disk for each in request.disks):
-            disk = replica.disk(name)
-            if not disk.directory.is_dir():
-                raise NotFound(f"there is no disk {name!r} here", subject=root)
-            stack.enter_context(in_turn(disk, Work.TRANSFER))
-            if disk.read() is None:
-                raise NotFound(f"there is no disk {name!r} here", subject=root)
-        cases = cases_of(replica, request.disks)
-        if request.step is Step.GIVE:
-            cases = give(cases, request.token, stack)
-        elif request.step is Step.BACK:
-            cases = _take_back(cases, request.token, stack)
-    return Handed(disks=tuple(standing_of(case, request.token) for case in cases))
 
 
 def cases_of(replica: Replica, disks: Sequence[HandedDisk]) -> list[Case]:
@@ -192,7 +158,8 @@ def _record(case: Case, token: str) -> Case:
     return _written(case, case.catalogue.after(epoch=case.asked.epoch, handover=handover))
 
 
-def _take_back(cases: list[Case], token: str, stack: ExitStack) -> list[Case]:
+def take_back(cases: list[Case], token: str, stack: ExitStack) -> list[Case]:
+    """Make all disks their sender's again, or none."""
     for case in cases:
         if case.is_back(token):
             continue

@@ -4,7 +4,8 @@
     fetch     FETCH: the data of points
     cut       CUT: dropping layers and points
     merge     MERGE: keeping some points, and merging the layers of the others; RELEASE
-    handover  HANDOVER, a GUEST that changes a state, and an ACTIVE that makes an overlay: the disk's master changes
+    handover  HANDOVER, a GUEST that changes a state, and an ACTIVE that makes an overlay: the disk's master changes;
+              a GUEST that only names other destinations needs `send`, since it can take none away
     epochs    an OPEN that skips epochs, or ends a handover, because a human has named it
     guests    MOVE: programs are started here, with a command line of the peer: as much as a login
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from snapchain.errors import InvalidInput
 from snapchain.host.directory import place_to_change
+from snapchain.model.guest_state import Transition
 from snapchain.replica.stream.messages import REQUESTS, Active, AskGuest, Kind, Message, Open, Right
 
 _APPENDING = frozenset({Right.SEND, Right.FETCH})
@@ -40,7 +42,8 @@ class Permissions:
         if kind is Kind.ACTIVE and isinstance(request, Active) and request.make:
             needed = frozenset({Right.HANDOVER})
         if kind is Kind.GUEST and isinstance(request, AskGuest) and request.change is not None:
-            needed = frozenset({Right.HANDOVER})
+            only_adds = request.change.transition is Transition.KNOW
+            needed = frozenset({Right.HANDOVER, Right.SEND} if only_adds else {Right.HANDOVER})
         if kind is Kind.OPEN and isinstance(request, Open) and request.by_name:
             self._check(frozenset({Right.EPOCHS}), "skip epochs, or end a handover", subject)
         self._check(needed, kind.name, subject)

@@ -34,6 +34,7 @@ from snapchain.image.view import View
 from snapchain.model.content import LEAF_BYTES, Hashes
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Extents, Int64s, rounded
+from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestChange, GuestStanding
 from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.repository import guest_states
@@ -98,6 +99,14 @@ class RepositoryWriting:
     def change_guest(self, change: GuestChange) -> tuple[GuestStanding, Mapping[str, Path]]:
         """See `Writing`."""
         return guest_states.change(self.repository, change), {}
+
+    def guest_checks(self, guest: str) -> GuestChecks:
+        """See `ReadableDestination`."""
+        return guest_states.checks(self.repository, guest)
+
+    def note_check(self, check: GuestCheck) -> None:
+        """See `ReadableDestination`."""
+        guest_states.note_check(self.repository, check)
 
 
 class _Look:

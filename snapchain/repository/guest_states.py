@@ -1,6 +1,7 @@
 """The states of guests in a repository: one object a step, made by create-if-absent, so that no lock is needed.
 
     guests/GUEST/NUMBER     the record with that number (model/guest_state.py); kind G, sealed, never changed
+    guests/GUEST/checks     what came of the last checks of it (model/guest_checks.py); kind G, sealed, replaced
 
 SWITCH needs files that a guest can run on, and belongs to replicas.  PROMOTE and WITHDRAW raise the epoch in the
 catalogue of each disk after the record is made: from then on a writer in an older epoch cannot publish (`check_epoch`).
@@ -15,15 +16,18 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
+from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import (
     GuestChange,
     GuestStanding,
+    Place,
     Transition,
     after,
     as_disks_stand,
     describe_takeover,
     epoch_of,
     is_done,
+    unrecorded,
 )
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
@@ -34,6 +38,7 @@ from snapchain.repository.repository import Repository
 
 KIND = b"G"
 FOLDER = "guests/"
+CHECKS = "checks"
 
 
 class _Stored(StoredModel):
@@ -44,12 +49,28 @@ class _Stored(StoredModel):
     standing: GuestStanding
 
 
+class _StoredChecks(StoredModel):
+    """The object with the last checks."""
+
+    format: Literal[1] = 1
+    nonce: str
+    checks: GuestChecks
+
+
 def look(repository: Repository, guest: str) -> GuestStanding:
-    """How a guest stands. Raises NotFound where no disk is one of such a guest, Corrupt."""
-    disks = _disks(repository, guest)
-    if not disks:
+    """How a guest stands. Raises NotFound where nothing is of such a guest, Corrupt."""
+    disks, record = _disks(repository, guest), _read(repository, guest)
+    if not disks and record is None:
         raise NotFound(f"there is no guest {guest!r} here", subject=repository.store.url)
-    return as_disks_stand(_read(repository, guest), guest, epoch_of([each.epoch for each in disks]))
+    newest = max(disks, key=lambda each: each.epoch, default=None)
+    owner = None if newest is None else newest.owner
+    standing = as_disks_stand(record, guest, epoch_of([each.epoch for each in disks]), master=owner)
+    return standing.model_copy(update={"here": place_of(repository)})
+
+
+def place_of(repository: Repository) -> Place:
+    """This repository, for whoever keeps a list of a guest's destinations."""
+    return Place(id=repository.config.id, url=repository.store.url)
 
 
 def change(repository: Repository, asked: GuestChange) -> GuestStanding:
@@ -61,7 +82,7 @@ def change(repository: Repository, asked: GuestChange) -> GuestStanding:
     if asked.transition in (Transition.MOVE, Transition.SWITCH):
         hint = "move it to a replica"
         raise Unsupported("a repository has no files that a guest can run on", subject=subject, hint=hint)
-    now = look(repository, asked.guest)
+    now = _stands(repository, asked)
     if asked.transition is Transition.PROMOTE:
         _check_points(repository, asked)
     if asked.transition is Transition.START:
@@ -78,6 +99,39 @@ def change(repository: Repository, asked: GuestChange) -> GuestStanding:
     if asked.raises:
         _raise_epochs(repository, now)
     return now
+
+
+def checks(repository: Repository, guest: str) -> GuestChecks:
+    """What came of the last checks of a guest. Raises Corrupt."""
+    name = _name(repository, guest, CHECKS)
+    try:
+        body = unseal(repository.keys, KIND, name, repository.store.get(name))
+    except NotFound:
+        return GuestChecks()
+    return parse_stored(_StoredChecks, body, what="the checks of a guest", subject=name).checks
+
+
+def note_check(repository: Repository, check: GuestCheck) -> None:
+    """Record one. Of two at the same time one may be lost. Raises NotFound where there is no such guest."""
+    if not _disks(repository, check.guest):
+        raise NotFound(f"there is no guest {check.guest!r} here", subject=repository.store.url)
+    try:
+        before = checks(repository, check.guest)
+    except Corrupt:
+        before = GuestChecks()
+    name = _name(repository, check.guest, CHECKS)
+    stored = _StoredChecks(nonce=secrets.token_hex(16), checks=before.after(check))
+    repository.store.put(name, seal(repository.keys, KIND, name, stored.model_dump_json().encode()))
+
+
+def _stands(repository: Repository, asked: GuestChange) -> GuestStanding:
+    try:
+        return look(repository, asked.guest)
+    except NotFound:
+        if asked.transition is not Transition.KNOW:
+            raise
+    # It comes before the first layer: no guest point is to be here without the names of the other destinations.
+    return unrecorded(asked.guest, 1).model_copy(update={"here": place_of(repository)})
 
 
 def check_epoch(repository: Repository, catalogue: Catalogue, epoch: int) -> None:
@@ -144,8 +198,8 @@ def _disks(repository: Repository, guest: str) -> list[Catalogue]:
 # --- objects
 
 
-def _name(repository: Repository, guest: str, number: int) -> str:
-    return f"{FOLDER}{repository.keys.disk_key(guest)}/{number:020d}"
+def _name(repository: Repository, guest: str, last: int | str) -> str:
+    return f"{FOLDER}{repository.keys.disk_key(guest)}/{last if isinstance(last, str) else f'{last:020d}'}"
 
 
 def _read(repository: Repository, guest: str) -> GuestStanding | None:
@@ -168,6 +222,7 @@ def _newest(store: ObjectStore, folder: str) -> int | None:
 def _create(repository: Repository, standing: GuestStanding) -> bool:
     """Whether the record was made: nobody else has made one of that number."""
     name = _name(repository, standing.guest, standing.number)
-    body = _Stored(nonce=secrets.token_hex(16), standing=standing).model_dump_json().encode()
+    stored = standing.model_copy(update={"here": None})
+    body = _Stored(nonce=secrets.token_hex(16), standing=stored).model_dump_json().encode()
     sealed = seal(repository.keys, KIND, name, body)
     return create_exclusively(repository.store, name, sealed, conditional=repository.conditional)

@@ -19,7 +19,7 @@ from snapchain.objects.store import ObjectStore, innermost
 
 _STORED = {
     "disks": re.compile(r"disks/[0-9a-f]{32,64}/[0-9]{20}"),
-    "guests": re.compile(r"guests/[0-9a-f]{32,64}/[0-9]{20}"),
+    "guests": re.compile(r"guests/[0-9a-f]{32,64}/([0-9]{20}|checks)"),
     "layers": re.compile(r"layers/[0-9a-f]{32}"),
     "packs": re.compile(r"packs/[0-9a-f]{2}/[0-9a-f]{32}"),
     "index": re.compile(r"index/[0-9]{10}-[0-9a-f]{32}"),

@@ -22,6 +22,7 @@ from snapchain.errors import Busy, Conflict, Diverged, InvalidInput, NotFound, U
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.consistency import Consistency
 from snapchain.model.content import LEAF_BYTES
+from snapchain.model.guest_checks import CheckKind, GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestChange, GuestState, TakenDisk, Transition, Vouched
 from snapchain.model.retention import DropPoints, Policy
 from snapchain.ops.diff import diff, image_side
@@ -294,6 +295,24 @@ class DestinationContract(DestinationFaults):
             deliver(site, history[1].image)
         with pytest.raises(NotFound, match="there is no guest"):
             place.guest_state("web2")
+
+    def test_the_last_checks_of_a_guest_are_recorded(self, site: Site, history: Sequence[Moment]) -> None:
+        deliver(site, history[0].image)
+        place = site.open(writing=True)
+        assert place.guest_checks("web1") == GuestChecks()
+
+        def check(kind: CheckKind, *, ok: bool) -> GuestCheck:
+            when = datetime(2026, 11, 30, 4, tzinfo=UTC)
+            return GuestCheck(guest="web1", kind=kind, time=when, ok=ok, point=1, share=0.05, by="kvm2", words="why")
+
+        failed, passed = check(CheckKind.VERIFIED, ok=False), check(CheckKind.VERIFIED, ok=True)
+        booted = check(CheckKind.BOOTED, ok=False)
+        for each in (failed, booted, passed):
+            place.note_check(each)
+        assert site.open().guest_checks("web1") == GuestChecks(verified=passed, booted=booted)
+        assert place.guest_state("web1").number == 0, "it is no step"
+        with pytest.raises(NotFound, match="there is no guest"):
+            place.note_check(failed.model_copy(update={"guest": "web2"}))
 
     def test_a_held_point_stays_until_it_is_released(self, site: Site, history: Sequence[Moment]) -> None:
         for moment in history[:3]:

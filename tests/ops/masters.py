@@ -29,9 +29,11 @@ from snapchain.host.retry import RetryPolicy
 from snapchain.image import scan
 from snapchain.model.guest_state import GuestStanding
 from snapchain.objects.local import LocalStore
+from snapchain.ops import guest_places
 from snapchain.ops.failover import choose
 from snapchain.ops.fence import hook
 from snapchain.ops.migrate import run as migration
+from snapchain.ops.other_destinations import Reach
 from snapchain.replica import catalogue as replica_catalogue, guest_states as replica_guest_states, handover
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
@@ -120,13 +122,15 @@ class World:
     cut: set[tuple[str, str]] = field(default_factory=set)
     skew: dict[str, int] = field(default_factory=dict)
     host: str = ""
+    receivers: dict[int, str] = field(default_factory=dict)
     _made: Repository | None = None
 
     def __post_init__(self) -> None:
         self.host = self.hosts[0]
         for name in self.hosts:
             (self.root / name).mkdir()
-        self.patch.setattr(socket, "gethostname", lambda: self.host)
+        self.patch.setattr(socket, "gethostname", self._hostname)
+        self.patch.setattr(guest_places, "open_other", self._opened)
         for call in ("fsync", "fdatasync"):
             self.patch.setattr(os, call, lambda _fd: None)  # processes die here, machines keep their power
         for module in CLOCKS:
@@ -146,14 +150,32 @@ class World:
             finally:
                 self.host = before
 
+    def _hostname(self) -> str:
+        """Of the host whose process asks: a receiver is on the host of its replica."""
+        thread = threading.current_thread()
+        return self.receivers.get(thread.ident or 0, self.host) if thread.name == "receiver" else self.host
+
     # --- destinations
+
+    def url(self, place: str) -> str:
+        if place != "repository":
+            return f"dir:{self.root / place}"
+        assert self._made is not None
+        return self._made.store.url
+
+    def reach(self, *without: str) -> Reach:
+        """How a host reaches all destinations. without: those for which a person vouches"""
+        return Reach(opens=self._opened, without=[self.url(place) for place in without])
+
+    def _opened(self, url: str) -> Destination:
+        return self.destination(next(place for place in self.places if self.url(place) == url))
 
     @property
     def places(self) -> list[str]:
         return [*(f"{host}/replica" for host in self.replicas), *(["repository"] if self.has_repository else [])]
 
     def endpoint(self, place: str, dies: int = 0) -> Line:
-        return Line(self.root / place, is_cut=lambda: (self.host, place) in self.cut, dies=dies)
+        return Line(self, self.root / place, place=place, dies=dies)
 
     def destination(self, place: str) -> Destination:
         if place != "repository":
@@ -172,7 +194,7 @@ class World:
             found = self.destination(place)
         finally:
             self.cut = before
-        return found if place == "repository" else ReplicaDestination(DirectoryEndpoint(self.root / place))
+        return found if place == "repository" else ReplicaDestination(Line(self, self.root / place))
 
     def standing(self, place: str) -> GuestStanding | None:
         """As an observer sees it whom no cut concerns."""
@@ -253,17 +275,18 @@ class Asked:
 class Line(DirectoryEndpoint):
     """A replica behind a link that may be cut, and whose receiver may die before its n-th step (0: never)."""
 
-    def __init__(self, directory: Path, *, is_cut: Callable[[], bool], dies: int = 0) -> None:
+    def __init__(self, world: World, directory: Path, *, place: str = "", dies: int = 0) -> None:
         super().__init__(directory)
-        self._is_cut, self._dies = is_cut, dies
+        self._world, self._place, self._dies = world, place, dies
+        self._on = directory.parent.name
 
     @contextmanager
     def connect(self) -> Iterator[Channel]:
-        if self._is_cut():
+        if (self._world.host, self._place) in self._world.cut:
             raise Unavailable("the link is cut", subject=self.url)
         dies, self._dies = self._dies, 0
         if not dies:
-            with super().connect() as channel:
+            with self._received() as channel:
                 yield channel
             return
         with pytest.MonkeyPatch.context() as patch:
@@ -283,10 +306,18 @@ class Line(DirectoryEndpoint):
             for name in CALLS:
                 patch.setattr(os, name, wrapped(getattr(os, name)))
             try:
-                with super().connect() as channel:
+                with self._received() as channel:
                     yield channel
             except Died as death:
                 raise Unavailable("the other side has ended", subject=self.url) from death
+
+    @contextmanager
+    def _received(self) -> Iterator[Channel]:
+        before = set(threading.enumerate())
+        with super().connect() as channel:
+            mine = next(each for each in threading.enumerate() if each not in before and each.name == "receiver")
+            self._world.receivers[mine.ident or 0] = self._on
+            yield channel
 
 
 def xml_of(copy: Copy) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,10 @@ def test_the_next_failover_is_in_a_later_epoch(world: World, tmp_path: Path) -> 
     world.prepare()
     world.failback()
     standing = world.replica().guest_state("web1")
-    assert (standing.state, standing.epoch) == (GuestState.PROTECTED, 3)
+    assert (standing.state, standing.epoch, standing.former) == (GuestState.PROTECTED, 3, "kvm2")
+    assert standing.master == socket.gethostname(), "the mark on the overlay names it"
+    came = ReplicaDestination(DirectoryEndpoint(world.back)).guest_state("web1")
+    assert (came.state, came.epoch, came.master) == (GuestState.SWITCHED, 3, socket.gethostname())
     report = failover(world.replica, tmp_path / "again").run()
     assert report.epoch == 4
     for name in world.guest.names:

@@ -10,9 +10,11 @@ import pytest
 
 from snapchain.cli import main
 from snapchain.errors import NotFound
+from snapchain.model.guest_checks import CheckKind
 from snapchain.model.guest_state import GuestStanding, GuestState, Vouched
+from snapchain.ops import guest_checks, guest_verify
 from snapchain.ops.guest_status import owed, status
-from tests.ops.guest_points import BEGIN, Guest, Open, opened
+from tests.ops.guest_points import BEGIN, Guest, Open, instant, opened, publish
 from tests.ops.stacks import write
 from tests.ops.test_failover import failover
 from tests.ops.test_fence import fenced
@@ -47,6 +49,29 @@ def test_from_protected_to_diverged(place: Open, tmp_path: Path) -> None:
     assert "kvm1 holds data that no point has" in row.owed[0]
     with pytest.raises(NotFound, match="there is no such guest"):
         status([(place(), "web2")])
+
+
+def test_the_last_checks_are_shown(place: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guest = Guest(tmp_path / "kvm1")
+    guest.point(place(), 1)
+    record = guest.point(place(), 2)
+    (row,) = status([(place(), None)]).guests
+    assert (row.verified, row.booted) == (None, None)
+    assert guest_verify.verify(place(), share=1.0).ok
+    (row,) = status([(place(), None)]).guests
+    assert row.verified is not None
+    assert (row.verified.ok, row.verified.point, row.verified.share) == (True, 2, 1.0)
+    guest.point(place(), 3, names=["vda"], with_record=False)
+    publish(place(), record.model_copy(update={"instant": instant(3)}), tmp_path)
+    guest_checks.record(place(), "web1", CheckKind.BOOTED, ok=False, point=2, words="no agent", on_event=print)
+    assert not guest_verify.verify(place(), "web1").ok
+    (row,) = status([(place(), None)]).guests
+    assert row.verified is not None
+    assert (row.verified.ok, row.verified.share) == (False, 0)
+    assert [each.split(":")[0] for each in row.owed] == [
+        "the last verification found damage",
+        "the last boot of a clone failed",
+    ]
 
 
 @pytest.mark.parametrize("state", list(GuestState))

@@ -210,11 +210,11 @@ def test_the_destination_knows_it_too(host: Host) -> None:
     copy = host.directory / "copy"
     shutil.copytree(host.vda.parent, copy)
     host.migrate()
-    with pytest.raises(Conflict, match="handed over to the host of this replica"):
+    with pytest.raises(Conflict, match="has taken the guest web1 over by a move"):
         send(copy / "disk.qcow2", host.endpoint, VDA)
-    with pytest.raises(Conflict, match="handed over"):
+    with pytest.raises(Conflict, match="nothing here may write or send it any more"):
         send(copy / "disk.qcow2", host.endpoint, VDA, epoch=2)
-    with pytest.raises(Conflict, match="handed over"):
+    with pytest.raises(Conflict, match="nothing here may write or send it any more"):
         host.migrate(moves=[Move(copy / "disk.qcow2", VDA)])
     said = host.catalogue(VDA)["layers"][-1]
     active = Active(

@@ -20,7 +20,7 @@ from snapchain.ops.migrate import run as module
 from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migrate, take_back
 from snapchain.ops.nightly.local_chain import look
 from snapchain.ops.sync.run import SyncRequest, sealed_request, sync
-from snapchain.replica import handover
+from snapchain.replica import guest_handover
 from snapchain.replica.client import ask_for_handover
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.stream.messages import Active, Handed, HandedDisk, Step
@@ -276,13 +276,13 @@ def test_a_hook_that_is_not_there_is_told_before(host: Host) -> None:
 
 @pytest.mark.parametrize("epoch", [1, 4, 10**40])
 def test_the_destination_must_say_the_epoch(host: Host, monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
-    real = handover.hand_over
+    real = guest_handover.hand_over
 
     def lying(*asked: Any) -> Handed:
         said = real(*asked)
         return Handed(disks=tuple(each.model_copy(update={"epoch": epoch}) for each in said.disks))
 
-    monkeypatch.setattr(handover, "hand_over", lying)
+    monkeypatch.setattr(guest_handover, "hand_over", lying)
     with pytest.raises(Corrupt, match=r"it did not do what was requested|epoch: Input should be less than"):
         host.migrate()
     monkeypatch.undo()

@@ -175,7 +175,7 @@ def test_a_migration_still_goes_there_and_back(given: Place, image: Path, tmp_pa
     shutil.copytree(image.parent, copy)
     migrate(MigrateRequest(moves=[Move(image, DISK)]), DirectoryEndpoint(given.root))
     assert given.catalogue()["epoch"] == 4
-    with pytest.raises(Conflict, match="handed over to the host of this replica"):
+    with pytest.raises(Conflict, match="has taken the guest web1 over by a move"):
         send(copy / image.name, DirectoryEndpoint(given.root), DISK)
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.model.consistency import Consistency
 from snapchain.model.guest_state import GuestState, Vouched
+from snapchain.ops.other_destinations import Reach
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,7 @@ class FailoverRequest:
     fence: a program and its arguments whose exit code 0 proves that the old host is down; it is run twice
     vouched: a person's word in its place
     defines, connect: define it in libvirt, at this URI; starts: start it
-    host: the name of this host in the record
+    host: the name of this host in the record; reach: how the guest's other destinations are reached from it
     """
 
     directory: Path
@@ -36,6 +37,7 @@ class FailoverRequest:
     connect: str | None = None
     starts: bool = False
     host: str = field(default_factory=socket.gethostname)
+    reach: Reach = field(default_factory=Reach)
 
 
 class _Shown(BaseModel):
@@ -75,7 +77,9 @@ class TakenOver(_Shown):
 class FailoverPlan(_Shown):
     """What `run` would do. epoch: that the guest would be in; resumes: whether an earlier run has begun it
 
-    master: the host that is replaced, as the guest point or the record has it
+    master: the host that is replaced, as the newest record of any destination has it, or else the guest point
+    master_at: the other destination at which that host took the guest over, None where it did not
+    others: the guest's other destinations; silent: those that do not answer, and for which nobody has vouched
     """
 
     destination: str
@@ -89,6 +93,9 @@ class FailoverPlan(_Shown):
     state: GuestState
     epoch: int
     master: str | None
+    master_at: str | None = None
+    others: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
     resumes: bool
     disks: tuple[TakenOver, ...]
     directory: str

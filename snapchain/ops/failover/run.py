@@ -1,8 +1,10 @@
 """failover DEST::GUEST: this host takes a guest over whose host is gone.
 
-    look -> choose the point -> proof that the old host is down -> note the token here
+    look -> choose the point -> ask the guest's other destinations who its master is
+         -> proof that this host is down -> note the token here
          -> PROMOTE: the epoch of the guest and of all its disks rises; where the destination holds bootable files, each
             disk gets a writable overlay on its point
+         -> FOLLOW: all other destinations hear of it; where another failover is found there that counts, this one ends
          -> else the disks are restored -> definition -> proof, once more -> define -> START: active -> start the guest
 
 From PROMOTE on the old host is refused at the destination.  A run that is cut off is continued by the same command on
@@ -34,6 +36,7 @@ from snapchain.model.guest_state import (
     GuestChange,
     GuestStanding,
     GuestState,
+    Place,
     TakenDisk,
     Transition,
     Vouched,
@@ -50,8 +53,10 @@ from snapchain.ops.failover.request import (
     TakenOver,
 )
 from snapchain.ops.failover.start import is_running, start_domain, start_script
+from snapchain.ops.guest_places import remember
 from snapchain.ops.guest_points import GuestView
 from snapchain.ops.guest_points_merge import guest_at
+from snapchain.ops.other_destinations import OtherDestinations, Overtaken, follow_change
 from snapchain.ops.restore import define
 from snapchain.ops.restore.changed_definition import NewDisk
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreRequest
@@ -105,6 +110,8 @@ class Failover:
         self._note = self._noted()
         self._chosen = self._choose()
         self._loss = loss_of(destination, self._view, self._chosen.point)
+        self._others = self._ask_others()
+        self._present = self._others.newest(self._standing)
         self._address = f"{self._subject}@{self._chosen.point.point}"
 
     @property
@@ -133,8 +140,11 @@ class Failover:
             skipped=chosen.skipped,
             loss=self._loss,
             state=self._standing.state,
-            epoch=self._standing.epoch if self.resumes else self._standing.epoch + 1,
+            epoch=self._standing.epoch if self.resumes else self._present.epoch + 1,
             master=self._former(),
+            master_at=None if self.resumes else self._found_at(),
+            others=tuple(map(str, self._others.places)),
+            silent=tuple(str(each.place) for each in self._others.silent),
             resumes=self.resumes,
             disks=self._taken({}),
             directory=str(self._directory),
@@ -153,6 +163,7 @@ class Failover:
         """
         request = self._request
         fence.check(request.fence, request.vouched, subject=self._subject)
+        self._check_others()
         is_done = self._note is not None and bool(self._note.files) and self._standing.state in _RUNS
         if not self.resumes:
             self._check_new()
@@ -164,6 +175,7 @@ class Failover:
         written = 0
         if not is_done:
             overlays = self._promote(vouched)
+            self._tell_others()
             written = self._lay_out(overlays)
         definition = self._definition(self._new_disks())
         self._proven(2)
@@ -208,6 +220,10 @@ class Failover:
             )
         self._change(Transition.WITHDRAW)
         self._remove_note()
+        try:
+            self._others.follow(self._standing, None, by=self._request.host)
+        except SnapchainError as error:
+            self._on_event(Notice(f"not every other destination has heard of it: {error}"))
         return self._standing
 
     # --- what is decided
@@ -225,10 +241,33 @@ class Failover:
             return the_point(self._destination, self._view, self._note.instant)
         return choose(self._destination, self._view, self._request.point, proves=self._request.proves)
 
-    def _former(self) -> str | None:
+    def _ask_others(self) -> OtherDestinations:
+        standing, reach = self._standing, self._request.reach
+        places = [*standing.others, *([] if standing.at is None else [standing.at])]
+        own = [self._place, Place(url=self._destination.url)]
+        return OtherDestinations(self._view.name, places, reach, own=own, on_event=self._on_event)
+
+    @property
+    def _place(self) -> Place:
+        return self._standing.here or Place(url=self._destination.url)
+
+    def _check_others(self) -> None:
+        """Raises Overtaken where a run that began this was overtaken, Unavailable for a destination that is silent."""
         if self.resumes:
+            self._others.check_epoch(self._standing.epoch)
+        if self._request.vouched is None:
+            self._others.check_silent(proven=self._former())
+
+    def _former(self) -> str | None:
+        if self._note is not None and self._note.token == self._standing.token:
             return self._standing.former
-        return self._standing.master or self._chosen.record.host
+        return self._present.master or self._chosen.record.host
+
+    def _found_at(self) -> str | None:
+        """The other destination at which the present master took the guest over."""
+        at = self._present.at or (self._present.here if self._present is not self._standing else None)
+        is_here = at is None or at.is_same(self._place)
+        return None if is_here or not self._present.epoch > 1 else str(at)
 
     def _check_new(self) -> None:
         """Raises what would stop the run after the epoch is raised."""
@@ -247,7 +286,7 @@ class Failover:
     # --- what is done
 
     def _proven(self, round_: int) -> Vouched:
-        return fence.proven(
+        vouched = fence.proven(
             self._request.fence,
             self._request.vouched,
             guest=self._view.name,
@@ -256,6 +295,8 @@ class Failover:
             epoch=self._standing.epoch,
             round_=round_,
         )
+        words = "; ".join(each for each in (vouched.words, self._others.words) if each)
+        return vouched.model_copy(update={"words": words[:1000]})
 
     def _promote(self, vouched: Vouched) -> Mapping[str, Path]:
         """The overlays of the disks, by their names at the destination."""
@@ -267,7 +308,8 @@ class Failover:
             token=note.token,
             by=self._request.host,
             host=self._request.host,
-            former=self._chosen.record.host[:250] or None,
+            former=(self._former() or "")[:250] or None,
+            epoch=self._present.epoch if self._present.epoch > self._standing.epoch else 0,
             vouched=vouched,
             point=self._chosen.point.point,
             instant=self._chosen.point.instant,
@@ -285,6 +327,23 @@ class Failover:
             raise
         return overlays
 
+    def _tell_others(self) -> None:
+        """From here on no other destination lets its host, or the old one, have the guest. Raises Overtaken."""
+        try:
+            self._others.follow(self._standing, self._place, by=self._request.host)
+        except Overtaken as overtaken:
+            self._yield_to(overtaken.standing)
+            raise
+
+    def _yield_to(self, taken: GuestStanding) -> None:
+        """Another host's takeover counts: this destination follows it, or else the failover here is withdrawn."""
+        try:
+            change = follow_change(self._standing, taken, taken.at or taken.here, by=self._request.host)
+            self._standing, _ = self._destination.change_guest(change)
+        except Conflict:
+            self._change(Transition.WITHDRAW)
+        self._remove_note()
+
     def _lay_out(self, overlays: Mapping[str, Path]) -> int:
         """Put all files of the guest in place, and note them; bytes that were written."""
         note = self._begun_note()
@@ -301,6 +360,8 @@ class Failover:
                 written = restoration.run().bytes_written
             for path in files.values():
                 note_epoch(path, self._standing.epoch)
+            # From now on the guest is shipped from here: whoever ships it must know where else it is.
+            remember(files.values(), self._view.name, [self._place, *self._standing.others, *self._others.places])
         self._write_note(note.model_copy(update={"files": {name: str(path) for name, path in files.items()}}))
         return written
 

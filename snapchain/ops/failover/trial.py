@@ -34,6 +34,8 @@ from snapchain.host.os_errors import os_errors
 from snapchain.host.qemu_processes import qemu_process
 from snapchain.host.virsh import Virsh
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.guest_checks import CheckKind
+from snapchain.ops import guest_checks
 from snapchain.ops.failover.choose import choose
 from snapchain.ops.failover.request import Skipped
 from snapchain.ops.failover.start import start_script
@@ -130,6 +132,15 @@ def trial(
                 took = time.monotonic() - started
         except ToolFailed as error:
             took, why_not = time.monotonic() - started, error.message
+    guest_checks.record(
+        destination,
+        view.name,
+        CheckKind.BOOTED,
+        ok=why_not is None,
+        point=chosen.point.point,
+        words=by if why_not is None else why_not,
+        on_event=on_event,
+    )
     return TrialReport(
         destination=destination.url,
         guest=view.name,

@@ -6,19 +6,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from snapchain.destination.guest_record import guest_of
 from snapchain.destination.writing import TakesLayers
 from snapchain.errors import SnapchainError
 from snapchain.image import scan
 from snapchain.model.guest_state import GuestStanding
+from snapchain.ops.guest_places import guest_named_by
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import epoch_of, mark_taken_over
-
-
-def guest_named_by(disk: str) -> str | None:
-    """The guest that a disk belongs to by its name; None for none, and for the disk of a guest's records."""
-    guest = disk.rpartition("/")[0]
-    return guest if guest and guest_of(disk) is None else None
 
 
 def is_replaced(standing: GuestStanding, epoch: int) -> bool:

@@ -23,7 +23,8 @@ from snapchain.model.events import OnEvent, ignore
 from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Transition
 from snapchain.ops.diff import DiffReport, Range, diff, image_side
 from snapchain.ops.disk_set import check_disks
-from snapchain.ops.fence.mark import guest_named_by, is_replaced
+from snapchain.ops.fence.mark import is_replaced
+from snapchain.ops.guest_places import guest_named_by
 from snapchain.ops.ship.request import ShipRequest
 from snapchain.ops.ship.run import run as ship
 from snapchain.source.notes import Notes

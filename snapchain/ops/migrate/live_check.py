@@ -7,8 +7,12 @@ from itertools import pairwise
 
 from snapchain.errors import Busy, Conflict, Unsupported
 from snapchain.guest.protocol import Definition, Guest, GuestDisk, State
+from snapchain.model.convergence import Rules, judge
 from snapchain.replica.stream.messages import Moving
 
+_MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
+"""Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
+_THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
 _OFFLINE = "shut the guest down, and migrate it with --offline"
 _HARMLESS = ("empty", "CD-ROM")
 DEVICE_STATE_SECONDS = 0.12
@@ -79,12 +83,22 @@ def check_destination(
             subject=subject,
             hint="a guest moves to the same version or a newer one: upgrade QEMU there",
         )
-    if uses_host_cpu(definition.argv or ()) and there.cpu != cpu:
+    check_cpu(there, cpu, is_hosts=uses_host_cpu(definition.argv or ()), subject=subject)
+    check_room(there, bytes_left, subject=subject)
+
+
+def check_cpu(there: Moving, cpu: str, *, is_hosts: bool, subject: str) -> None:
+    """Raises Unsupported where the guest has the processor of its host, and the other host has another one."""
+    if is_hosts and there.cpu != cpu:
         raise Unsupported(
             "the guest has the processor of this host (-cpu host), and the other host has another one",
             subject=subject,
             hint="start the guest with a CPU model that both hosts have, such as -cpu x86-64-v2",
         )
+
+
+def check_room(there: Moving, bytes_left: int, *, subject: str) -> None:
+    """Raises Conflict where the active layers have no room there."""
     if there.free < bytes_left:
         raise Conflict(
             f"{there.free} bytes are free there, and the guest's active layers have {bytes_left}",
@@ -134,6 +148,32 @@ def check_pause(
             "--bandwidth",
         )
     return max_downtime - fixed
+
+
+class MemoryWatch:
+    """Whether rounds over the memory bring the pause nearer. limit: seconds that are left for the last of it"""
+
+    def __init__(self, *, limit: float, max_downtime: float, auto_converge: bool, subject: str) -> None:
+        self._limit, self._max_downtime, self._subject = limit, max_downtime, subject
+        self._rules = _THROTTLED_RULES if auto_converge else _MEMORY_RULES
+        self._left: list[int] = []
+        self._seen = 0
+
+    def look(self, *, round: int, left: int, dirty_rate: float, rate: float) -> None:
+        """Take the bytes that a round has left; the rates are bytes a second. Raises Conflict, with the figures."""
+        if round == self._seen or round < 2:
+            return
+        self._seen = round
+        self._left.append(left)
+        verdict = judge(self._left, int(self._limit * rate), self._rules)
+        if verdict.ends and left > self._limit * rate:
+            raise Conflict(
+                f"after {round} rounds {left} bytes of memory are left, the guest dirties "
+                f"{per_second(dirty_rate)}, and the link carries {per_second(rate)}: a pause within "
+                f"--max-downtime {self._max_downtime:g} is not in reach ({verdict.value})",
+                subject=self._subject,
+                hint="--auto-converge slows the guest down until it is; or allow a longer pause",
+            )
 
 
 def per_second(rate: float) -> str:

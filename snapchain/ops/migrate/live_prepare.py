@@ -32,6 +32,7 @@ from snapchain.source import ownership
 from snapchain.source.notes import Given
 from snapchain.source.protocol import Scope
 
+_MEASURED_BYTES = 16 << 20
 _REST_SECONDS = 10.0
 """What the active layers may still hold when the mirrors begin: they copy it while the guest runs."""
 
@@ -127,7 +128,6 @@ def prepare(guest: Guest, request: LiveRequest, endpoint: GuestEndpoint, token: 
         disks=tuple(found),
         stage="moving",
         directory=run_directory.base() / "none",
-        capabilities={},
         image_dirs=images.image_dirs,
     )
 
@@ -148,3 +148,8 @@ def check_same_layers(guest: Guest, record: MoveRecord) -> None:
             )
     if set(now) != {each.name for each in record.disks}:
         raise Conflict("it has got another disk meanwhile", subject=guest.name, hint="run it again")
+
+
+def link_rate(shipped: SetReport) -> float | None:
+    """Bytes a second, where so much was shipped that its time was spent on the wire."""
+    return shipped.rate if sum(disk.bytes_sent for disk in shipped.disks) >= _MEASURED_BYTES else None

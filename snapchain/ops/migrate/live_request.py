@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import InvalidInput
+from snapchain.ops.other_destinations import Reach
 from snapchain.ops.ship.request import Divergence
 
 MAX_DOWNTIME = 1.0
@@ -23,8 +24,9 @@ class LiveRequest:
     max_downtime: seconds that the guest may be paused; bandwidth: bytes a second for memory and disks, each
     auto_converge: QEMU slows the guest down where it dirties memory faster than the link carries
     rounds: of seal and ship, at most; None for the rules of convergence
+    dest_uri: of libvirt there, by default that of the replica's host through the same login
     command: started at the destination in place of the guest's own command line, with the facts in its environment
-    before, after: hooks, run here
+    before, after: hooks, run here; reach: how the guest's other destinations are reached from here
     """
 
     prefix: str | None = None
@@ -32,12 +34,14 @@ class LiveRequest:
     bandwidth: int | None = None
     auto_converge: bool = False
     rounds: int | None = None
+    dest_uri: str | None = None
     command: Sequence[str] = ()
     before: Sequence[str] = ()
     after: Sequence[str] = ()
     labels: Sequence[str] = ()
     divergence: Divergence = Divergence.REFUSE
     image_dirs: Sequence[Path] = ()
+    reach: Reach = field(default_factory=Reach)
 
     def check(self) -> None:
         """Raises InvalidInput for numbers that mean nothing."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.ops.disk_set import check_disks
+from snapchain.ops.other_destinations import Reach
 from snapchain.ops.ship.request import Divergence, Files, ShipRequest
 from snapchain.source.protocol import Scope
 
@@ -30,6 +31,7 @@ class MigrateRequest:
     prove: both sides are read again before
     start_hook: a program and its arguments, run here once the disks are the destination's
     labels: for the points; format, image_dirs: as `scan` takes them; limit_rate: bytes a second on the wire
+    reach: how the guest's other destinations are reached from here
     """
 
     moves: Sequence[Move]
@@ -42,6 +44,7 @@ class MigrateRequest:
     format: str | None = None
     image_dirs: Sequence[Path] = ()
     limit_rate: int | None = None
+    reach: Reach = field(default_factory=Reach)
 
     def check(self) -> None:
         """Raises InvalidInput for a disk or an image that is named twice, and for names that cannot be."""

@@ -12,17 +12,29 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError, ToolFailed, Unavailable
+from snapchain.errors import (
+    Busy,
+    Conflict,
+    InvalidInput,
+    NotFound,
+    SnapchainError,
+    ToolFailed,
+    Unavailable,
+    Unsupported,
+)
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.processes import run
 from snapchain.host.retry import RetryPolicy, retry
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.guest_state import GuestChange, GuestState, Transition
+from snapchain.ops.migrate.elsewhere import Elsewhere
 from snapchain.ops.migrate.look import check_was_given, look_at, opened, token_of
 from snapchain.ops.migrate.ready import Prepared, active_of, prepare, seals, taken_up, whole
 from snapchain.ops.migrate.request import (
@@ -37,9 +49,10 @@ from snapchain.ops.migrate.request import (
     TakeBackReport,
 )
 from snapchain.ops.ship.run import plan as plan_ship
-from snapchain.replica.client import ask_for_handover
+from snapchain.replica.client import ask_for_handover, guest_at
 from snapchain.replica.disk_writer import ReplicaWriting
 from snapchain.replica.endpoint import Endpoint
+from snapchain.replica.guest_store import guest_of
 from snapchain.replica.sender import Sender
 from snapchain.replica.stream.messages import MOST_DISKS, ActiveState, HandedDisk, Open, Standing, Step
 from snapchain.source import ownership
@@ -102,17 +115,22 @@ def migrate(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = 
         prepared = [prepare(request, move, endpoint, on_event) for move in request.moves]
     else:
         prepared = [taken_up(move, look_at(request, move)) for move in request.moves]
+    elsewhere = Elsewhere(request, endpoint, on_event) if done is None else None
+    if elsewhere is not None:
+        elsewhere.check(max(each.look.epoch for each in prepared))
     with ExitStack() as locks:
         locked = time.monotonic()
-        if done is None:
+        if elsewhere is not None:
             _lock(request, prepared, locks)
             _check_still(request, prepared)
             _fence_all(request, prepared, endpoint, token, course, on_event)
+            _tell_others(request, prepared, endpoint, token, elsewhere, on_event)
             standings = _give(request, prepared, endpoint, token, on_event)
             _noted(request, prepared, token, on_event)
             if request.paused:
                 _check_paused(request, prepared)
         else:
+            assert done is not None, "else the others are asked"
             standings = _given_still(prepared, endpoint, token)
             _confirm(request, prepared, token, started=done.started)
             for each in prepared:
@@ -122,6 +140,7 @@ def migrate(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = 
     started = None
     if request.start_hook:
         if done is None or not done.started:
+            _note_start(prepared, endpoint, token, on_event)
             start(request.start_hook, endpoint.url, request.moves, standings)
             _confirm(request, prepared, token, started=True)
         started = True
@@ -137,23 +156,29 @@ def migrate(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = 
     )
 
 
-def take_back(request: MigrateRequest, endpoint: Endpoint, *, unasked: bool = False) -> TakeBackReport:
+def take_back(
+    request: MigrateRequest, endpoint: Endpoint, *, unasked: bool = False, on_event: OnEvent = ignore
+) -> TakeBackReport:
     """Make disks that were given to a destination this host's again, in a newer epoch.
 
-    unasked: without a word with the destination, whose user vouches that no guest runs, or will run, on them there
+    unasked: without a word with the destination, whose user vouches that no guest runs, or will run, on them anywhere
     Raises NotFound where nothing was given, Conflict where a guest has written there or another host has taken them
     over, Busy when one has them open, Unavailable when the destination cannot be asked.
     """
     token, given = _given_away(request, endpoint)
+    elsewhere = Elsewhere(request, endpoint, on_event)
+    epoch = max(mark.epoch for _, mark in given)
     if not unasked:
         for move, mark in given:
             check_was_given(move, mark)
+        elsewhere.check(epoch)
         # A disk without a mark was not given: the question comes after the last mark.
         asked = [_handed(move.disk, mark.overlay, mark.epoch + 1) for move, mark in given]
         _ask_back(endpoint, asked, token)
     for move, mark in given:
         with opened(request, move) as chain:
             ownership.unfence(chain, token, epoch=mark.epoch + 1)
+    elsewhere.tell_of_return(token, epoch + 1)
     return TakeBackReport(
         destination=endpoint.url,
         images=tuple(str(move.image) for move, _ in given),
@@ -244,7 +269,7 @@ def _handover_of(request: MigrateRequest, endpoint: Endpoint, on_event: OnEvent)
     # The destination is asked after the last mark: it does not have them, unless the run that sets the marks is not
     # dead at all. It never will have them by this token, once it was asked for them back.
     on_event(Notice("an interrupted handover had not come to the destination; it begins anew"))
-    take_back(request, endpoint)
+    take_back(request, endpoint, on_event=on_event)
     return None, None
 
 
@@ -320,6 +345,30 @@ def _fence(
         return tuple(ownership.fence(chain, mark, image_dirs=request.image_dirs))
 
 
+def _tell_others(
+    request: MigrateRequest,
+    prepared: Sequence[Prepared],
+    endpoint: Endpoint,
+    token: str,
+    elsewhere: Elsewhere,
+    on_event: OnEvent,
+) -> None:
+    """Have the guest's other destinations refuse this host. Where one objects, the disks are this host's again."""
+    try:
+        elsewhere.tell(token, max(each.epoch for each in prepared))
+    except SnapchainError as error:
+        _undone(request, endpoint, on_event)
+        raise error  # noqa: TRY201 -- the take-back's own may have come after it
+
+
+def _undone(request: MigrateRequest, endpoint: Endpoint, on_event: OnEvent) -> None:
+    try:
+        take_back(request, endpoint, on_event=on_event)
+        on_event(Notice("it was refused: the disks are this host's, as before"))
+    except SnapchainError as fault:
+        on_event(Notice(f"the disks are still marked as being given away, say --take-back: {fault}"))
+
+
 def _give(
     request: MigrateRequest, prepared: Sequence[Prepared], endpoint: Endpoint, token: str, on_event: OnEvent
 ) -> tuple[Standing, ...]:
@@ -339,11 +388,7 @@ def _give(
             hint="run it again to finish, or with --take-back to undo it; until then nothing here writes them",
         ) from error
     except SnapchainError as error:
-        try:
-            take_back(request, endpoint)
-            on_event(Notice("the destination has refused: the disks are this host's, as before"))
-        except SnapchainError as fault:
-            on_event(Notice(f"the disks are still marked as being given away, say --take-back: {fault}"))
+        _undone(request, endpoint, on_event)
         raise error  # noqa: TRY201 -- the take-back's own may have come after it
 
 
@@ -362,6 +407,28 @@ def _confirm(request: MigrateRequest, prepared: Sequence[Prepared], token: str, 
     for each in prepared:
         with opened(request, each.move) as chain:
             ownership.confirm(chain, token, started=started)
+
+
+def _note_start(prepared: Sequence[Prepared], endpoint: Endpoint, token: str, on_event: OnEvent) -> None:
+    """Have the destination record that the guest starts; before it does, so that one that was overtaken starts nothing.
+
+    Nothing where it has no record of this handover: it keeps none, or these were not all disks of a guest.
+    Raises Conflict where another move or failover was faster.
+    """
+    guest = guest_of(prepared[0].move.disk)
+    if not guest:
+        return
+    here = socket.gethostname()[:250]
+
+    def ask() -> None:
+        now, _ = guest_at(endpoint, guest)
+        if now.token == token and now.state is GuestState.SWITCHED:
+            step = Transition.START
+            change = GuestChange(guest=guest, transition=step, seen=now.number, token=token, by=here, host=here)
+            guest_at(endpoint, guest, change)
+
+    with suppress(Unsupported):
+        retry(ask, policy=_HANDOVER, progress=lambda: 0, on_retry=lambda notice: on_event(Notice(str(notice))))
 
 
 def _check_paused(request: MigrateRequest, prepared: Sequence[Prepared]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -24,6 +24,7 @@ from snapchain.model.content import Sum
 from snapchain.model.events import Notice, OnEvent, Progress, ignore
 from snapchain.model.extents import DATA, ZERO, Extents, over
 from snapchain.ops.fence.mark import mark_after_refusal
+from snapchain.ops.guest_places import introduced
 from snapchain.ops.ship.compare import Difference, to_read
 from snapchain.ops.ship.grouping import RAW_CLUSTER, composed, geometry, groups
 from snapchain.ops.ship.recognition import Base, Recognition, sources_of
@@ -41,7 +42,7 @@ def plan(request: ShipRequest, destination: Writing, *, on_event: OnEvent = igno
 
 def run(
     request: ShipRequest,
-    destination: TakesLayers,
+    destination: Writing,
     *,
     names: ReadableDestination | None = None,
     on_event: OnEvent = ignore,
@@ -55,8 +56,15 @@ def run(
     the next run continues at what is durable.
     """
     request.check()
-    with request.chain(on_event) as chain:
+    with request.chain(on_event) as chain, _introduced(request, destination, on_event):
         return _run(request, chain, destination, on_event, names=names)
+
+
+def _introduced(request: ShipRequest, destination: Writing, on_event: OnEvent) -> AbstractContextManager[None]:
+    """An image that another host has is not shipped as its guest's."""
+    if request.though_given:
+        return nullcontext()
+    return introduced(request.image, request.disk, destination, on_event=on_event)
 
 
 def check_no_guest(name: str, destination: ReadableDestination) -> None:
@@ -80,7 +88,9 @@ def send_blindly(request: ShipRequest, channel: Channel, *, on_event: OnEvent = 
     """
     from snapchain.replica.disk_writer import StreamWriting
 
-    return run(request, StreamWriting(channel), on_event=on_event)
+    request.check()
+    with request.chain(on_event) as chain:
+        return _run(request, chain, StreamWriting(channel), on_event)
 
 
 @contextmanager
@@ -130,7 +140,9 @@ class Shipment:
 
     def run(self, *, on_event: OnEvent | None = None) -> ShipReport:
         """See `run`."""
-        return _run(self._request, self._chain, self._destination, self._on_event if on_event is None else on_event)
+        heard = self._on_event if on_event is None else on_event
+        with _introduced(self._request, self._destination, heard):
+            return _run(self._request, self._chain, self._destination, heard)
 
 
 def plan_opened(

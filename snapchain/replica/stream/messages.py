@@ -33,6 +33,7 @@ from snapchain.model.consistency import Consistency
 from snapchain.model.content import SumText
 from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.fingerprint import SHORT_KEY_BYTES, Fingerprint
+from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import MOST_DISKS as MOST_TAKEN, GuestChange, GuestStanding
 from snapchain.model.inventory import MAX_LAYERS
 from snapchain.model.retention import Policy
@@ -503,12 +504,24 @@ class HandedDisk(Message):
 
 
 class Handover(Message):
-    """All disks of a guest, all or none. token: of this handover, the same in each repetition."""
+    """All disks of a guest, all or none. token: of this handover, the same in each repetition.
+
+    by: the host that gives them, for the record of the guest's state; only for a receiver that keeps one
+    """
 
     step: Step
     token: LayerId
     disks: tuple[HandedDisk, ...] = Field(min_length=1, max_length=MOST_DISKS)
     replica: str | None = Field(default=None, max_length=4096)
+    by: str | None = Field(default=None, min_length=1, max_length=250)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A receiver without the feature does not know the field.
+        fields: dict[str, Any] = handler(self)
+        if fields.get("by") is None:
+            fields.pop("by", None)
+        return fields
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
@@ -536,7 +549,7 @@ class Handed(Message):
 
 
 class AskGuest(Message):
-    """How a guest stands, or one step of it to another state.
+    """How a guest stands, one step of it to another state, or what came of a check of it.
 
     handed: for SWITCH, and for WITHDRAW after it, all disks of the guest, as in HANDOVER; replica: as in Open
     """
@@ -544,6 +557,7 @@ class AskGuest(Message):
     guest: str = Field(min_length=1, max_length=250)
     replica: str | None = Field(default=None, max_length=4096)
     change: GuestChange | None = None
+    check: GuestCheck | None = None
     handed: tuple[HandedDisk, ...] = Field(default=(), max_length=MOST_DISKS)
 
     @model_validator(mode="after")
@@ -551,15 +565,21 @@ class AskGuest(Message):
         names = [each.disk for each in self.handed]
         if len(set(names)) < len(names) or not all(name.startswith(f"{self.guest}/") for name in names):
             raise ValueError("its disks are not those of the guest, each once")
-        if self.change is not None and self.change.guest != self.guest:
-            raise ValueError("the change is another guest's")
+        if any(each is not None and each.guest != self.guest for each in (self.change, self.check)):
+            raise ValueError("the change or check is another guest's")
+        if self.change is not None and self.check is not None:
+            raise ValueError("it is a change or a check")
         return self
 
 
 class Stands(Message):
-    """How a guest stands. disks: those that were taken over by the request, each with its overlay; in its order"""
+    """How a guest stands. disks: those that were taken over by the request, each with its overlay; in its order
+
+    checks: what came of its last checks
+    """
 
     standing: GuestStanding
+    checks: GuestChecks = GuestChecks()
     disks: tuple[Standing, ...] = Field(default=(), max_length=MOST_TAKEN)
 
 
@@ -567,6 +587,25 @@ class Stands(Message):
 
 MOST_ARGUMENTS = 10_000
 """Of a QEMU's command line."""
+
+
+class DomainPresence(StrEnum):
+    """How libvirt on a host has a domain."""
+
+    ABSENT = "absent"
+    DEFINED = "defined"
+    """It does not run; of one that comes by a migration: it has run, since libvirt defines it at the end."""
+    INCOMING = "incoming"
+    """Its memory is still on its way, or it is being started."""
+    HERE = "here"
+    """It runs, or is paused by somebody."""
+
+
+class MovingDomain(Message):
+    """A domain of libvirt."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=1000), AfterValidator(_printable)]
+    uuid: str = Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 
 
 class MoveStep(StrEnum):
@@ -580,6 +619,8 @@ class MoveStep(StrEnum):
     """The memory has come: from now on this host is the master of the disks."""
     RUN = "run"
     """Let the guest run. Only after GIVE."""
+    GIVE_AND_RUN = "give-and-run"
+    """GIVE, and RUN at once."""
     END = "end"
     """Give the move up: end QEMU, and remove what was made for it. Refused once the guest may have run here."""
     LOOK = "look"
@@ -593,6 +634,7 @@ class Move(Message):
     disks: all of the guest's, each below its name, and in the epoch in which its new master will write it
     exports: of the disks, in their order, their names in the guest
     argv: of the QEMU to start; directory: in which it is started; qmp: the monitor among its sockets
+    domain: of libvirt, which moves it: then there is no START, and GIVE records what libvirt has done
     """
 
     step: MoveStep
@@ -605,6 +647,7 @@ class Move(Message):
     argv: tuple[Annotated[str, StringConstraints(max_length=65536)], ...] = Field(default=(), max_length=MOST_ARGUMENTS)
     directory: str | None = Field(default=None, max_length=4096)
     qmp: str | None = Field(default=None, max_length=4096)
+    domain: MovingDomain | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -625,7 +668,10 @@ class Moving(Message):
     alive: whether the QEMU of this move runs; given: whether the guest was given to this host by this move
     ran: whether it may have run here; version: of QEMU, as 7.2; machine: its type
     cpu: a digest of the processor's model and features; free: bytes of the replica's filesystem
-    clock: of this host, resumed: when the guest went on, seconds since the epoch
+    clock: of this host, in the middle of the work on the request, and
+    resumed: when the guest went on; both in seconds since the epoch
+    domain: how libvirt has it; libvirt: the socket of its daemon, host: that daemon's UUID of this host
+    pause: seconds in which the guest did not run, by libvirt's own measure; memory: bytes that came, in how many rounds
     """
 
     directory: str = Field(default="", max_length=4096)
@@ -639,6 +685,12 @@ class Moving(Message):
     free: int = Field(default=0, ge=0, le=1 << 63)
     clock: float
     resumed: float | None = None
+    domain: DomainPresence | None = None
+    libvirt: str = Field(default="", max_length=4096)
+    host: str = Field(default="", max_length=100)
+    pause: float | None = None
+    memory: int = Field(default=0, ge=0, le=1 << 63)
+    rounds: int = Field(default=0, ge=0, le=1 << 31)
 
 
 # --- MERGE
@@ -824,6 +876,8 @@ class Feature(StrEnum):
     """The receiver keeps the states of guests, and answers GUEST."""
     MOVE = "move"
     """Guests can come to the receiver's host while they run."""
+    PLACES = "places"
+    """The receiver knows of a guest's other destinations, and names itself in STANDING."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -888,7 +942,7 @@ REQUESTS: Mapping[Kind, Request] = {
     Kind.HANDOVER: Request(
         Handover,
         128 * KiB,
-        "handover:answer",
+        "guest_handover:answer",
         (Kind.HANDED,),
         frozenset({Right.HANDOVER}),
         Feature.HANDOVER,

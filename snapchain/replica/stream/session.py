@@ -118,9 +118,13 @@ class ClientSession(Session):
     def __init__(self, channel: Channel, allowed: Mapping[Kind, int] = FROM_RECEIVER) -> None:
         super().__init__(channel, allowed)
         self.writer = FrameWriter(channel)
+        self._is_begun = False
 
     def begin(self) -> None:
-        """Exchange HELLO. Raises Unsupported, and what the other side refuses with."""
+        """Exchange HELLO, once. Raises Unsupported, and what the other side refuses with."""
+        if self._is_begun:
+            return
+        self._is_begun = True
         self.writer.send(Kind.HELLO, encode(hello(answers=True)))
         self.agree(self.next())
 
