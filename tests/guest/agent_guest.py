@@ -39,8 +39,8 @@ def formatted(path: Path, *, size: str = "64M", files: Path | None = None) -> Pa
     """A qcow2 image with an ext4 in it. files: a directory whose content it has; empty otherwise"""
     raw = path.with_suffix(".mkfs")
     subprocess.run(["truncate", "-s", size, raw], check=True)
-    content = [] if files is None else ["-d", files]
-    subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0", *content, raw], check=True)
+    content = [] if files is None else ["-d", str(files)]
+    subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0", *content, str(raw)], check=True)
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path], check=True)
     raw.unlink()
     return path
