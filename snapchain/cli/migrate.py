@@ -20,7 +20,7 @@ from snapchain.host.terminal import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.guest.qmp_guest import QmpGuest
+    from snapchain.guest.protocol import Guest
     from snapchain.ops.migrate.live_request import AbortReport, LivePlan, LiveReport
     from snapchain.ops.migrate.run import MigratePlan, MigrateReport, TakeBackPlan, TakeBackReport
     from snapchain.ops.other_destinations import Reach
@@ -33,16 +33,17 @@ MovedDisks = Annotated[
     options.address(
         metavar="[IMAGE DEST::DISK]...",
         help="The top of a chain, and a disk at a replica: ssh://\\[user@]host/path or dir:/path. More pairs "
-        "are other disks of the same guest, at the same replica. With --qmp: the replica only.",
+        "are other disks of the same guest, at the same replica. With --domain or --qmp: the replica only.",
     ),
 ]
 
 
 @verb(
     examples="""
+    snapchain migrate --domain web1 ssh://root@kvm2/srv/replica
+    snapchain migrate --domain web1 --abort
     snapchain migrate --qmp /run/web1.qmp ssh://root@kvm2/srv/replica
     snapchain migrate --qmp /run/web1.qmp ssh://root@kvm2/srv/replica --max-downtime 0.5 --auto-converge
-    snapchain migrate --qmp /run/web1.qmp --abort
     snapchain migrate web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda --offline
     snapchain migrate a.qcow2 ssh://kvm2/srv/replica::web1/vda b.qcow2 ssh://kvm2/srv/replica::web1/vdb --offline
     snapchain migrate web1.qcow2 ssh://kvm2/srv/replica::web1/vda --offline --start-hook 'ssh kvm2 virsh start web1'
@@ -87,14 +88,23 @@ def migrate(
         int | None,
         typer.Option("--rounds", min=1, help="Seal and ship at most this many times before.", rich_help_panel=_LIVE),
     ] = None,
+    dest_uri: Annotated[
+        str | None,
+        typer.Option(
+            "--dest-uri",
+            metavar="URI",
+            help="URI of libvirt at the destination. By default its daemon is reached through ssh, as the replica is.",
+            rich_help_panel=_LIVE,
+        ),
+    ] = None,
     start_command: Annotated[
         str | None,
         typer.Option(
             "--start-command",
             metavar="COMMAND",
-            help="Start QEMU at the destination by COMMAND (no shell), not by the guest's own command line. It must "
-            "have -S, -incoming defer and a monitor at SNAPCHAIN_QMP. Its environment has SNAPCHAIN_OVERLAY_1, 2... "
-            "of SNAPCHAIN_DISK_1, 2...",
+            help="With --qmp: start QEMU at the destination by COMMAND (no shell), not by the guest's own command "
+            "line. It must have -S, -incoming defer and a monitor at SNAPCHAIN_QMP. Its environment has "
+            "SNAPCHAIN_OVERLAY_1, 2... of SNAPCHAIN_DISK_1, 2...",
             rich_help_panel=_LIVE,
         ),
     ] = None,
@@ -175,10 +185,13 @@ def migrate(
 ) -> None:
     """Move a guest to another host: while it runs, or its disks when it does not. All disks, or none.
 
-    A running guest without libvirt is named by --qmp. What is sealed is shipped in rounds, as by `sync`. QEMU is then
-    started at the destination with the command line from here, and the disks and the memory are copied while the guest
-    runs. It is paused for the switch, and goes on there. Until the switch anything that fails, and Ctrl-C, lets it go
-    on here as before. Through ssh no port needs to be opened.
+    A running guest is named by --domain, or by --qmp where it has no libvirt. What is sealed is shipped in rounds, as
+    by `sync`. Then the disks and the memory are copied while the guest runs. It is paused for the switch, and goes on
+    there. Until the switch anything that fails, and Ctrl-C, lets it go on here as before. Through ssh no port needs to
+    be opened.
+
+    A domain is moved by libvirt. It is defined there, and here its definition is removed. For a QEMU without libvirt,
+    snapchain starts the one at the destination with the command line from here.
 
     Of a guest that does not run, name the disks. First each top is sealed, the layers that the replica lacks are sent,
     and an empty overlay for the guest is made there. Until then, and whenever the destination refuses, the disks stay
@@ -192,12 +205,13 @@ def migrate(
     If it is interrupted, run the same command again: it continues.
     """
     if guest is not None:
-        _check_live(guest, offline=offline or paused or take_back, unasked=destination_is_gone, abort=abort)
+        _check_live(offline=offline or paused or take_back, unasked=destination_is_gone, abort=abort)
         live = _Live(
             max_downtime=max_downtime,
             bandwidth=None if bandwidth is None else quantities.parse_size(bandwidth),
             auto_converge=auto_converge,
             rounds=rounds,
+            dest_uri=dest_uri,
             command=_program(start_command, "--start-command"),
             before=_program(before, "--before"),
             after=_program(after, "--after"),
@@ -213,7 +227,7 @@ def migrate(
     from snapchain.ops.migrate.run import migrate as run, plan, plan_take_back, take_back as undo
 
     if abort:
-        raise InvalidInput("--abort is for a running guest", hint="name it by --qmp; for disks, say --take-back")
+        raise InvalidInput("--abort is for a running guest", hint="name it by --domain or --qmp; disks: --take-back")
     _check(offline=offline, paused=paused, take_back=take_back, unasked=destination_is_gone)
     if not disks:
         raise InvalidInput("nothing is named", hint="name pairs of IMAGE DEST::DISK, or a guest and DEST")
@@ -247,22 +261,16 @@ def _check(*, offline: bool, paused: bool, take_back: bool, unasked: bool) -> No
     if not offline and not paused and not take_back:
         raise InvalidInput(
             "only disks of a guest that does not run can be handed over",
-            hint="shut it down and say --offline, or pause it and say --paused; name one that runs by --qmp, or let "
-            "`snapchain sync` print the virsh command",
+            hint="shut it down and say --offline, or pause it and say --paused; one that runs is named by --domain or "
+            "--qmp",
         )
 
 
-def _check_live(guest: GuestAddress, *, offline: bool, unasked: bool, abort: bool) -> None:
+def _check_live(*, offline: bool, unasked: bool, abort: bool) -> None:
     if offline:
         raise InvalidInput("--offline, --paused and --take-back are for disks", hint="name IMAGE DEST::DISK instead")
     if unasked and not abort:
         raise InvalidInput("--destination-is-gone is for --abort, and for --take-back of disks")
-    if guest.qmp is None:
-        raise InvalidInput(
-            "a guest of libvirt is migrated by libvirt",
-            subject=guest.domain,
-            hint=f"`snapchain sync --domain {guest.domain} DEST` makes everything ready, and prints the commands",
-        )
 
 
 class _Live(TypedDict):
@@ -272,6 +280,7 @@ class _Live(TypedDict):
     bandwidth: int | None
     auto_converge: bool
     rounds: int | None
+    dest_uri: str | None
     command: Sequence[str]
     before: Sequence[str]
     after: Sequence[str]
@@ -291,7 +300,6 @@ def _migrate_guest(
     address: GuestAddress, words: Sequence[str], asked: _Live, *, abort: bool, is_gone: bool, out: Output
 ) -> None:
     from snapchain.guest.address import open_guest
-    from snapchain.guest.qmp_guest import QmpGuest
     from snapchain.ops.migrate.live import abort as end
 
     if abort:
@@ -300,11 +308,10 @@ def _migrate_guest(
         out.report(end(address, is_gone=is_gone, on_event=out.on_event), _draw_settled)
         return
     with open_guest(address, on_event=out.on_event) as guest:
-        assert isinstance(guest, QmpGuest), "it was named by --qmp"
         _move(guest, words, asked, out)
 
 
-def _move(guest: QmpGuest, words: Sequence[str], asked: _Live, out: Output) -> None:
+def _move(guest: Guest, words: Sequence[str], asked: _Live, out: Output) -> None:
     from snapchain.destination.address import PointAddress, parse_destination, parse_disk_address
     from snapchain.destinations import replica_at
     from snapchain.ops.migrate.live import migrate_live, plan_live
@@ -397,7 +404,7 @@ def _draw_live(console: Console, report: LiveReport) -> None:
     render.facts(
         console,
         [
-            ("its monitor there", report.qmp),
+            *([("its monitor there", report.qmp)] if report.qmp else []),
             ("layers on the wire", size(report.bytes_sent)),
             ("memory on the wire", f"{size(report.memory_bytes)} in {counted(report.memory_rounds, 'round')}"),
             ("pause", f"{pause}{bound}; predicted {report.predicted_pause:.2f} s"),

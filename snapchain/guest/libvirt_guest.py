@@ -50,7 +50,8 @@ from snapchain.image.qcow2.header import read_header
 from snapchain.model.events import OnEvent, ignore
 
 _OFF = {"shut off", "no state"}
-_MIGRATING = re.compile(r"\((?:migrating|post-copy|post-copy failed|migrated)\)")
+_MIGRATING = re.compile(r"\((?:migrating|post-copy|post-copy failed)\)")
+"""Not `running (migrated)`: so libvirt calls a domain that has come here, until it is paused or ends."""
 _SAVED = "(saved)"
 _NOT_IN_CHAIN = "is not in this backing file chain"
 """QEMU's words for a layer that has left the chain."""

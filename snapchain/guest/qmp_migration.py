@@ -37,6 +37,7 @@ _UNLIMITED = 64 << 30
 """Bytes a second: more than any link."""
 _OVER = ("none", "completed", "failed", "cancelled")
 _UNDO_SECONDS = 60.0
+_QUESTIONS = 10
 _NEWS = ("JOB_STATUS_CHANGE", "MIGRATION", "MIGRATION_PASS", "STOP", "RESUME")
 
 
@@ -235,47 +236,70 @@ class Outgoing:
     def end_mirrors(self, *, seconds: float) -> None:
         """At pre-switchover: have each mirror drain and flush, and end. Raises Unavailable for an error of any.
 
-        Only `block-job-cancel` without force does that; `job-cancel` would leave the last writes out.
+        Only `block-job-cancel` without force does that; `job-cancel` would leave the last writes out.  The jobs stay
+        as concluded: to dismiss them would only take time, and QEMU ends next, or `undo` does that.
         """
-        self.check_mirrors()
-        for job in self._jobs:
-            self._monitor.execute("block-job-cancel", {"device": job, "force": False})
-        until = time.monotonic() + seconds
-        waiting = dict(zip(self._jobs, self._disks, strict=True))
+        until, mark = time.monotonic() + seconds, self._monitor.mark()
+        try:
+            for job in self._jobs:
+                self._monitor.execute("block-job-cancel", {"device": job, "force": False})
+        except Refused:
+            self.check_mirrors()
+            raise
+        waiting = list(self._jobs)
         while waiting:
-            mark = self._monitor.mark()
+            # Events are enough where they came: each question takes time from the guest, which is paused.
+            self._monitor.wait(_is_end_of(waiting[0]), after=mark, seconds=LOOK_SECONDS)
+            waiting = [job for job in waiting if not self._has_ended_well(job, after=mark)]
+            if not waiting:
+                return
             known = {str(row.get("id")): row for row in self._monitor.rows("query-jobs")}
-            for job, disk in list(waiting.items()):
+            for job, disk in zip(self._jobs, self._disks, strict=True):
                 row = known.get(job)
                 if row is None:
                     raise Unavailable("the mirror of its writes is gone before it was read", subject=disk)
-                if row.get("status") != "concluded":
-                    continue
-                if row.get("error"):
+                if row.get("status") == "concluded" and row.get("error"):
                     raise Unavailable(
                         f"the last writes of the guest did not reach the destination: {row.get('error')}",
                         subject=disk,
                         hint="see that the link is up and that there is room at the destination; then run it again",
                     )
-                self._monitor.execute("job-dismiss", {"id": job})
-                del waiting[job]
+            waiting = [job for job in waiting if known[job].get("status") != "concluded"]
             if waiting:
                 _check_time(until, "the last writes of the guest", self._monitor)
-                self._monitor.wait(_is_news, after=mark, seconds=LOOK_SECONDS)
+
+    def _has_ended_well(self, job: str, *, after: int) -> bool:
+        """Whether events said so: completed without an error, and concluded."""
+
+        def is_completed(name: str, data: Mapping[str, object]) -> bool:
+            return name == "BLOCK_JOB_COMPLETED" and data.get("device") == job
+
+        done = self._monitor.newest(is_completed, after=after)
+        ended = self._monitor.newest(_is_end_of(job), after=after)
+        return done is not None and not done.get("error") and ended is not None
 
     def switch_over(self, *, seconds: float) -> None:
         """Send the device state. At the end the guest is paused on both sides. Raises Unavailable."""
+        until, mark = time.monotonic() + seconds, self._monitor.mark()
         self._monitor.execute("migrate-continue", {"state": "pre-switchover"})
-        until = time.monotonic() + seconds
         while True:
-            mark = self._monitor.mark()
+            self._monitor.wait(_is_end_of_migration, after=mark, seconds=LOOK_SECONDS)
+            news = self._monitor.newest(_is_end_of_migration, after=mark)
+            if news is not None and news.get("status") == "completed":
+                return
             look = look_at_memory(self._monitor)
             if look.status == "completed":
                 return
             if look.is_over:
                 raise _ended(look, self._monitor)
             _check_time(until, "the state of the devices", self._monitor)
-            self._monitor.wait(_is_news, after=mark, seconds=LOOK_SECONDS)
+
+    def answer_seconds(self) -> float:
+        """What one of QEMU's answers takes now, on average."""
+        begun = time.monotonic()
+        for _ in range(_QUESTIONS):
+            self._monitor.execute("query-status")
+        return (time.monotonic() - begun) / _QUESTIONS
 
     def mirrors_left(self) -> int:
         """Bytes that the mirrors are behind. Raises as `check_mirrors`."""
@@ -372,7 +396,11 @@ class Incoming:
         until = time.monotonic() + seconds
         while True:
             mark = self._monitor.mark()
-            look, status = look_at_memory(self._monitor), self.status()
+            news = self._monitor.newest(_is_end_of_migration, after=0)
+            status = self.status()
+            if news is not None and news.get("status") == "completed" and status == "paused":
+                return
+            look = look_at_memory(self._monitor)
             if look.status == "completed" and status in ("paused", "prelaunch"):
                 return
             if look.status in ("failed", "cancelled") or time.monotonic() >= until:
@@ -382,10 +410,16 @@ class Incoming:
                 )
             self._monitor.wait(_is_news, after=mark, seconds=0.1)
 
-    def run(self) -> float | None:
-        """Let the guest run: it is this host's. When it went on, seconds since the epoch. Idempotent."""
+    def stop_exports(self) -> None:
+        """No mirror writes to the disks any more. Idempotent."""
         with suppress(Refused):  # it was stopped before
             self._monitor.execute("nbd-server-stop", repeatable=True)
+
+    def run(self) -> float | None:
+        """Let the guest run: it is this host's. When it went on, seconds since the epoch. Idempotent.
+
+        Only after `stop_exports`: an export would keep QEMU from writing.
+        """
         self._monitor.execute("cont", repeatable=True)
         if self._monitor.fields("query-status").get("running") is not True:
             raise Unavailable("the guest does not run although it was told to", subject=self._monitor.path)
@@ -403,6 +437,14 @@ def _is_news(name: str, _data: Mapping[str, object]) -> bool:
     return name in ("JOB_STATUS_CHANGE", "MIGRATION", "MIGRATION_PASS", "STOP", "RESUME") or name.startswith(
         "BLOCK_JOB_"
     )
+
+
+def _is_end_of(job: str) -> Callable[[str, Mapping[str, object]], bool]:
+    return lambda name, data: name == "JOB_STATUS_CHANGE" and (data.get("id"), data.get("status")) == (job, "concluded")
+
+
+def _is_end_of_migration(name: str, data: Mapping[str, object]) -> bool:
+    return name == "MIGRATION" and data.get("status") in _OVER
 
 
 def _ended(look: MemoryLook, monitor: Monitor) -> Unavailable:

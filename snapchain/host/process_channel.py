@@ -69,6 +69,11 @@ class ProcessChannel(Channel):
         return self._child.pid
 
     @property
+    def status(self) -> int:
+        """The exit code of a child that has ended; negative: the signal."""
+        return self._child.status
+
+    @property
     def stderr(self) -> str:
         """The last 64 KiB of the child's stderr so far."""
         return self._child.stderr()

@@ -2,6 +2,7 @@
 
 /run/snapchain/web1-5f3a9c01/          of root
 $XDG_RUNTIME_DIR/snapchain/...         of other users, and of whoever sets it; /tmp/snapchain-UID where it is unset
+/run/libvirt/qemu/snapchain-5f3a9c01/  for a domain of libvirt: the same path on both hosts, where QEMU may use it
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from snapchain.host.private import PrivateDirectory
 
 LONGEST_SOCKET = 107
 """Bytes of a path that the kernel takes for a unix socket."""
+OF_LIBVIRT = Path("/run/libvirt/qemu")
+"""libvirt's own directory for what runs: SELinux and AppArmor let the QEMUs of its domains have sockets there."""
+_OF_LIBVIRT_PREFIX = "snapchain-"
 _LONGEST_NAME = 24
 _LONGEST_FILE = 32
 _MADE = re.compile(r"-[0-9a-f]{8}\Z")
@@ -46,9 +50,29 @@ def make(name: str, token: str) -> Path:
     return path
 
 
+def for_libvirt(token: str) -> Path:
+    """The path of the directory for a domain that moves, on either host."""
+    return OF_LIBVIRT / f"{_OF_LIBVIRT_PREFIX}{token[:8]}"
+
+
+def make_for_libvirt(token: str) -> Path:
+    """Make it. Raises Unsupported for users who may not, and where no libvirt runs."""
+    path = for_libvirt(token)
+    if os.geteuid() != 0 or not path.parent.is_dir():
+        why = "only root may" if os.geteuid() != 0 else "libvirt's daemon for QEMU has never run here"
+        raise Unsupported(
+            f"the directory for the sockets of a migration cannot be made: {why}",
+            subject=path,
+            hint="the guest is one of qemu:///system: run this as root, and log in as root on the other host",
+        )
+    with PrivateDirectory(path, make=True):
+        pass
+    return path
+
+
 def remove(path: Path) -> None:
     """Remove such a directory with the sockets and small files in it. Idempotent; what is none is left alone."""
-    if path.parent != base():
+    if path.parent != base() and not (path.parent == OF_LIBVIRT and path.name.startswith(_OF_LIBVIRT_PREFIX)):
         return
     with suppress(NotFound, InvalidInput), os_errors(path.parent), Directory.open(path.parent) as above:
         if not above.has(path.name):

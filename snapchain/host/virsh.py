@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 from xml.etree import ElementTree as ET
 
 from snapchain.errors import Busy, InvalidInput, NotFound, SnapchainError, ToolFailed, Unavailable, Unsupported
@@ -55,11 +55,13 @@ class Virsh:
 
     connect: its URI; None: LIBVIRT_DEFAULT_URI or VIRSH_DEFAULT_CONNECT_URI, else the system's daemon
     read_only: ask only; anybody may, while more needs rights
+    elsewhere: it may be another host's, where nothing is asked about its files
     """
 
     connect: str | None = None
     read_only: bool = False
     seconds: float = SECONDS
+    elsewhere: bool = False
 
     @property
     def uri(self) -> str:
@@ -89,7 +91,8 @@ class Virsh:
 
     def argv(self, *words: str) -> list[str]:
         """virsh and its options. Raises as `check_local`."""
-        check_local(self.uri)
+        if not self.elsewhere:
+            check_local(self.uri)
         return ["virsh", *(["--readonly"] if self.read_only else []), "--connect", self.uri, "--quiet", *words]
 
     def text(self, *words: str, timeout: float | None = None, subject: str | None = None) -> str:
@@ -146,6 +149,14 @@ def has_daemon(uri: str) -> bool:
     if "socket=" in parts.query or parts.path not in {"/system", "/session"}:
         return True
     return any(socket.exists() for socket in (_system_sockets() if parts.path == "/system" else _session_sockets()))
+
+
+def socket_of(uri: str) -> Path:
+    """The socket of the daemon that a local URI names; of several the one that libvirt itself would take."""
+    if given := parse_qs(urlsplit(uri).query).get("socket"):
+        return Path(given[0])
+    paths = [Path("/run/libvirt") / name for name in ("virtqemud-sock", "libvirt-sock")]
+    return next((path for path in paths if path.exists()), paths[-1])
 
 
 def has_any_daemon() -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from snapchain.errors import Corrupt
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.stream.messages import HandedDisk, Kind, Move, MoveStep, Moving
+from snapchain.replica.stream.messages import HandedDisk, Kind, Move, MoveStep, Moving, MovingDomain
 from snapchain.replica.stream.session import ClientSession, printable
 
 _ALIVE_SECONDS = 5.0
@@ -19,12 +19,16 @@ _ALIVE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class MovingGuest:
-    """Which guest moves, by which token. disks: as they are handed over; exports: their names in the guest."""
+    """Which guest moves, by which token. disks: as they are handed over; exports: their names in the guest.
+
+    domain: of libvirt, None for a bare QEMU
+    """
 
     token: str
     guest: str
     disks: Sequence[HandedDisk]
     exports: Sequence[str]
+    domain: MovingDomain | None = None
 
 
 class GuestMove:
@@ -34,6 +38,12 @@ class GuestMove:
         self._session, self._endpoint, self._what = session, endpoint, what
         self._begun = False
         self._heard = time.monotonic()
+        self.round_trip = float("inf")
+        """Seconds: of the LOOK that was answered soonest."""
+        self.write_seconds = 0.0
+        """What a durable record took there at the last LOOK."""
+        self.clock_ahead = 0.0
+        """Seconds that the other host's clock is ahead of the one here, known to half that round trip."""
 
     def step(self, step: MoveStep, *, argv: Sequence[str] = (), directory: str | None = None, qmp: str = "") -> Moving:
         """Have one step done there. Raises what the other side refuses with, Unavailable where no answer came."""
@@ -48,7 +58,9 @@ class GuestMove:
             argv=tuple(argv),
             directory=directory,
             qmp=qmp or None,
+            domain=self._what.domain,
         )
+        asked, clock = time.monotonic(), time.time()
         if self._begun:
             self._session.request(Kind.MOVE, request)
         else:
@@ -56,7 +68,12 @@ class GuestMove:
             self._session.ask(Kind.MOVE, request)
         answer = self._session.decode(Moving, self._session.expect(Kind.MOVING))
         self._heard = time.monotonic()
-        for text in (answer.directory, *answer.overlays, answer.version or "", answer.machine or ""):
+        took = self._heard - asked
+        if step is MoveStep.LOOK:
+            self.write_seconds = answer.write
+            if took - answer.write < self.round_trip:
+                self.round_trip, self.clock_ahead = took - answer.write, answer.clock - (clock + took / 2)
+        for text in (answer.directory, *answer.overlays, answer.version or "", answer.machine or "", answer.libvirt):
             if printable(text) != text:
                 raise Corrupt("it names an impossible file", subject=self._endpoint.url)
         return answer

@@ -4,7 +4,7 @@
     PREPARE   disks locked, overlays empty on the newest layers    prepared   moving
     START     QEMU started, -S -incoming defer                     started
     GIVE      its memory is here, whole                                       switched   <- this write decides
-    RUN       nbd-server-stop, cont                                ran        active
+    RUN       catalogues of the disks, nbd-server-stop, cont       ran        active
 
 The disks stay locked from PREPARE to the end of the stream, so that no other transfer changes what lies below the
 guest.  Where the stream ends early, its peer has died or the link is cut: before GIVE the QEMU is ended and what was
@@ -19,7 +19,8 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +36,7 @@ from snapchain.guest.qmp_migration import Incoming, version_of
 from snapchain.host import files, run_directory
 from snapchain.host.detached import start_program
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.priority import urgent
 from snapchain.host.process_identity import Identity, boot_id, identity, own_identity, still_runs
 from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Transition, after, is_done
 from snapchain.replica.guest_states import look
@@ -42,7 +44,7 @@ from snapchain.replica.guest_store import alone_with, disks_of, write_standing
 from snapchain.replica.handover import Case, cases_of, check_may_be_given, record_given, revoke_given
 from snapchain.replica.left_behind import remove_left_behind
 from snapchain.replica.store import Work, in_turn, open_replica
-from snapchain.replica.stream.messages import ActiveState, HandedDisk, Kind, Move, MoveStep, Moving
+from snapchain.replica.stream.messages import ActiveState, HandedDisk, Kind, Move, MoveStep, Moving, MovingDomain
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver
@@ -82,6 +84,7 @@ class _Details(BaseModel):
     directory: Path
     stage: Literal["prepared", "started", "ran"]
     qemu: Identity | None = None
+    domain: MovingDomain | None = None
 
 
 def answer(receiver: Receiver, request: Move) -> None:
@@ -110,13 +113,21 @@ def _opened(root: Path, request: Move) -> Iterator[GuestArrival]:
             raise InvalidInput("a move begins with PREPARE", subject=root)
         cases = _locked(root, request.disks, locks)
         found = _record_of(request.token)
-        if request.step is not MoveStep.PREPARE and found is not None and not _details(found).disks == request.disks:
+        if request.step is not MoveStep.PREPARE and found is not None and not details_of(found).disks == request.disks:
             raise Conflict("these are not the disks of that move", subject=root)
-        arrival = GuestArrival(root, request, cases, found)
+        arrival = _arrival(root, request, cases, found)
         try:
             yield arrival
         finally:
             arrival.close()
+
+
+def _arrival(root: Path, request: Move, cases: list[Case], found: journal.Found | None) -> GuestArrival:
+    if request.domain is None:
+        return GuestArrival(root, request, cases, found)
+    from snapchain.replica.domain_server import DomainArrival  # inside: most hosts have one kind
+
+    return DomainArrival(root, request, cases, found, request.domain)
 
 
 def _locked(root: Path, disks: tuple[HandedDisk, ...], locks: ExitStack) -> list[Case]:
@@ -149,9 +160,13 @@ class GuestArrival:
         self._resumed: float | None = None
         self._version: str | None = None
         self._machine: str | None = None
+        self._wrote = 0.0
+        self._urgent = ExitStack()
+        self._domain: MovingDomain | None = request.domain
 
     def step(self, request: Move) -> Moving:
         """Carry out one step. Raises Conflict for one that may not come now, and as each of them."""
+        begun = time.time()
         match request.step:
             case MoveStep.PREPARE:
                 self._prepare()
@@ -160,11 +175,20 @@ class GuestArrival:
             case MoveStep.GIVE:
                 self._settles = True
                 self._give()
+                self._follow()
             case MoveStep.RUN:
                 self._run()
+            case MoveStep.GIVE_AND_RUN:
+                self._settles = True
+                self._give()
+                self._resume()
             case MoveStep.END:
                 self.end()
-        return self._standing()
+            case MoveStep.LOOK if self._settles and self._found is not None:
+                before = time.monotonic()
+                self._write(details_of(self._found))
+                self._wrote = time.monotonic() - before
+        return self._standing(begun)
 
     def close(self) -> None:
         """Settle what is unfinished, where this stream has begun it."""
@@ -176,6 +200,7 @@ class GuestArrival:
                     with suppress(SnapchainError, OSError):  # the guest runs: files that stay are no fault of the move
                         remove_left_behind(case.disk)
         finally:
+            self._urgent.close()
             if self._monitor is not None:
                 self._monitor.close()
 
@@ -188,6 +213,10 @@ class GuestArrival:
                 self._run()
         else:
             self.end()
+
+    def settle_abandoned(self) -> None:
+        """As `settle`, of a move whose stream has ended long ago."""
+        self.settle()
 
     # --- The steps.
 
@@ -214,7 +243,7 @@ class GuestArrival:
                 subject=f"{self._root}: {self._guest}",
                 hint="run the migration again; find out which host runs the guest before anything else",
             )
-        directory = run_directory.make(self._guest, self._token)
+        directory = self._make_directory()
         self._settles = True
         # The journal first: whoever finds the guest `moving` finds out what became of the move.
         self._write(
@@ -226,9 +255,13 @@ class GuestArrival:
                 overlays=tuple(_made(case.path) for case in self._cases),
                 directory=directory,
                 stage="prepared",
+                domain=self._domain,
             )
         )
         self._change(Transition.MOVE, host=self._by)
+
+    def _make_directory(self) -> Path:
+        return run_directory.make(self._guest, self._token)
 
     def _start(self, request: Move) -> None:
         details = self._at("prepared")
@@ -238,6 +271,7 @@ class GuestArrival:
         qmp = Path(request.qmp)
         pid = start_program(argv, log=details.directory / _LOG, environment=dict(os.environ))
         found = identity(pid)
+        self._urgent.enter_context(urgent())  # from now on it waits for what is sent, and the guest for it
         # Recorded before anything else can fail: a program that nobody knows of would stay for ever.
         details = self._write(details.model_copy(update={"stage": "started", "qemu": found}), qmp=qmp)
         self._monitor = self._wait_for_monitor(qmp, details)
@@ -284,11 +318,21 @@ class GuestArrival:
                 if case.catalogue.tip is None or case.catalogue.tip.id != case.asked.overlay.on:
                     raise Conflict("its overlay is not on the newest layer here any more", subject=case.path)
         self._change(Transition.SWITCH, host=socket.gethostname())
-        self._follow()
 
-    def _follow(self) -> None:
-        """All disks of the guest follow its record into the new epoch."""
-        self._cases = [record_given(case, self._token) for case in self._cases]
+    def _follow(self, *beside: Callable[[], object]) -> None:
+        """All disks of the guest follow its record into the new epoch. beside: what is to be done at the same time
+
+        One after the other, each would wait for the storage, and a paused guest for all of them.
+        """
+        with ThreadPoolExecutor(len(self._cases) + 1 + len(beside)) as pool:
+            cases = [pool.submit(record_given, case, self._token) for case in self._cases]
+            rest = [pool.submit(each) for each in (self._raise_others, *beside)]
+            self._cases = [each.result() for each in cases]
+            for each in rest:
+                each.result()
+
+    def _raise_others(self) -> None:
+        """The epochs of disks that no guest runs on, such as the one of the guest's records."""
         mine = {case.disk.name for case in self._cases}
         for disk in disks_of(open_replica(self._root), self._guest):
             if disk.name not in mine and (found := disk.read()) is not None and found.epoch < self._epoch:
@@ -296,7 +340,7 @@ class GuestArrival:
                     disk.write((disk.read() or found).after(epoch=self._epoch))
 
     def _run(self) -> None:
-        details = self._at("started", "ran")
+        self._at("started", "ran")
         if not self._alive():
             raise Unavailable(
                 "the QEMU that had got the guest has ended; the disks are this host's",
@@ -305,9 +349,17 @@ class GuestArrival:
             )
         if not self._is_given():
             raise Conflict("the guest was not given to this host", subject=self._guest)
-        self._follow()
-        self._write(details.model_copy(update={"stage": "ran"}))
-        self._resumed = Incoming(self._connected()).run() or time.time()
+        self._resume()
+
+    def _resume(self) -> None:
+        """The guest is this host's. That it may have run is on the disk before it does."""
+        incoming, details = Incoming(self._connected()), self._at("started", "ran")
+        try:
+            self._follow(lambda: self._write(details.model_copy(update={"stage": "ran"})), incoming.stop_exports)
+        except SnapchainError:  # such as a QEMU that has died: it never ran, and its source has its memory still
+            self._write(details)
+            raise
+        self._resumed = incoming.run() or time.time()
         self._change(Transition.START, host=socket.gethostname())
         assert self._found is not None
         journal.remove(self._found.path)
@@ -319,7 +371,7 @@ class GuestArrival:
             if self._is_given():
                 raise Conflict("the guest was given to this host, and may have run here", subject=self._guest)
             return
-        details, given = _details(self._found), self._is_given()
+        details, given = details_of(self._found), self._is_given()
         if details.stage == "ran" or (given and self._alive()):
             raise Conflict("the guest is this host's", subject=self._guest, hint="migrate it from here")
         if self._monitor is not None:
@@ -332,7 +384,7 @@ class GuestArrival:
         else:
             self._change(Transition.ABORT, host=self._by)
         for made in details.overlays:
-            _remove_overlay(made)
+            remove_overlay(made)
         run_directory.remove(details.directory)
         journal.remove(self._found.path)
         self._found = None
@@ -366,7 +418,7 @@ class GuestArrival:
             write_standing(self._root, after(now, asked, time=datetime.now(UTC), subject=subject))
 
     def _at(self, *stages: str) -> _Details:
-        details = None if self._found is None else _details(self._found)
+        details = None if self._found is None else details_of(self._found)
         if details is None or details.stage not in stages:
             raise Conflict(
                 f"the move is not at that step: {'nothing is known of it' if details is None else details.stage}",
@@ -395,7 +447,7 @@ class GuestArrival:
         return details
 
     def _alive(self) -> bool:
-        return self._found is not None and _alive(_details(self._found).qemu, boot=self._found.record.boot)
+        return self._found is not None and _alive(details_of(self._found).qemu, boot=self._found.record.boot)
 
     def _connected(self) -> Monitor:
         if self._monitor is None:
@@ -403,8 +455,8 @@ class GuestArrival:
             self._monitor = Monitor(Path(self._found.record.qmp or ""))
         return self._monitor
 
-    def _standing(self) -> Moving:
-        details = None if self._found is None else _details(self._found)
+    def _standing(self, begun: float) -> Moving:
+        details = None if self._found is None else details_of(self._found)
         return Moving(
             directory="" if details is None else str(details.directory),
             overlays=tuple(str(case.path) for case in self._cases),
@@ -415,7 +467,8 @@ class GuestArrival:
             machine=self._machine,
             cpu=cpu_digest(),
             free=files.free_bytes(self._root),
-            clock=time.time(),
+            clock=(begun + time.time()) / 2,
+            write=self._wrote,
             resumed=self._resumed,
         )
 
@@ -427,17 +480,22 @@ def _is_undone(now: GuestStanding, transition: Transition) -> bool:
 
 def settle_record(found: journal.Found) -> None:
     """Finish or undo a move to this host that was interrupted. Raises Busy where somebody works on its disks."""
-    details = _details(found)
+    details = details_of(found)
     request = Move(
-        step=MoveStep.LOOK, token=details.token, guest=found.record.guest, by=details.by, disks=details.disks
+        step=MoveStep.LOOK,
+        token=details.token,
+        guest=found.record.guest,
+        by=details.by,
+        disks=details.disks,
+        domain=details.domain,
     )
     with ExitStack() as locks:
         now = _record_of(details.token)
         if now is None:
             return
-        arrival = GuestArrival(details.root, request, _locked(details.root, details.disks, locks), now)
+        arrival = _arrival(details.root, request, _locked(details.root, details.disks, locks), now)
         try:
-            arrival.settle()
+            arrival.settle_abandoned()
         finally:
             arrival.close()
 
@@ -448,7 +506,7 @@ def _settle_others(root: Path, request: Move) -> None:
     for found in journal.find(operation=OPERATION)[0]:
         if not found.record.is_abandoned:
             continue
-        details = _details(found)
+        details = details_of(found)
         if details.root == root and names & {each.disk for each in details.disks}:
             settle_record(found)
 
@@ -458,7 +516,7 @@ def _record_of(token: str) -> journal.Found | None:
     return next((each for each in records if each.record.details.get("token") == token), None)
 
 
-def _details(found: journal.Found) -> _Details:
+def details_of(found: journal.Found) -> _Details:
     try:
         return _Details.model_validate(found.record.details)
     except ValidationError as error:
@@ -471,7 +529,7 @@ def _made(path: Path) -> _Made:
     return _Made(path=path, device=status.st_dev, inode=status.st_ino)
 
 
-def _remove_overlay(made: _Made) -> None:
+def remove_overlay(made: _Made) -> None:
     """What was mirrored into it is no guest's."""
     with suppress(NotFound), files.directory_of(made.path) as place:
         if not place.has(made.path.name):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from blake3 import blake3
 
@@ -106,7 +107,10 @@ def _written(disk: ReplicaDisk) -> _Written:
     given = Notes().of(overlay.resolve()).given
     if given is None or given.epoch < catalogue.epoch:
         return _Written(catalogue.epoch)
-    return _Written(given.epoch, at=Place(url=given.destination) if given.destination else None)
+    if not given.destination:
+        return _Written(given.epoch)
+    host = (urlsplit(given.destination).hostname or socket.gethostname())[:250]
+    return _Written(given.epoch, host, Place(url=given.destination))
 
 
 def place_of(replica: Replica) -> Place:

@@ -202,10 +202,18 @@ def check_can_be_given(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) ->
     return files
 
 
-def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = (), top_only: bool = False) -> list[Path]:
+def fence(
+    chain: ImageChain,
+    mark: Given,
+    *,
+    image_dirs: Sequence[Path] = (),
+    top_only: bool = False,
+    stays_writable: bool = False,
+) -> list[Path]:
     """Mark the disk's own files as given away and make them read-only, durably; the uppermost first. May be repeated.
 
     top_only: only the uppermost, whose mark decides, while a guest waits for it; its owner has checked it beforehand
+    stays_writable: its guest runs on it still, and may go on: QEMU opens it again to write then
     Raises Unsupported as `check_can_be_given`, Conflict where it is being given by another handover.
     """
     files = [chain.top] if top_only else check_can_be_given(chain, image_dirs=image_dirs)
@@ -226,7 +234,8 @@ def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = (), to
             return note.model_copy(update={"given": mark.model_copy(update={"mode": kept})})
 
         above = max(above, _epoch(path, notes.change(file.resolved, marked)))
-        set_mode(path, mode & ~_WRITE_BITS)
+        if not stays_writable:
+            set_mode(path, mode & ~_WRITE_BITS)
     return [file.path for file in files]
 
 

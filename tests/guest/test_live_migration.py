@@ -17,12 +17,14 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 
 from snapchain.cli import main
-from snapchain.errors import Conflict
+from snapchain.errors import Conflict, Unavailable
 from snapchain.guest import journal
-from snapchain.guest.qmp_migration import AUTO_CONVERGE, CAPABILITIES
+from snapchain.guest.qmp_migration import AUTO_CONVERGE, CAPABILITIES, Incoming, Outgoing
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_request import AbortReport, LiveDisk, LiveDiskPlan, LivePlan, LiveReport, SettledMove
 from snapchain.replica.guest_client import GuestMove
+from snapchain.replica.guest_server import GuestArrival
+from snapchain.replica.guest_store import read_standing
 from snapchain.replica.stream.messages import MoveStep
 from snapchain.source import ownership
 from tests.exhaustive import EXHAUSTIVE
@@ -100,19 +102,19 @@ def test_a_guest_moves_there_and_back(guest: Counting, run: Path, tmp_path: Path
 
 # --- Whoever dies: one guest that runs, nothing lost, nothing left.
 
-FIRST, LAST = 4, 21
-"""The changing commands of a run, after the rounds; counted by the whole run."""
+FIRST, SWITCH, LAST = 4, 17, 18
+"""The changing commands of a run, after the rounds. SWITCH: the last one before the decision; LAST: of all."""
 SENT = {
     5: "blockdev-add",
     6: "blockdev-mirror",
     13: "migrate",
     14: "block-job-cancel",
-    20: "migrate-continue",
-    21: "quit",
+    SWITCH: "migrate-continue",
+    LAST: "quit",
 }
-KILLED = {(20, Place.SENT), (21, Place.BEFORE)}
+KILLED = {(SWITCH, Place.SENT), (LAST, Place.BEFORE)}
 DEAD_SOURCE: set[tuple[int, Place]] = set()
-DEAD_DESTINATION = {(20, Place.SENT)}
+DEAD_DESTINATION = {(SWITCH, Place.SENT)}
 CUT = {(13, Place.SENT)}
 
 
@@ -268,15 +270,17 @@ def test_qemu_dies_here(guest: Counting, run: Path, tmp_path: Path, number: int,
     check_numbers(guest.tops)
 
 
-POINTS = {
+POINTS: dict[str, tuple[Any, str, Any]] = {
     "marked": (ownership, "fence", 2),
-    "given": (GuestMove, "step", 4),
+    "given": (GuestMove, "step", MoveStep.GIVE_AND_RUN),
+    "switching": (live_settle, "restaged", 1),
+    "followed": (GuestArrival, "_follow", 1),
+    "runs": (Incoming, "run", 1),
     "switched": (live_settle, "restaged", 2),
     "ended here": (live_settle, "end_source", 1),
-    "running there": (GuestMove, "step", 5),
     "fenced": (live_settle, "fence_all", 1),
 }
-"""What happens around the decision, beside QEMU's monitor: a function, and its which call."""
+"""What happens around the decision, beside the monitor: a function, and its which call, or an argument of it."""
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -292,17 +296,18 @@ def test_snapchain_is_killed_around_the_decision(
 
     def dying(*arguments: Any, **named: Any) -> Any:
         seen[0] += 1
-        if seen[0] == which and not after:
+        is_it = seen[0] == which or which in arguments
+        if is_it and not after:
             os.kill(os.getpid(), signal.SIGKILL)
         answer = real(*arguments, **named)
-        if seen[0] == which and after:
+        if is_it and after:
             os.kill(os.getpid(), signal.SIGKILL)
         return answer
 
     with monkeypatch.context() as patch:
         patch.setattr(place, name, dying)
         assert os.WTERMSIG(migrating(guest.machine.qmp, tmp_path / "b")) == signal.SIGKILL
-    stays = point == "marked" or (point == "given" and not after)
+    stays = point in ("switching", "marked") or (point == "given" and not after)
     assert check_settled(guest, run, tmp_path / "b") == ("here" if stays else "there")
 
 
@@ -310,7 +315,7 @@ def test_snapchain_is_killed_around_the_decision(
 
 
 def test_a_pause_that_cannot_be_kept_is_refused_with_the_figures(guest: Counting, run: Path, tmp_path: Path) -> None:
-    error = refused(guest.machine.qmp, tmp_path / "b", "--max-downtime", "0.05")
+    error = refused(guest.machine.qmp, tmp_path / "b", "--max-downtime", "0.005")
     assert error["kind"] == "conflict"
     assert "the switch alone takes about 0." in error["message"]
     assert check_settled(guest, run, tmp_path / "b") == "here"
@@ -381,7 +386,7 @@ def test_a_qemu_that_has_got_the_guest_and_died_is_not_given_it(
     real = GuestMove.step
 
     def killing(move: GuestMove, step: MoveStep, **named: Any) -> Any:
-        if step is MoveStep.GIVE:
+        if step is MoveStep.GIVE_AND_RUN:
             assert guest.machine.status() == "postmigrate"
             for pid in arrived(run):
                 os.kill(pid, signal.SIGKILL)
@@ -391,6 +396,71 @@ def test_a_qemu_that_has_got_the_guest_and_died_is_not_given_it(
         patch.setattr(GuestMove, "step", killing)
         assert os.waitstatus_to_exitcode(migrating(guest.machine.qmp, tmp_path / "b")) == Conflict.exit_code
     assert check_settled(guest, run, tmp_path / "b") == "here"
+
+
+@pytest.mark.parametrize("when", ["decided", pytest.param("running", marks=pytest.mark.soak)])
+def test_a_qemu_that_dies_before_it_runs_the_guest_that_it_was_given(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Between the record and `cont`: the guest here has its memory still, and goes on, in a later epoch."""
+    place, name = {"decided": (GuestArrival, "_follow"), "running": (Incoming, "run")}[when]
+    real = getattr(place, name)
+
+    def killing(*arguments: Any, **named: Any) -> Any:
+        for pid in arrived(run):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not arrived(run))
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, killing)
+        assert os.waitstatus_to_exitcode(migrating(guest.machine.qmp, tmp_path / "b")) != 0
+    if when == "running":  # it may have run there
+        assert guest.machine.process.wait(60) is not None
+        assert not any(path.stat().st_mode & 0o222 for path in guest.folder.glob("images/*.qcow2"))
+        check_numbers(sorted((tmp_path / "b").glob("*/active/*.qcow2")))
+        return
+    assert check_settled(guest, run, tmp_path / "b") == "here"
+    assert [read_standing(tmp_path / "b", "web1").epoch] == [3]  # type: ignore[union-attr]
+
+
+def test_a_switch_that_fails_before_the_question_needs_no_answer(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record says "switching" by then, and the tops are marked: both are taken back, and nobody is asked."""
+
+    def failing(_outgoing: Outgoing, *, seconds: float) -> None:
+        wait_until(lambda: not any(top.stat().st_mode & 0o200 for top in guest.tops))
+        raise Unavailable(f"not within {seconds:g} seconds")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Outgoing, "switch_over", failing)
+        patch.setattr(live_settle._End, "ask", lambda *_: os._exit(98))
+        assert os.waitstatus_to_exitcode(migrating(guest.machine.qmp, tmp_path / "b")) == Unavailable.exit_code
+    assert check_settled(guest, run, tmp_path / "b") == "here"
+
+
+def test_memory_that_is_lost_on_both_hosts_leaves_the_disks_here(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All processes here are killed while the mirrors drain, and the QEMU there has not got the whole guest."""
+
+    def dying(_outgoing: Outgoing, *, seconds: float) -> None:
+        wait_until(lambda: not any(top.stat().st_mode & 0o200 for top in guest.tops))
+        kill_watchdog()
+        os.kill(guest.machine.process.pid, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Outgoing, "end_mirrors", dying)
+        assert os.WTERMSIG(migrating(guest.machine.qmp, tmp_path / "b")) == signal.SIGKILL
+    guest.machine.process.wait(60)
+    done = snapchain("migrate", "--qmp", guest.machine.qmp, "--abort", "--json")
+    assert [each["moved"] for each in json.loads(done.stdout)["settled"]] == [False], done.stdout
+    assert arrived(run) == []
+    assert not unfinished()
+    assert all(top.stat().st_mode & 0o200 for top in guest.tops)
+    check_numbers(guest.tops)
 
 
 def kill_watchdog() -> None:
@@ -409,7 +479,7 @@ def test_the_record_is_enough(guest: Counting, run: Path, tmp_path: Path, how: s
         kill_watchdog()
         return KILL(link)
 
-    with Spy(tmp_path / "spy", guest.machine.qmp, Fault(20, Place.SENT, kill_both), counts=changing) as spy:
+    with Spy(tmp_path / "spy", guest.machine.qmp, Fault(SWITCH, Place.SENT, kill_both), counts=changing) as spy:
         assert os.WTERMSIG(migrating(spy.path, tmp_path / "b")) == signal.SIGKILL
         assert sorted(unfinished()) == ["incoming", "migration"]
         wait_until(lambda: guest.machine.status() == "postmigrate")
@@ -429,8 +499,8 @@ def test_a_destination_that_is_away_is_no_answer(
     real = GuestMove.step
 
     def dying(move: GuestMove, step: MoveStep, **named: Any) -> Any:
-        answer = None if step is MoveStep.GIVE and not given else real(move, step, **named)
-        if step is MoveStep.GIVE:
+        answer = None if step is MoveStep.GIVE_AND_RUN and not given else real(move, step, **named)
+        if step is MoveStep.GIVE_AND_RUN:
             kill_watchdog()
             os.kill(os.getpid(), signal.SIGKILL)
         return answer

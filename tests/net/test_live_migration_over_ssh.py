@@ -19,7 +19,7 @@ from tests.guest.agent_guest import AgentGuest, Console, formatted
 from tests.guest.counting_guest import Counting, arrived, counts_on, run_directory
 from tests.guest.machine import Monitor
 from tests.guest.spy import Fault, Place, Spy, call, changing
-from tests.guest.test_live_migration import PATIENT, check_settled, quit_and_check, unfinished
+from tests.guest.test_live_migration import LAST, PATIENT, SWITCH, check_settled, quit_and_check, unfinished
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
 from tests.net.test_replica_over_ssh import remote
@@ -115,7 +115,12 @@ def far_server(run: Path) -> list[int]:
 
 
 WHO = ["ssh", "the snapchain there", "snapchain", "the QEMU there"]
-WHEN = {"mirrors": (8, Place.SENT), "memory": (13, Place.SENT), "switch": (20, Place.SENT), "quit": (21, Place.BEFORE)}
+WHEN = {
+    "mirrors": (8, Place.SENT),
+    "memory": (13, Place.SENT),
+    "switch": (SWITCH, Place.SENT),
+    "quit": (LAST, Place.BEFORE),
+}
 
 
 @pytest.mark.parametrize(

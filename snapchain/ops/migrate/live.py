@@ -2,7 +2,7 @@
 
     rounds of seal and ship, as `sync`            the guest runs; nothing here depends on the destination
     overlays there, empty                         record "moving", watchdog
-    the move itself, by the kind of guest         live_qmp.py
+    the move itself, by the kind of guest         live_qmp.py, live_libvirt.py
 
 Whatever fails, and Ctrl-C, ends as `live_settle` has it: up to the switch with the guest running here as before.
 """
@@ -21,15 +21,16 @@ from snapchain.errors import Conflict, SnapchainError
 from snapchain.guest import journal
 from snapchain.guest.address import GuestAddress
 from snapchain.guest.disks import disks_to_protect
+from snapchain.guest.libvirt_guest import LibvirtGuest
 from snapchain.guest.protocol import Guest, GuestDisk
 from snapchain.guest.qmp_guest import QmpGuest
-from snapchain.host import run_directory
 from snapchain.host.hooks import missing, run_hook
 from snapchain.host.processes import held_back
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.elsewhere import Elsewhere
 from snapchain.ops.migrate.live_kind import Asked, LiveKind, Moved
+from snapchain.ops.migrate.live_libvirt import LibvirtKind
 from snapchain.ops.migrate.live_prepare import prepare, ship
 from snapchain.ops.migrate.live_qmp import QmpKind
 from snapchain.ops.migrate.live_request import (
@@ -81,13 +82,21 @@ def settle_left(guest: Guest, *, is_gone: bool = False, on_event: OnEvent = igno
 
 def abort(address: GuestAddress, *, is_gone: bool = False, on_event: OnEvent = ignore) -> AbortReport:
     """As `settle_left`, also for a guest whose QEMU has ended."""
-    qmp = None if address.qmp is None else str(address.qmp.absolute())
     settled = [
         live_settle.settle(found, is_gone=is_gone, on_event=on_event)
         for found in journal.find(operation=live_settle.OPERATION)[0]
-        if found.record.qmp == qmp and found.record.is_abandoned
+        if _names(address, found.record) and found.record.is_abandoned
     ]
     return AbortReport(settled=tuple(settled))
+
+
+def _names(address: GuestAddress, record: journal.InFlight) -> bool:
+    """Whether a record is of the guest of an address; a domain is named by its name or its UUID."""
+    if address.qmp is not None:
+        return record.qmp == str(address.qmp.absolute())
+    domain = record.details.get("domain")
+    uuid = domain.get("uuid") if isinstance(domain, dict) else None
+    return record.domain is not None and address.domain in (record.domain, record.guest, uuid)
 
 
 def migrate_live(
@@ -130,8 +139,10 @@ def migrate_live(
 
 
 def _kind(asked: Asked, disks: Sequence[GuestDisk]) -> LiveKind:
-    assert isinstance(asked.guest, QmpGuest), "the command line refuses the other kind"
-    return QmpKind(asked, asked.guest, disks)
+    if isinstance(asked.guest, QmpGuest):
+        return QmpKind(asked, asked.guest, disks)
+    assert isinstance(asked.guest, LibvirtGuest), "there are two kinds"
+    return LibvirtKind(asked, asked.guest)
 
 
 class _Work:
@@ -142,8 +153,7 @@ class _Work:
 
     def run(self, record: MoveRecord, shipped: SetReport) -> Moved:
         """Do it. Where it fails, it is undone before the error is raised."""
-        directory = run_directory.make(f"{self._name}-out", self._asked.token)
-        record = self._kind.begin(record.model_copy(update={"directory": directory}))
+        record = self._kind.begin(record)
         moved = Moved(record, self._name, self._asked.request.max_downtime)
         values: dict[str, JsonValue] = record.model_dump(mode="json")
         begun = journal.begun(self._asked.guest, live_settle.OPERATION, **values)
@@ -177,4 +187,5 @@ class _Work:
             if isinstance(error, SnapchainError):
                 error.hint = fault.hint
         else:
-            self._on_event(Notice.of(self._name, f"the migration was given up: {settled.says}"))
+            words = "is done all the same" if settled.moved else "was given up"
+            self._on_event(Notice.of(self._name, f"the migration {words}: {settled.says}"))

@@ -7,14 +7,14 @@ from itertools import pairwise
 
 from snapchain.errors import Busy, Conflict, Unsupported
 from snapchain.guest.protocol import Definition, Guest, GuestDisk, State
+from snapchain.model.convergence import Rules, judge
 from snapchain.replica.stream.messages import Moving
 
+_MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
+"""Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
+_THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
 _OFFLINE = "shut the guest down, and migrate it with --offline"
 _HARMLESS = ("empty", "CD-ROM")
-DEVICE_STATE_SECONDS = 0.12
-"""Of a pause: devices, the ends of the mirrors, the end of QEMU here; measured 0.08 to 0.12 with 1 to 3 disks."""
-ROUND_TRIPS = 4
-"""Of a pause: the mirrors' last flush, the device state, GIVE, RUN."""
 
 
 def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
@@ -79,12 +79,22 @@ def check_destination(
             subject=subject,
             hint="a guest moves to the same version or a newer one: upgrade QEMU there",
         )
-    if uses_host_cpu(definition.argv or ()) and there.cpu != cpu:
+    check_cpu(there, cpu, is_hosts=uses_host_cpu(definition.argv or ()), subject=subject)
+    check_room(there, bytes_left, subject=subject)
+
+
+def check_cpu(there: Moving, cpu: str, *, is_hosts: bool, subject: str) -> None:
+    """Raises Unsupported where the guest has the processor of its host, and the other host has another one."""
+    if is_hosts and there.cpu != cpu:
         raise Unsupported(
             "the guest has the processor of this host (-cpu host), and the other host has another one",
             subject=subject,
             hint="start the guest with a CPU model that both hosts have, such as -cpu x86-64-v2",
         )
+
+
+def check_room(there: Moving, bytes_left: int, *, subject: str) -> None:
+    """Raises Conflict where the active layers have no room there."""
     if there.free < bytes_left:
         raise Conflict(
             f"{there.free} bytes are free there, and the guest's active layers have {bytes_left}",
@@ -99,14 +109,10 @@ def uses_host_cpu(argv: Sequence[str]) -> bool:
     return any(value.split(",")[0] in ("host", "max") for value in given) and any("kvm" in word for word in argv)
 
 
-def switch_seconds(round_trip: float) -> float:
-    """What a pause lasts besides the last of the memory. round_trip: seconds of a question to the destination"""
-    return DEVICE_STATE_SECONDS + ROUND_TRIPS * round_trip
-
-
 def check_pause(
     *,
     max_downtime: float,
+    switch: float,
     round_trip: float,
     dirty_rate: float | None,
     link_rate: float | None,
@@ -115,15 +121,15 @@ def check_pause(
 ) -> float:
     """Seconds of a pause that are left for the last of the memory. Raises Conflict where the bound cannot be met.
 
+    switch: seconds that the pause takes without that; round_trip: of a question to the destination
     dirty_rate: bytes of memory a second that the guest dirties; link_rate: bytes a second; None: not known
     """
-    fixed = switch_seconds(round_trip)
-    if fixed >= max_downtime:
+    if switch >= max_downtime:
         raise Conflict(
-            f"the switch alone takes about {fixed:.2f} s ({round_trip:.2f} s for a question to the "
+            f"the switch alone takes about {switch:.3f} s ({round_trip:.3f} s for a question to the "
             f"destination), more than --max-downtime {max_downtime:g}",
             subject=subject,
-            hint=f"allow more: --max-downtime {2 * fixed:.1f}",
+            hint=f"allow more: --max-downtime {max(0.1, 2 * switch):.1f}",
         )
     if dirty_rate and link_rate and dirty_rate >= link_rate and not auto_converge:
         raise Conflict(
@@ -133,7 +139,33 @@ def check_pause(
             hint="--auto-converge slows the guest down until it is; or wait for a quieter hour, or give it more "
             "--bandwidth",
         )
-    return max_downtime - fixed
+    return max_downtime - switch
+
+
+class MemoryWatch:
+    """Whether rounds over the memory bring the pause nearer. limit: seconds that are left for the last of it"""
+
+    def __init__(self, *, limit: float, max_downtime: float, auto_converge: bool, subject: str) -> None:
+        self._limit, self._max_downtime, self._subject = limit, max_downtime, subject
+        self._rules = _THROTTLED_RULES if auto_converge else _MEMORY_RULES
+        self._left: list[int] = []
+        self._seen = 0
+
+    def look(self, *, round: int, left: int, dirty_rate: float, rate: float) -> None:
+        """Take the bytes that a round has left; the rates are bytes a second. Raises Conflict, with the figures."""
+        if round == self._seen or round < 2:
+            return
+        self._seen = round
+        self._left.append(left)
+        verdict = judge(self._left, int(self._limit * rate), self._rules)
+        if verdict.ends and left > self._limit * rate:
+            raise Conflict(
+                f"after {round} rounds {left} bytes of memory are left, the guest dirties "
+                f"{per_second(dirty_rate)}, and the link carries {per_second(rate)}: a pause within "
+                f"--max-downtime {self._max_downtime:g} is not in reach ({verdict.value})",
+                subject=self._subject,
+                hint="--auto-converge slows the guest down until it is; or allow a longer pause",
+            )
 
 
 def per_second(rate: float) -> str:

@@ -91,7 +91,7 @@ class LiveKind(Protocol):
         ...
 
     def begin(self, record: MoveRecord) -> MoveRecord:
-        """The record with what this kind needs to undo the move; its directory exists."""
+        """The record with what this kind needs to undo the move, and a directory for its sockets, which is made."""
         ...
 
     def move(self, found: journal.Found, moved: Moved, shipped: SetReport) -> None:

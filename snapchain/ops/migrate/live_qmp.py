@@ -2,44 +2,46 @@
 
     QEMU there, awaiting                          ended again by the other side when we are gone
     mirrors READY, memory under way               the guest runs, its writes follow at once
-    -- paused --                                  mirrors drained, device state sent
-    record "switching", tops marked here          from now on only the destination knows which host has the guest
-    GIVE: its record says that it has the guest   the one moment that decides
-    QEMU here ended, RUN                          -- it runs there --
-    record "switched", all files marked, record removed
+    -- paused --                                  mirrors drained, device state sent; beside that:
+    record "switching", tops marked here          the destination may be asked from now on
+    GIVE_AND_RUN: its record says that it has     the one moment that decides
+    the guest, and the guest is let run           -- it runs there --
+    record "switched", QEMU here ended, all files marked, record removed
 
-Up to "switching" anything that fails, and Ctrl-C, ends with the guest running here as before (`live_settle`).
+Up to GIVE_AND_RUN anything that fails, and Ctrl-C, ends with the guest running here as before (`live_settle`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from snapchain.errors import Conflict, SnapchainError, Unavailable, Unsupported
+from snapchain.errors import Conflict, SnapchainError, Unsupported
 from snapchain.guest import journal
 from snapchain.guest.protocol import GuestDisk
 from snapchain.guest.qemu_files import QemuFiles
 from snapchain.guest.qmp_guest import QmpGuest
 from snapchain.guest.qmp_migration import MemoryLook, Outgoing, look_at_memory, measured_dirty_rate, version_of
 from snapchain.host import run_directory
+from snapchain.host.priority import urgent
 from snapchain.host.processes import held_back
 from snapchain.image import ImageChain
-from snapchain.model.convergence import Rules, judge
 from snapchain.model.events import Progress
+from snapchain.model.pause import Measured, switch_seconds
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_check import (
+    MemoryWatch,
     check_destination,
     check_files,
     check_guest,
     check_pause,
     per_second,
-    switch_seconds,
 )
 from snapchain.ops.migrate.live_kind import Asked, Moved
-from snapchain.ops.migrate.live_prepare import check_same_layers
+from snapchain.ops.migrate.live_prepare import check_same_layers, link_rate
 from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.live_settle import MoveRecord
 from snapchain.ops.migrate.look import opened
@@ -56,12 +58,10 @@ _GIVE_UP_SECONDS = 3.0
 """For mirrors to end while their link is still there; where that hangs, they end when it is closed."""
 _SWITCH_SECONDS = 10.0
 """How much longer than was allowed each of the two steps of QEMU's switch may take, before they are undone."""
-_MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
-"""Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
-_THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
 _SMALL_REST = 1 << 20
 """Bytes, whatever the rate: that of a few pages of memory says little."""
-_MEASURED_BYTES = 16 << 20
+_LOOKS = 3
+"""The shortest of so many questions is the round trip: a busy machine answers some of them late."""
 _QMP = "qmp"
 
 
@@ -89,7 +89,8 @@ class QmpKind:
 
     def begin(self, record: MoveRecord) -> MoveRecord:
         """See `LiveKind`."""
-        return record.model_copy(update={"capabilities": self._outgoing.capabilities()})
+        directory = run_directory.make(f"{self._guest.name}-out", self._token)
+        return record.model_copy(update={"directory": directory, "capabilities": self._outgoing.capabilities()})
 
     def move(self, found: journal.Found, moved: Moved, shipped: SetReport) -> None:
         """See `LiveKind`."""
@@ -107,14 +108,13 @@ class QmpKind:
             prepared = there.step(MoveStep.PREPARE)
             self._moved.overlays = prepared.overlays
             self._start(there, prepared, shipped)
-            asked = time.monotonic()
-            there.step(MoveStep.LOOK)
-            round_trip = time.monotonic() - asked
+            switch = switch_seconds(self._measure(there))
             limit = check_pause(
                 max_downtime=self._request.max_downtime,
-                round_trip=round_trip,
+                switch=switch,
+                round_trip=there.round_trip,
                 dirty_rate=measured_dirty_rate(self._outgoing.monitor),
-                link_rate=self._request.bandwidth or _link_rate(shipped),
+                link_rate=self._request.bandwidth or link_rate(shipped),
                 auto_converge=self._request.auto_converge,
                 subject=self._guest.name,
             )
@@ -134,13 +134,13 @@ class QmpKind:
                 bandwidth=self._request.bandwidth,
                 auto_converge=self._request.auto_converge,
             )
-            last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
-            self._check_rest(last, limit)
-            rest = last.remaining + self._outgoing.mirrors_left()
-            self._moved.predicted = switch_seconds(round_trip) + (rest / last.rate if last.rate else 0.0)
-            with held_back():
-                self._switch(there, chains, record)
-                there.stop()
+            with urgent():  # it mostly waits, until the guest is paused and waits for it
+                last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
+                rest = last.remaining + self._check_rest(last, limit)
+                self._moved.predicted = switch + (rest / last.rate if last.rate else 0.0)
+                with held_back():
+                    self._switch(there, chains, record)
+                    there.stop()
 
     @contextmanager
     def _goes_on_at_once(self, record: MoveRecord) -> Iterator[None]:
@@ -152,6 +152,15 @@ class QmpKind:
                 with held_back(), suppress(SnapchainError):  # it is done again, and reported, by `_settle`
                     self._outgoing.undo(record.capabilities, seconds=_GIVE_UP_SECONDS)
             raise
+
+    def _measure(self, there: GuestMove) -> Measured:
+        """What one of each of the steps takes now of which a pause consists."""
+        for _ in range(_LOOKS):
+            there.step(MoveStep.LOOK)
+        begun = time.monotonic()
+        self._found = live_settle.restaged(self._found, "moving")
+        written = time.monotonic()
+        return Measured(there.round_trip, self._outgoing.answer_seconds(), written - begun, there.write_seconds)
 
     def _start(self, there: GuestMove, prepared: Moving, shipped: SetReport) -> None:
         """Start the QEMU at the destination, and check that it is the same machine."""
@@ -201,34 +210,29 @@ class QmpKind:
 
     def _watch_memory(self, there: GuestMove, limit: float) -> Callable[[MemoryLook], None]:
         """Reports each look; raises Conflict, with the figures, where more rounds bring the pause no nearer."""
-        left: list[int] = []
-        seen, furthest = 0, 0
-        rules = _THROTTLED_RULES if self._request.auto_converge else _MEMORY_RULES
+        watch = MemoryWatch(
+            limit=limit,
+            max_downtime=self._request.max_downtime,
+            auto_converge=self._request.auto_converge,
+            subject=self._guest.name,
+        )
+        furthest = 0
 
         def on_look(look: MemoryLook) -> None:
-            nonlocal seen, furthest
+            nonlocal furthest
             there.keep_alive()
             furthest = max(furthest, look.transferred)
             if look.total:
                 self._on_event(Progress(f"memory, round {look.round}", furthest, furthest + look.remaining))
-            if look.round == seen or look.round < 2:
-                return
-            seen = look.round
-            left.append(look.remaining)
-            verdict = judge(left, int(limit * look.rate), rules)
-            if verdict.ends and look.remaining > limit * look.rate:
-                raise Conflict(
-                    f"after {look.round} rounds {look.remaining} bytes of memory are left, the guest dirties "
-                    f"{per_second(look.dirty_rate)}, and the link carries {per_second(look.rate)}: a pause within "
-                    f"--max-downtime {self._request.max_downtime:g} is not in reach ({verdict.value})",
-                    subject=self._guest.name,
-                    hint="--auto-converge slows the guest down until it is; or allow a longer pause",
-                )
+            watch.look(round=look.round, left=look.remaining, dirty_rate=look.dirty_rate, rate=look.rate)
 
         return on_look
 
-    def _check_rest(self, look: MemoryLook, limit: float) -> None:
-        """Raises Conflict where the mirrors are so far behind that the guest, which is paused by now, would wait."""
+    def _check_rest(self, look: MemoryLook, limit: float) -> int:
+        """Bytes that the mirrors are behind.
+
+        Raises Conflict where that is so much that the guest, which is paused by now, would wait.
+        """
         left = self._outgoing.mirrors_left()
         if left > max(_SMALL_REST, limit * look.rate):
             raise Conflict(
@@ -237,40 +241,46 @@ class QmpKind:
                 subject=self._guest.name,
                 hint="wait for a quieter hour, or allow a longer pause",
             )
+        return left
 
     def _switch(self, there: GuestMove, chains: Sequence[ImageChain], record: MoveRecord) -> None:
         """The guest is paused. A signal that comes now waits until it runs again."""
         outgoing, patience = self._outgoing, _SWITCH_SECONDS + self._request.max_downtime
-        outgoing.end_mirrors(seconds=patience)
-        outgoing.switch_over(seconds=patience)
-        memory = look_at_memory(outgoing.monitor)
-        self._moved.memory_bytes, self._moved.memory_rounds = memory.transferred, memory.round
-        self._moved.memory_rate = memory.rate
-        self._found = live_settle.restaged(self._found, "switching")
-        for chain, each in zip(chains, record.disks, strict=True):
-            ownership.fence(chain, each.mark, top_only=True)
-        given = there.step(MoveStep.GIVE)
-        if not given.given:
-            raise Unavailable("the destination did not take the guest", subject=self._endpoint.url)
+        try:
+            with ThreadPoolExecutor(1) as beside:  # neither waits for the other: QEMU sends, and this writes
+                marked = beside.submit(self._mark, chains, record)
+                outgoing.end_mirrors(seconds=patience)
+                outgoing.switch_over(seconds=patience)
+                marked.result()
+        except BaseException:
+            with suppress(SnapchainError):  # else `settle` does it, when it has asked the destination
+                self._unmark(record)
+            raise
+        running = there.step(MoveStep.GIVE_AND_RUN)
         stopped = outgoing.monitor.time_of("STOP")
-        live_settle.end_source(outgoing.monitor, self._process, record)
-        asked = time.time()
-        running = there.step(MoveStep.RUN)
-        answered = time.time()
-        self._found = live_settle.restaged(self._found, "switched")
         if stopped is not None and running.resumed is not None:
-            # The other host's clock, as it was in the middle between the question and its answer.
-            ahead = running.clock - (asked + answered) / 2
-            self._moved.pause = max(0.0, running.resumed - ahead - stopped)
+            self._moved.pause = max(0.0, running.resumed - there.clock_ahead - stopped)
+        self._found = live_settle.restaged(self._found, "switched")
+        with suppress(SnapchainError):  # it is only for the report
+            memory = look_at_memory(outgoing.monitor)
+            self._moved.memory_bytes, self._moved.memory_rounds = memory.transferred, memory.round
+            self._moved.memory_rate = memory.rate
+        live_settle.end_source(outgoing.monitor, self._process, record)
         self._moved.fenced = live_settle.fence_all(record)
         run_directory.remove(record.directory)
         run_directory.remove_of(outgoing.monitor.path)  # where that QEMU had come here by a move, too
         journal.remove(self._found.path)
 
+    def _mark(self, chains: Sequence[ImageChain], record: MoveRecord) -> None:
+        """All that must be on the disk here before the destination may be asked."""
+        self._found = live_settle.restaged(self._found, "switching")
+        for chain, each in zip(chains, record.disks, strict=True):
+            ownership.fence(chain, each.mark, top_only=True)
 
-def _link_rate(shipped: SetReport) -> float | None:
-    """Bytes a second, where so much was shipped that its time was spent on the wire."""
-    return shipped.rate if sum(disk.bytes_sent for disk in shipped.disks) >= _MEASURED_BYTES else None
+    def _unmark(self, record: MoveRecord) -> None:
+        """It was not asked, so the guest can go on here without its answer."""
+        live_settle.unfence_all(record)
+        self._found = live_settle.restaged(self._found, "moving")
 
 
 def give_access(directory: Path, process: tuple[int, int] | None) -> None:

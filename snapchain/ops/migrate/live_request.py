@@ -24,6 +24,7 @@ class LiveRequest:
     max_downtime: seconds that the guest may be paused; bandwidth: bytes a second for memory and disks, each
     auto_converge: QEMU slows the guest down where it dirties memory faster than the link carries
     rounds: of seal and ship, at most; None for the rules of convergence
+    dest_uri: of libvirt there, by default that of the replica's host through the same login
     command: started at the destination in place of the guest's own command line, with the facts in its environment
     before, after: hooks, run here; reach: how the guest's other destinations are reached from here
     """
@@ -33,6 +34,7 @@ class LiveRequest:
     bandwidth: int | None = None
     auto_converge: bool = False
     rounds: int | None = None
+    dest_uri: str | None = None
     command: Sequence[str] = ()
     before: Sequence[str] = ()
     after: Sequence[str] = ()

@@ -2,7 +2,7 @@
 
     stage        what may have happened there             which host has the guest
     moving       it was never asked to take the guest     the source
-    switching    it was asked; perhaps it has it          as its record says, and nothing else
+    switching    it may have been asked, and have it      as its record says, and nothing else
     switched     it has it                                the destination
 
 The stage is on the disk before the step that it names.  After the destination was asked, the guest goes on at the
@@ -24,7 +24,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snapchain.destinations import replica_at
-from snapchain.errors import Busy, Corrupt, NotFound, SnapchainError, Unavailable
+from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.qmp import Monitor
 from snapchain.guest.qmp_migration import Outgoing
@@ -35,15 +35,15 @@ from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.look import opened
 from snapchain.ops.migrate.request import MigrateRequest, Move as MovedImage
 from snapchain.replica.guest_client import MovingGuest, moving
-from snapchain.replica.stream.messages import HandedDisk, MoveStep, Moving
+from snapchain.replica.stream.messages import HandedDisk, MoveStep, Moving, MovingDomain
 from snapchain.source import ownership
 from snapchain.source.notes import Given
 
 OPERATION = "migration"
 """Of the journal's records."""
-_ASK_SECONDS = 90.0
+ASK_SECONDS = 90.0
 """For a question whose answer decides: longer than the other side needs to give up a peer that is silent."""
-_TELL_SECONDS = 10.0
+TELL_SECONDS = 10.0
 """For an end that the other side comes to by itself, too."""
 _QUIT_SECONDS = 10.0
 _POLL_SECONDS = 0.005
@@ -62,10 +62,25 @@ class MovingDisk(BaseModel):
     mark: Given
 
 
+class LeavingRecord(BaseModel):
+    """What is recorded of a domain of libvirt. is_lasting: whether it has a definition that lasts
+
+    max_downtime: libvirt's bound before the move, milliseconds
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    uuid: str
+    is_lasting: bool
+    max_downtime: int
+
+
 class MoveRecord(BaseModel):
     """What the journal records of a move.
 
     name: of the guest at the destination; directory: of the sockets here; capabilities: of the source, as before
+    domain: of libvirt, None for a bare QEMU
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -76,7 +91,8 @@ class MoveRecord(BaseModel):
     disks: tuple[MovingDisk, ...]
     stage: Literal["moving", "switching", "switched"]
     directory: Path
-    capabilities: dict[str, bool]
+    capabilities: dict[str, bool] = {}
+    domain: LeavingRecord | None = None
     image_dirs: tuple[Path, ...] = ()
 
     @property
@@ -93,7 +109,8 @@ class MoveRecord(BaseModel):
     @property
     def what(self) -> MovingGuest:
         """As the destination is told."""
-        return MovingGuest(self.token, self.name, [each.handed for each in self.disks], self.names)
+        domain = None if self.domain is None else MovingDomain(name=self.domain.name, uuid=self.domain.uuid)
+        return MovingGuest(self.token, self.name, [each.handed for each in self.disks], self.names, domain)
 
 
 class Verdict(Enum):
@@ -102,7 +119,7 @@ class Verdict(Enum):
     STAY = "stay"
     """The guest goes on here; there everything is ended first."""
     COMPLETE = "complete"
-    """It is not given, but only its QEMU there can go on with it: give it, then as MOVED."""
+    """It is not given, but only its QEMU there can go on with it: give it, then as MOVED; if it is refused, STAY."""
     MOVED = "moved"
     """The guest is the destination's."""
     UNKNOWN = "unknown"
@@ -124,7 +141,7 @@ def judge(stage: str, there: Moving | None, *, runs_here: bool) -> Verdict:
     never_ran = there.directory != "" and not there.ran
     if there.given:
         return Verdict.STAY if never_ran and not there.alive and runs_here else Verdict.MOVED
-    # Asked only after its memory was there whole: where it is lost here, that is the better copy.
+    # Where its memory is lost here, and there whole, that is the better copy.
     return Verdict.COMPLETE if there.alive and not runs_here else Verdict.STAY
 
 
@@ -159,6 +176,10 @@ def settle(
     then, and the record stays.
     """
     record = record_of(found)
+    if record.domain is not None:
+        from snapchain.ops.migrate.live_domain import settle_domain  # inside: it builds on this
+
+        return settle_domain(found, is_gone=is_gone, on_event=on_event)
     ours = None
     try:
         if monitor is None or found.record.qemu_runs is False:
@@ -166,7 +187,7 @@ def settle(
         end = _End(found, record, monitor, on_event)
         there = None
         if record.stage == "switching" and not is_gone:
-            there = end.ask(_ASK_SECONDS)
+            there = end.ask(ASK_SECONDS)
         verdict = judge(record.stage, there, runs_here=monitor is not None)
         if is_gone and record.stage == "switching":
             verdict = Verdict.STAY
@@ -180,8 +201,10 @@ def settle(
                 )
             case Verdict.STAY:
                 return end.stay(there, is_gone=is_gone)
+            case Verdict.COMPLETE if not end.give():
+                return end.stay(there, is_gone=False)
             case _:
-                return end.moved(complete=verdict is Verdict.COMPLETE)
+                return end.moved()
     finally:
         if ours is not None:
             ours.close()
@@ -208,7 +231,7 @@ class _End:
     def ask(self, seconds: float) -> Moving | None:
         """How the move stands there; None without an answer: a replica that is not there is none."""
         with suppress(Unavailable, Busy, NotFound):
-            return _persisted(lambda: self._step(MoveStep.LOOK), seconds)
+            return persisted(lambda: self._step(MoveStep.LOOK), seconds)
         return None
 
     def stay(self, there: Moving | None, *, is_gone: bool) -> SettledMove:
@@ -216,7 +239,7 @@ class _End:
         record = self._record
         was_asked = record.stage == "switching"
         if was_asked and not is_gone:
-            _persisted(lambda: self._step(MoveStep.END), _ASK_SECONDS)
+            persisted(lambda: self._step(MoveStep.END), ASK_SECONDS)
         elif not is_gone and self._monitor is not None:
             # Never asked to take the guest, it cannot run it: the guest here need not wait for it.
             self._go_on()
@@ -224,21 +247,23 @@ class _End:
         elif not is_gone:
             self._tell_end()
         if was_asked:
-            for each in record.disks:
-                # Where it had been given, the disk there is an epoch further by now.
-                epoch = each.mark.epoch + 1 if is_gone or (there is not None and there.given) else 1
-                with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
-                    ownership.unfence(chain, record.token, epoch=epoch)
+            # Where it had been given, its disks there are an epoch further by now.
+            unfence_all(record, was_given=is_gone or (there is not None and there.given))
         if self._monitor is not None:
             self._go_on()
         words = "it goes on here, as before" if self._monitor is not None else "its QEMU here has ended; start it here"
         return self._done(moved=False, says=words)
 
-    def moved(self, *, complete: bool) -> SettledMove:
+    def give(self) -> bool:
+        """Whether the destination has taken the guest now; not where it has not got all of its memory."""
+        try:
+            return self._step(MoveStep.GIVE).given
+        except Conflict:
+            return False
+
+    def moved(self) -> SettledMove:
         """The guest is the destination's."""
         with moving(self._endpoint, self._record.what) as move:
-            if complete:
-                move.step(MoveStep.GIVE)
             self._found = restaged(self._found, "switched")
             if self._monitor is not None:
                 end_source(self._monitor, self._found.record.process, self._record)
@@ -259,7 +284,7 @@ class _End:
 
     def _tell_end(self) -> None:
         try:
-            _persisted(lambda: self._step(MoveStep.END), _TELL_SECONDS)
+            persisted(lambda: self._step(MoveStep.END), TELL_SECONDS)
         except SnapchainError as error:
             words = f"it was not told that the guest stays, and ends by itself what was made there: {error}"
             self._on_event(Notice.of(self._record.destination, words))
@@ -315,7 +340,14 @@ def fence_all(record: MoveRecord) -> list[tuple[Path, ...]]:
     return fenced
 
 
-def _persisted(attempt: Callable[[], Answer], seconds: float) -> Answer:
+def unfence_all(record: MoveRecord, *, was_given: bool = False) -> None:
+    """The opposite of `fence_all`. was_given: to the destination, which has ended that. May be repeated."""
+    for each in record.disks:
+        with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
+            ownership.unfence(chain, record.token, epoch=each.mark.epoch + 1 if was_given else 1)
+
+
+def persisted(attempt: Callable[[], Answer], seconds: float) -> Answer:
     """Try again while the other side does not answer, or is still busy with the stream that was cut."""
     until = time.monotonic() + seconds
     while True:

@@ -6,7 +6,7 @@ is parsed without namespaces, so that prefixes such as `qemu:` come out as they 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from xml.etree import ElementTree as ET
 from xml.parsers import expat
 
@@ -102,6 +102,21 @@ def change(text: str, changes: Changes, *, subject: object) -> Changed:
         if is_missing(path := (element.text or "").strip())
     ]
     return Changed(ET.tostring(root, encoding="unicode") + "\n", tuple(lacking))
+
+
+def change_for_migration(text: str, disks: Mapping[str, NewDisk], *, subject: object) -> str:
+    """The XML of a domain that migrates: its disks have other files there, and all else is as it is. disks: by target
+
+    What the domain has of a disk in this definition is all that is changed: one that it lacks is not added.
+    Raises Corrupt.
+    """
+    root = parse(text, subject=subject)
+    for disk in root.iterfind("devices/disk"):
+        target = disk.find("target")
+        moved = None if target is None else disks.get(target.get("dev", ""))
+        if moved is not None:
+            _set_disk(disk, moved)
+    return ET.tostring(root, encoding="unicode") + "\n"
 
 
 def identity_of(text: str, *, subject: object) -> tuple[str, str | None]:

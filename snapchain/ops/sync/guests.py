@@ -8,13 +8,15 @@ from pathlib import Path
 from snapchain.guest.disks import active_path, disks_to_protect
 from snapchain.guest.protocol import Guest, State
 from snapchain.guest.source import RunningDisk, RunningDisks
+from snapchain.image import scan
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import OnEvent, ignore
-from snapchain.ops.guest_seal import epoch_of
 from snapchain.ops.ship.request import Divergence
 from snapchain.ops.sync.request import Proof, SyncRequest
 from snapchain.ops.sync.run import sealed_request
 from snapchain.ops.sync.virsh import Guest as Migrating
+from snapchain.source import ownership
+from snapchain.source.notes import Notes
 from snapchain.source.protocol import SetSealer
 
 
@@ -45,11 +47,13 @@ def requests_of(
     requests = []
     for disk, source in zip(found, sources, strict=True):
         image = active_path(disk, guest=guest)
+        with scan(image, image_dirs=(*image_dirs, image.parent), is_written=runs) as chain:
+            epoch = ownership.epoch_of(chain, Notes())
         send = sealed_request(
             image,
             check_disk_name(f"{prefix or guest.name}/{disk.name}"),
             labels=labels,
-            divergence=_divergence(divergence, guest, disk.name, image_dirs),
+            divergence=divergence.of_epoch(epoch),
             image_dirs=(*image_dirs, image.parent),
             limit_rate=limit_rate,
             opens=source if runs else None,
@@ -64,14 +68,3 @@ def requests_of(
         )
         requests.append(request)
     return requests, RunningDisks(sources, image_dirs=image_dirs, on_event=on_event) if runs else None
-
-
-def _divergence(asked: Divergence, guest: Guest, disk: str, image_dirs: Sequence[Path]) -> Divergence:
-    """What to do where the destination has layers of files that the guest does not have here.
-
-    A host that it has left has such layers: of the files there, and of files that were merged since. The guest is the
-    one of the newest epoch, so what it shows follows on them, whatever they were made of.
-    """
-    if asked is Divergence.REFUSE and epoch_of(guest, disk, image_dirs=image_dirs) > 1:
-        return Divergence.COMPARE
-    return asked

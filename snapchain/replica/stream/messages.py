@@ -589,6 +589,25 @@ MOST_ARGUMENTS = 10_000
 """Of a QEMU's command line."""
 
 
+class DomainPresence(StrEnum):
+    """How libvirt on a host has a domain."""
+
+    ABSENT = "absent"
+    DEFINED = "defined"
+    """It does not run; of one that comes by a migration: it has run, since libvirt defines it at the end."""
+    INCOMING = "incoming"
+    """Its memory is still on its way, or it is being started."""
+    HERE = "here"
+    """It runs, or is paused by somebody."""
+
+
+class MovingDomain(Message):
+    """A domain of libvirt."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=1000), AfterValidator(_printable)]
+    uuid: str = Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+
+
 class MoveStep(StrEnum):
     """What a MOVE requests, in the order in which they come."""
 
@@ -600,6 +619,8 @@ class MoveStep(StrEnum):
     """The memory has come: from now on this host is the master of the disks."""
     RUN = "run"
     """Let the guest run. Only after GIVE."""
+    GIVE_AND_RUN = "give-and-run"
+    """GIVE, and RUN at once."""
     END = "end"
     """Give the move up: end QEMU, and remove what was made for it. Refused once the guest may have run here."""
     LOOK = "look"
@@ -613,6 +634,7 @@ class Move(Message):
     disks: all of the guest's, each below its name, and in the epoch in which its new master will write it
     exports: of the disks, in their order, their names in the guest
     argv: of the QEMU to start; directory: in which it is started; qmp: the monitor among its sockets
+    domain: of libvirt, which moves it: then there is no START, and GIVE records what libvirt has done
     """
 
     step: MoveStep
@@ -625,6 +647,7 @@ class Move(Message):
     argv: tuple[Annotated[str, StringConstraints(max_length=65536)], ...] = Field(default=(), max_length=MOST_ARGUMENTS)
     directory: str | None = Field(default=None, max_length=4096)
     qmp: str | None = Field(default=None, max_length=4096)
+    domain: MovingDomain | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -645,7 +668,11 @@ class Moving(Message):
     alive: whether the QEMU of this move runs; given: whether the guest was given to this host by this move
     ran: whether it may have run here; version: of QEMU, as 7.2; machine: its type
     cpu: a digest of the processor's model and features; free: bytes of the replica's filesystem
-    clock: of this host, resumed: when the guest went on, seconds since the epoch
+    clock: of this host, in the middle of the work on the request, and
+    resumed: when the guest went on; both in seconds since the epoch
+    write: seconds that a small durable record took here, for LOOK during a move
+    domain: how libvirt has it; libvirt: the socket of its daemon, host: that daemon's UUID of this host
+    pause: seconds in which the guest did not run, by libvirt's own measure; memory: bytes that came, in how many rounds
     """
 
     directory: str = Field(default="", max_length=4096)
@@ -658,7 +685,14 @@ class Moving(Message):
     cpu: str = Field(default="", max_length=100)
     free: int = Field(default=0, ge=0, le=1 << 63)
     clock: float
+    write: float = Field(default=0.0, ge=0)
     resumed: float | None = None
+    domain: DomainPresence | None = None
+    libvirt: str = Field(default="", max_length=4096)
+    host: str = Field(default="", max_length=100)
+    pause: float | None = None
+    memory: int = Field(default=0, ge=0, le=1 << 63)
+    rounds: int = Field(default=0, ge=0, le=1 << 31)
 
 
 # --- MERGE
