@@ -138,7 +138,7 @@ def test_not_taken_back_from_who_has_given_it_on(host: Host, tmp_path: Path) -> 
     with pytest.raises(Conflict, match="has gone on from there"):
         move(host.vda, host.place.root, start_hook=["touch", str(tmp_path / "started")])
     assert not (tmp_path / "started").exists()
-    with pytest.raises(Conflict, match="given the disk on"):
+    with pytest.raises(Conflict, match=r"has taken the guest web1 over by a move: epoch 3"):
         take_back(MigrateRequest(moves=[Move(host.vda, VDA)]), host.endpoint)
     assert not host.may_write(host.vda)
     assert is_master(third)
