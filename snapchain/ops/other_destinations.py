@@ -183,8 +183,8 @@ class OtherDestinations:
     def check_epoch(self, epoch: int, *, token: str | None = None, target: Place | None = None) -> None:
         """Raises Overtaken where a destination is in a later epoch than the caller, who writes the guest's disks.
 
-        token: of the caller's own decision, of which some have heard; target: the destination that the caller asks itself,
-        and that decides where others say that the guest is there
+        token: of the caller's own decision, of which some have heard; target: the destination that the caller asks
+        itself, and that decides where others say that the guest is there
         """
         for each in self.answers:
             now = each.standing
