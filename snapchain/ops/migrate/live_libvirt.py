@@ -98,7 +98,10 @@ class LibvirtKind:
 
     def dirty_rate(self) -> float | None:
         """See `LiveKind`."""
-        return self._leaving.dirty_rate()
+        try:
+            return self._leaving.dirty_rate()
+        finally:
+            self._leaving.close()
 
     def begin(self, record: MoveRecord) -> MoveRecord:
         """See `LiveKind`."""
@@ -108,7 +111,8 @@ class LibvirtKind:
             is_lasting=self._definition.inactive is not None,
             max_downtime=self._leaving.max_downtime(),
         )
-        directory = run_directory.make_for_libvirt(self._token)
+        run_directory.make_for_libvirt(self._token)
+        directory = run_directory.make(f"{self._guest.name}-out", self._token)
         return record.model_copy(update={"domain": domain, "directory": directory})
 
     def settle(self, found: journal.Found) -> SettledMove:
@@ -150,27 +154,30 @@ class LibvirtKind:
                     assert record.domain is not None
                     self._leaving.end(is_lasting=record.domain.is_lasting)
                     moved.fenced = live_settle.fence_all(record)
-                    run_directory.remove(record.directory)
+                    live_settle.remove_directories(record)
                     journal.remove(found.path)
         finally:
             self._leaving.close()
 
     def _route(self, stack: ExitStack, prepared: Moving, record: MoveRecord) -> Route:
-        """Forward the sockets, and write down the definitions for the destination."""
-        if prepared.directory != str(record.directory):
+        """Forward the sockets, and write down the definitions for the destination.
+
+        QEMU's user may do what it likes in the directory of its sockets. The daemons' sockets and the definitions are
+        in one of this user alone.
+        """
+        shared = run_directory.for_libvirt(self._token)
+        if prepared.directory != str(shared):
             raise Unsupported("its directory for sockets is another one", subject=prepared.directory)
         if self._process is not None:
-            owner = Path(f"/proc/{self._process[0]}").stat().st_uid
-            run_directory.give_to(record.directory, owner)
-        memory, disks = (record.directory / f"{name}{_SUFFIX}{self._guest.name}" for name in ("ram", "nbd"))
+            run_directory.give_to(shared, Path(f"/proc/{self._process[0]}").stat().st_uid)
+        memory, disks = (shared / f"{name}{_SUFFIX}{self._guest.name}" for name in ("ram", "nbd"))
         if max(len(os.fsencode(path)) for path in (memory, disks)) > run_directory.LONGEST_SOCKET:
-            memory, disks = record.directory / "ram", record.directory / "nbd"
-        far = [memory, disks]
+            memory, disks = shared / "ram", shared / "nbd"
+        stack.enter_context(self._endpoint.forwarded([memory, disks], shared))
         uri = self._request.dest_uri
         if uri is None:
-            far.append(Path(prepared.libvirt))
-            uri = f"qemu+unix:///system?socket={record.directory / Path(prepared.libvirt).name}"
-        stack.enter_context(self._endpoint.forwarded(far, record.directory))
+            (daemon,) = stack.enter_context(self._endpoint.forwarded([Path(prepared.libvirt)], record.directory))
+            uri = f"qemu+unix:///system?socket={daemon}"
         other = host_uuid(Virsh(uri, elsewhere=True))
         if other != prepared.host:
             raise Conflict(
