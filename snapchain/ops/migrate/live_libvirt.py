@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from snapchain.errors import Conflict, SnapchainError, Unsupported
+from snapchain.errors import Conflict, SnapchainError, Unavailable, Unsupported
 from snapchain.guest import journal
 from snapchain.guest.libvirt_guest import LibvirtGuest
 from snapchain.guest.libvirt_migration import DomainLook, LeavingDomain, Route, host_uuid
@@ -32,6 +32,7 @@ from snapchain.host.libvirt_rpc import without_confirm
 from snapchain.host.os_errors import os_errors
 from snapchain.host.process_channel import ProcessChannel
 from snapchain.host.processes import held_back
+from snapchain.host.terminal import shell_word
 from snapchain.host.virsh import Virsh, socket_of
 from snapchain.host.virsh_session import VirshSession
 from snapchain.model.events import Progress
@@ -56,7 +57,7 @@ from snapchain.ops.sync.request import SetReport
 from snapchain.replica.guest_client import GuestMove, moving
 from snapchain.replica.guest_server import cpu_digest
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.messages import MoveStep, Moving
+from snapchain.replica.stream.messages import DomainPresence, MoveStep, Moving
 from snapchain.source import ownership
 
 _LOOK_SECONDS = 0.5
@@ -156,6 +157,12 @@ class LibvirtKind:
                     moved.fenced = live_settle.fence_all(record)
                     live_settle.remove_directories(record)
                     journal.remove(found.path)
+                if came.domain is not DomainPresence.HERE:
+                    raise Unavailable(
+                        "the guest is this destination's now, and libvirt does not run it there any more",
+                        subject=self._endpoint.url,
+                        hint=f"look at its log there, and start it there: virsh start {shell_word(self._guest.name)}",
+                    )
         finally:
             self._leaving.close()
 
