@@ -38,6 +38,8 @@ _UNLIMITED = 64 << 30
 _OVER = ("none", "completed", "failed", "cancelled")
 _UNDO_SECONDS = 60.0
 _QUESTIONS = 10
+_ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+"""Milliseconds: how often its network cards tell switches where they are now, as QEMU itself does."""
 _NEWS = ("JOB_STATUS_CHANGE", "MIGRATION", "MIGRATION_PASS", "STOP", "RESUME")
 
 
@@ -423,6 +425,8 @@ class Incoming:
         self._monitor.execute("cont", repeatable=True)
         if self._monitor.fields("query-status").get("running") is not True:
             raise Unavailable("the guest does not run although it was told to", subject=self._monitor.path)
+        with suppress(SnapchainError):  # QEMU has done so once, before the guest could hear answers
+            self._monitor.execute("announce-self", _ANNOUNCE)
         with suppress(SnapchainError):  # the next migration sets its own
             _set_capabilities(self._monitor, dict.fromkeys(CAPABILITIES, False))
         return self._monitor.time_of("RESUME")

@@ -48,7 +48,8 @@ def test_who_has_the_guest(stage: str, there: Moving | None, runs_here: bool) ->
 
 def pause(**numbers: float | bool | None) -> float:
     given: dict[str, object] = {
-        "max_downtime": 1.0, "switch": 0.16, "round_trip": 0.01, "dirty_rate": None, "link_rate": None, "auto_converge": False,
+        "max_downtime": 1.0, "switch": 0.16, "round_trip": 0.01,
+        "dirty_rate": None, "link_rate": None, "auto_converge": False,
     }  # fmt: skip
     return check_pause(**(given | numbers), subject="web1")  # type: ignore[arg-type]
 

@@ -14,7 +14,8 @@ _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
 """Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
 _THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
 _OFFLINE = "shut the guest down, and migrate it with --offline"
-_HARMLESS = ("empty", "CD-ROM")
+_HARMLESS = ("empty", "CD-ROM", "firmware")
+_QCOW2 = b"QFI\xfb"
 
 
 def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
@@ -44,13 +45,26 @@ def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
 
 
 def check_files(guest: Guest, definition: Definition) -> None:
-    """Raises Unsupported for files besides the disks, which snapchain does not take along while the guest runs."""
-    if roles := {file.role for file in definition.files}:
+    """Raises Unsupported for files besides the disks that cannot be taken along while the guest runs.
+
+    QEMU sends firmware variables with the memory, to a file of the same size that is mapped as it is.
+    """
+    if any(file.role == "tpm" for file in definition.files):
         raise Unsupported(
-            f"it has files besides its disks that a live migration does not take along: {', '.join(sorted(roles))}",
-            subject=guest.name,
-            hint=_OFFLINE,
+            "it has a TPM, whose state a live migration does not take along", subject=guest.name, hint=_OFFLINE
         )
+    for file in definition.files:
+        if file.data.startswith(_QCOW2):
+            raise Unsupported(
+                "its firmware variables are in a qcow2 file, and only a raw one is taken along",
+                subject=f"{guest.name}/{file.name}",
+                hint=f"convert it: qemu-img convert -O raw; or {_OFFLINE}",
+            )
+    if lost := [words for words in definition.unreadable if words.startswith("firmware variables")]:
+        raise Unsupported("; ".join(lost), subject=guest.name, hint=_OFFLINE)
+    names = [file.name for file in definition.files]
+    if len(set(names)) < len(names):
+        raise Unsupported("two files of firmware variables have one name", subject=guest.name, hint=_OFFLINE)
 
 
 def check_destination(
