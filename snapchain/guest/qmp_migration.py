@@ -157,6 +157,18 @@ class Outgoing:
                 hint="remove that device; or shut the guest down, and migrate it with --offline",
             )
 
+    def named_bitmaps(self) -> set[str]:
+        """The dirty bitmaps with a name in the active layers."""
+        roots = root_nodes(self._monitor)
+        active = {roots[disk] for disk in self._disks if disk in roots}
+        return {
+            str(bitmap["name"])
+            for node in self._monitor.rows("query-named-block-nodes", {"flat": True})
+            if node.get("node-name") in active
+            for bitmap in node.get("dirty-bitmaps", ())
+            if bitmap.get("name")
+        }
+
     def mirror(self, nbd: Path, *, speed: int) -> None:
         """Begin to mirror what is not sealed of every disk to its export there. speed: bytes a second, 0 no limit."""
         roots = root_nodes(self._monitor)

@@ -441,6 +441,7 @@ def test_a_switch_that_fails_before_the_question_needs_no_answer(
     assert check_settled(guest, run, tmp_path / "b") == "here"
 
 
+@pytest.mark.soak
 def test_memory_that_is_lost_on_both_hosts_leaves_the_disks_here(
     guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -582,7 +583,7 @@ def test_variables_in_a_qcow2_file_are_refused(run: Path, tmp_path: Path) -> Non
         assert "only a raw one is taken along" in refused(guest.machine.qmp, tmp_path / "b")["message"]
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_the_hooks_of_the_destination(
     guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
@@ -609,6 +610,7 @@ def test_the_hooks_of_the_destination(
     assert check_settled(guest, run, tmp_path / "b") == "there"
 
 
+@pytest.mark.soak
 def test_a_hook_that_others_may_write_is_not_run(
     guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -624,6 +626,13 @@ def test_a_hook_that_others_may_write_is_not_run(
     assert check_settled(guest, run, tmp_path / "b") == "here"
 
 
+def test_bitmaps_that_stay_are_told_beforehand(guest: Counting, run: Path, tmp_path: Path) -> None:
+    guest.machine.ask("block-dirty-bitmap-add", node="vda-top", name="theirs", persistent=True)
+    done = snapchain("migrate", "--qmp", guest.machine.qmp, f"dir:{tmp_path / 'b'}", "--dry-run")
+    assert "its dirty bitmaps (theirs) stay with the layers" in " ".join(done.stderr.split()), done.stderr
+
+
+@pytest.mark.soak
 def test_clocks_that_differ_are_told(
     guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,7 +33,9 @@ from snapchain.model.events import Notice, Progress
 from snapchain.model.pause import Measured, switch_seconds
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_check import (
+    SMALL_REST,
     MemoryWatch,
+    MirrorWatch,
     check_destination,
     check_files,
     check_guest,
@@ -58,8 +60,6 @@ _GIVE_UP_SECONDS = 3.0
 """For mirrors to end while their link is still there; where that hangs, they end when it is closed."""
 _SWITCH_SECONDS = 10.0
 """How much longer than was allowed each of the two steps of QEMU's switch may take, before they are undone."""
-_SMALL_REST = 1 << 20
-"""Bytes, whatever the rate: that of a few pages of memory says little."""
 _LOOKS = 3
 """The shortest of so many questions is the round trip: a busy machine answers some of them late."""
 _CLOCKS_APART = 1.0
@@ -84,6 +84,10 @@ class QmpKind:
         if self._definition.argv is None and not self._request.command:
             words = "; ".join(self._definition.unreadable)
             raise Unsupported(words, subject=self._guest.name, hint="or give --start-command")
+
+        if bitmaps := sorted(self._outgoing.named_bitmaps()):
+            words = f"its dirty bitmaps ({', '.join(bitmaps)}) stay with the layers that are sealed now"
+            self._on_event(Notice.of(self._guest.name, f"{words}: the next `ship --bitmap` there reads all disks once"))
 
     def dirty_rate(self) -> float | None:
         """See `LiveKind`."""
@@ -158,12 +162,14 @@ class QmpKind:
 
     def _measure(self, there: GuestMove) -> Measured:
         """What one of each of the steps takes now of which a pause consists."""
-        for _ in range(_LOOKS):
-            there.step(MoveStep.LOOK)
-        begun = time.monotonic()
-        self._found = live_settle.restaged(self._found, "moving")
-        written = time.monotonic()
-        return Measured(there.round_trip, self._outgoing.answer_seconds(), written - begun, there.write_seconds)
+        with urgent():  # as in the pause
+            for _ in range(_LOOKS):
+                there.step(MoveStep.LOOK)
+            begun = time.monotonic()
+            self._found = live_settle.restaged(self._found, "moving")
+            written = time.monotonic()
+            answer = self._outgoing.answer_seconds()
+        return Measured(there.round_trip, answer, written - begun, there.write_seconds)
 
     def _compare_clocks(self, there: GuestMove) -> None:
         self._moved.clock_ahead = there.clock_ahead
@@ -215,8 +221,11 @@ class QmpKind:
         )
 
     def _report_mirrors(self, there: GuestMove) -> Callable[[int, int], None]:
+        watch = MirrorWatch(subject=self._guest.name)
+
         def on_look(done: int, total: int) -> None:
             there.keep_alive()
+            watch.look(done, total)
             self._on_event(Progress("mirror", min(done, total), total))
 
         return on_look
@@ -247,7 +256,7 @@ class QmpKind:
         Raises Conflict where that is so much that the guest, which is paused by now, would wait.
         """
         left = self._outgoing.mirrors_left()
-        if left > max(_SMALL_REST, limit * look.rate):
+        if left > max(SMALL_REST, limit * look.rate):
             raise Conflict(
                 f"the guest writes faster to its disks than the link carries: {left} bytes were left when it was "
                 f"paused, at {per_second(look.rate)}, and --max-downtime is {self._request.max_downtime:g}",
