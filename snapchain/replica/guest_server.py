@@ -36,6 +36,7 @@ from snapchain.guest.qmp_migration import Incoming, version_of
 from snapchain.host import files, run_directory
 from snapchain.host.detached import start_program
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.priority import urgent
 from snapchain.host.process_identity import Identity, boot_id, identity, own_identity, still_runs
 from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Transition, after, is_done
 from snapchain.replica.guest_states import look
@@ -159,6 +160,8 @@ class GuestArrival:
         self._resumed: float | None = None
         self._version: str | None = None
         self._machine: str | None = None
+        self._wrote = 0.0
+        self._urgent = ExitStack()
         self._domain: MovingDomain | None = request.domain
 
     def step(self, request: Move) -> Moving:
@@ -181,6 +184,10 @@ class GuestArrival:
                 self._resume()
             case MoveStep.END:
                 self.end()
+            case MoveStep.LOOK if self._settles and self._found is not None:
+                before = time.monotonic()
+                self._write(details_of(self._found))
+                self._wrote = time.monotonic() - before
         return self._standing(begun)
 
     def close(self) -> None:
@@ -193,6 +200,7 @@ class GuestArrival:
                     with suppress(SnapchainError, OSError):  # the guest runs: files that stay are no fault of the move
                         remove_left_behind(case.disk)
         finally:
+            self._urgent.close()
             if self._monitor is not None:
                 self._monitor.close()
 
@@ -263,6 +271,7 @@ class GuestArrival:
         qmp = Path(request.qmp)
         pid = start_program(argv, log=details.directory / _LOG, environment=dict(os.environ))
         found = identity(pid)
+        self._urgent.enter_context(urgent())  # from now on it waits for what is sent, and the guest for it
         # Recorded before anything else can fail: a program that nobody knows of would stay for ever.
         details = self._write(details.model_copy(update={"stage": "started", "qemu": found}), qmp=qmp)
         self._monitor = self._wait_for_monitor(qmp, details)
@@ -459,6 +468,7 @@ class GuestArrival:
             cpu=cpu_digest(),
             free=files.free_bytes(self._root),
             clock=(begun + time.time()) / 2,
+            write=self._wrote,
             resumed=self._resumed,
         )
 

@@ -315,7 +315,7 @@ def test_snapchain_is_killed_around_the_decision(
 
 
 def test_a_pause_that_cannot_be_kept_is_refused_with_the_figures(guest: Counting, run: Path, tmp_path: Path) -> None:
-    error = refused(guest.machine.qmp, tmp_path / "b", "--max-downtime", "0.05")
+    error = refused(guest.machine.qmp, tmp_path / "b", "--max-downtime", "0.005")
     assert error["kind"] == "conflict"
     assert "the switch alone takes about 0." in error["message"]
     assert check_settled(guest, run, tmp_path / "b") == "here"

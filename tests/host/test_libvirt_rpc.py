@@ -93,5 +93,5 @@ def test_it_ends_with_the_block(tmp_path: Path) -> None:
             pass
         with pytest.raises(OSError, match="Bad file descriptor"):
             virsh.recv(1)
-        with pytest.raises(ConnectionRefusedError):
+        with pytest.raises(ConnectionRefusedError, match="refused"):
             late.connect(str(tmp_path / "ours"))

@@ -41,10 +41,10 @@ def test_who_has_the_domain(stage: str, here: Presence, there: Moving | None, is
     has_run = there is not None and (there.given or there.domain in (DomainPresence.HERE, DomainPresence.DEFINED))
     is_absent = there is not None and there.domain is DomainPresence.ABSENT and not there.given
     if here is Presence.RUNNING and stage != "moving" and (has_run or stage == "switched"):
-        with pytest.raises(Conflict):
-            judge_domain(stage, here, there, is_lasting=is_lasting)
+        with pytest.raises(Conflict, match=r"^web1: .* the destination has it"):
+            judge_domain(stage, here, there, is_lasting=is_lasting, subject="web1")
         return
-    verdict = judge_domain(stage, here, there, is_lasting=is_lasting)
+    verdict = judge_domain(stage, here, there, is_lasting=is_lasting, subject="web1")
     if stage == "moving":
         assert verdict is Verdict.STAY  # libvirt was never asked
     elif stage == "switched":
@@ -116,5 +116,5 @@ def test_the_definition_there() -> None:
 
 
 def test_no_definition_with_entities() -> None:
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match=r"^web1: .*a document type"):
         change_for_migration(f"<!DOCTYPE x [<!ENTITY a 'b'>]>{XML}", {}, subject="web1")

@@ -10,7 +10,7 @@ import pytest
 
 from snapchain.errors import Conflict, Unsupported
 from snapchain.guest.protocol import Definition
-from snapchain.ops.migrate.live_check import check_destination, check_pause, switch_seconds, uses_host_cpu
+from snapchain.ops.migrate.live_check import check_destination, check_pause, uses_host_cpu
 from snapchain.ops.migrate.live_settle import Verdict, judge
 from snapchain.ops.restore.changed_definition import Changes, NewDisk
 from snapchain.ops.restore.qemu_argv import change_for_incoming
@@ -50,18 +50,18 @@ def test_who_has_the_guest(stage: str, there: Moving | None, runs_here: bool) ->
 
 def pause(**numbers: float | bool | None) -> float:
     given: dict[str, object] = {
-        "max_downtime": 1.0, "round_trip": 0.01, "dirty_rate": None, "link_rate": None, "auto_converge": False,
+        "max_downtime": 1.0, "switch": 0.16, "round_trip": 0.01, "dirty_rate": None, "link_rate": None, "auto_converge": False,
     }  # fmt: skip
     return check_pause(**(given | numbers), subject="web1")  # type: ignore[arg-type]
 
 
 def test_a_pause_that_can_be_kept() -> None:
-    assert pause() == pytest.approx(1.0 - switch_seconds(0.01))
+    assert pause() == pytest.approx(1.0 - 0.16)
     assert pause(dirty_rate=5e6, link_rate=1e7) == pause()
     assert pause(dirty_rate=5e7, link_rate=1e7, auto_converge=True) == pause()
     assert pause(dirty_rate=5e7) == pause()
-    with pytest.raises(Conflict, match=r"switch alone takes about 1\.12 s \(0\.25 s for a question") as caught:
-        pause(round_trip=0.25)
+    with pytest.raises(Conflict, match=r"switch alone takes about 1\.120 s \(0\.250 s for a question") as caught:
+        pause(switch=1.12, round_trip=0.25)
     assert caught.value.hint == "allow more: --max-downtime 2.2"
     with pytest.raises(Conflict, match=r"dirties 47\.7 MiB/s of memory, and the link carries 9\.5 MiB/s"):
         pause(dirty_rate=5e7, link_rate=1e7)

@@ -15,10 +15,6 @@ _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
 _THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
 _OFFLINE = "shut the guest down, and migrate it with --offline"
 _HARMLESS = ("empty", "CD-ROM")
-DEVICE_STATE_SECONDS = 0.12
-"""Of a pause: devices, the ends of the mirrors, the end of QEMU here; measured 0.08 to 0.12 with 1 to 3 disks."""
-ROUND_TRIPS = 4
-"""Of a pause: the mirrors' last flush, the device state, GIVE, RUN."""
 
 
 def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
@@ -113,14 +109,10 @@ def uses_host_cpu(argv: Sequence[str]) -> bool:
     return any(value.split(",")[0] in ("host", "max") for value in given) and any("kvm" in word for word in argv)
 
 
-def switch_seconds(round_trip: float) -> float:
-    """What a pause lasts besides the last of the memory. round_trip: seconds of a question to the destination"""
-    return DEVICE_STATE_SECONDS + ROUND_TRIPS * round_trip
-
-
 def check_pause(
     *,
     max_downtime: float,
+    switch: float,
     round_trip: float,
     dirty_rate: float | None,
     link_rate: float | None,
@@ -129,15 +121,15 @@ def check_pause(
 ) -> float:
     """Seconds of a pause that are left for the last of the memory. Raises Conflict where the bound cannot be met.
 
+    switch: seconds that the pause takes without that; round_trip: of a question to the destination
     dirty_rate: bytes of memory a second that the guest dirties; link_rate: bytes a second; None: not known
     """
-    fixed = switch_seconds(round_trip)
-    if fixed >= max_downtime:
+    if switch >= max_downtime:
         raise Conflict(
-            f"the switch alone takes about {fixed:.2f} s ({round_trip:.2f} s for a question to the "
+            f"the switch alone takes about {switch:.3f} s ({round_trip:.3f} s for a question to the "
             f"destination), more than --max-downtime {max_downtime:g}",
             subject=subject,
-            hint=f"allow more: --max-downtime {2 * fixed:.1f}",
+            hint=f"allow more: --max-downtime {max(0.1, 2 * switch):.1f}",
         )
     if dirty_rate and link_rate and dirty_rate >= link_rate and not auto_converge:
         raise Conflict(
@@ -147,7 +139,7 @@ def check_pause(
             hint="--auto-converge slows the guest down until it is; or wait for a quieter hour, or give it more "
             "--bandwidth",
         )
-    return max_downtime - fixed
+    return max_downtime - switch
 
 
 class MemoryWatch:

@@ -36,7 +36,7 @@ _BOTH = "somebody has started it by hand: destroy one of them at once, then run 
 _THERE = (DomainPresence.HERE, DomainPresence.DEFINED)
 
 
-def judge_domain(stage: str, here: Presence, there: Moving | None, *, is_lasting: bool) -> Verdict:
+def judge_domain(stage: str, here: Presence, there: Moving | None, *, is_lasting: bool, subject: str) -> Verdict:
     """Who has the domain. there: how the move stands at the destination, None without an answer
 
     here: once no migration is under way; is_lasting: whether it had a definition that lasts
@@ -46,7 +46,7 @@ def judge_domain(stage: str, here: Presence, there: Moving | None, *, is_lasting
         return Verdict.STAY
     if here is Presence.RUNNING:
         if stage == "switched" or (there is not None and (there.given or there.domain in _THERE)):
-            raise Conflict("libvirt runs the domain here, and the destination has it", hint=_BOTH)
+            raise Conflict("libvirt runs the domain here, and the destination has it", subject=subject, hint=_BOTH)
         return Verdict.STAY
     if stage == "switched":
         return Verdict.MOVED
@@ -89,7 +89,7 @@ class _End:
             # What runs here need not wait for an answer.
             seconds = live_settle.TELL_SECONDS if here is Presence.RUNNING else live_settle.ASK_SECONDS
             there = self._asked(here, seconds)
-        verdict = judge_domain(stage, here, there, is_lasting=self._domain.is_lasting)
+        verdict = self._judge(stage, here, there)
         if is_gone and stage == "switching":
             verdict = Verdict.STAY
         match verdict:
@@ -105,6 +105,9 @@ class _End:
             case _:
                 return self._moved()
 
+    def _judge(self, stage: str, here: Presence, there: Moving | None) -> Verdict:
+        return judge_domain(stage, here, there, is_lasting=self._domain.is_lasting, subject=self._domain.name)
+
     def _asked(self, here: Presence, seconds: float) -> Moving | None:
         """How the move stands there, once libvirt there has settled; None without an answer.
 
@@ -115,7 +118,7 @@ class _End:
         def ask() -> Moving:
             with moving(self._endpoint, self._record.what) as move:
                 there = move.step(MoveStep.LOOK)
-                if judge_domain("switching", here, there, is_lasting=self._domain.is_lasting) is Verdict.STAY:
+                if self._judge("switching", here, there) is Verdict.STAY:
                     move.step(MoveStep.END)
                     self._has_ended = True
                 move.stop()

@@ -13,6 +13,7 @@ Up to GIVE_AND_RUN anything that fails, and Ctrl-C, ends with the guest running 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,9 +26,11 @@ from snapchain.guest.qemu_files import QemuFiles
 from snapchain.guest.qmp_guest import QmpGuest
 from snapchain.guest.qmp_migration import MemoryLook, Outgoing, look_at_memory, measured_dirty_rate, version_of
 from snapchain.host import run_directory
+from snapchain.host.priority import urgent
 from snapchain.host.processes import held_back
 from snapchain.image import ImageChain
 from snapchain.model.events import Progress
+from snapchain.model.pause import Measured, switch_seconds
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_check import (
     MemoryWatch,
@@ -36,7 +39,6 @@ from snapchain.ops.migrate.live_check import (
     check_guest,
     check_pause,
     per_second,
-    switch_seconds,
 )
 from snapchain.ops.migrate.live_kind import Asked, Moved
 from snapchain.ops.migrate.live_prepare import check_same_layers, link_rate
@@ -106,10 +108,10 @@ class QmpKind:
             prepared = there.step(MoveStep.PREPARE)
             self._moved.overlays = prepared.overlays
             self._start(there, prepared, shipped)
-            for _ in range(_LOOKS):
-                there.step(MoveStep.LOOK)
+            switch = switch_seconds(self._measure(there))
             limit = check_pause(
                 max_downtime=self._request.max_downtime,
+                switch=switch,
                 round_trip=there.round_trip,
                 dirty_rate=measured_dirty_rate(self._outgoing.monitor),
                 link_rate=self._request.bandwidth or link_rate(shipped),
@@ -132,12 +134,13 @@ class QmpKind:
                 bandwidth=self._request.bandwidth,
                 auto_converge=self._request.auto_converge,
             )
-            last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
-            rest = last.remaining + self._check_rest(last, limit)
-            self._moved.predicted = switch_seconds(there.round_trip) + (rest / last.rate if last.rate else 0.0)
-            with held_back():
-                self._switch(there, chains, record)
-                there.stop()
+            with urgent():  # it mostly waits, until the guest is paused and waits for it
+                last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
+                rest = last.remaining + self._check_rest(last, limit)
+                self._moved.predicted = switch + (rest / last.rate if last.rate else 0.0)
+                with held_back():
+                    self._switch(there, chains, record)
+                    there.stop()
 
     @contextmanager
     def _goes_on_at_once(self, record: MoveRecord) -> Iterator[None]:
@@ -149,6 +152,15 @@ class QmpKind:
                 with held_back(), suppress(SnapchainError):  # it is done again, and reported, by `_settle`
                     self._outgoing.undo(record.capabilities, seconds=_GIVE_UP_SECONDS)
             raise
+
+    def _measure(self, there: GuestMove) -> Measured:
+        """What one of each of the steps takes now of which a pause consists."""
+        for _ in range(_LOOKS):
+            there.step(MoveStep.LOOK)
+        begun = time.monotonic()
+        self._found = live_settle.restaged(self._found, "moving")
+        written = time.monotonic()
+        return Measured(there.round_trip, self._outgoing.answer_seconds(), written - begun, there.write_seconds)
 
     def _start(self, there: GuestMove, prepared: Moving, shipped: SetReport) -> None:
         """Start the QEMU at the destination, and check that it is the same machine."""

@@ -33,7 +33,7 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.processes import run
 from snapchain.host.retry import RetryPolicy, retry
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.model.guest_state import GuestChange, GuestState, Transition
+from snapchain.model.guest_state import GuestChange, GuestState, Transition, describe_takeover
 from snapchain.ops.migrate.elsewhere import Elsewhere
 from snapchain.ops.migrate.look import check_was_given, look_at, opened, token_of
 from snapchain.ops.migrate.ready import Prepared, active_of, prepare, seals, taken_up, whole
@@ -426,6 +426,10 @@ def _note_start(prepared: Sequence[Prepared], endpoint: Endpoint, token: str, on
             step = Transition.START
             change = GuestChange(guest=guest, transition=step, seen=now.number, token=token, by=here, host=here)
             guest_at(endpoint, guest, change)
+        elif now.token == token and now.state is GuestState.PROTECTED:
+            raise Conflict("it was taken back meanwhile, by another run", subject=f"{endpoint.url}::{guest}")
+        elif now.token != token and now.is_taken_over:
+            raise Conflict(describe_takeover(now), subject=f"{endpoint.url}::{guest}", hint="start no guest here")
 
     with suppress(Unsupported):
         retry(ask, policy=_HANDOVER, progress=lambda: 0, on_retry=lambda notice: on_event(Notice(str(notice))))

@@ -67,7 +67,7 @@ def migrate_commands(disks: Sequence[tuple[Guest, Collection[str], str]]) -> tup
     found = [["grep", "-F", f"file='{_in_xml(overlay)}'"] for _, _, overlay in disks]
     move = [
         "virsh", "migrate", "--live", "--persistent", "--verbose",
-        "--copy-storage-inc", "--copy-storage-synchronous-writes",
+        "--copy-storage-inc",
         "--migrate-disks", ",".join(each.target for each, _, _ in disks),
     ]  # fmt: skip
     given = f"--xml {definition} --persistent-xml {definition} {shell_line([guest.domain, guest.uri])}"
