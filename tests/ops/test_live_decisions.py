@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from snapchain.errors import Conflict, Unsupported
 from snapchain.guest.protocol import Definition
-from snapchain.ops.migrate.live_check import check_destination, check_pause, uses_host_cpu
+from snapchain.ops.migrate.live_check import MirrorWatch, check_destination, check_pause, uses_host_cpu
 from snapchain.ops.migrate.live_settle import Verdict, judge
 from snapchain.ops.restore.changed_definition import Changes, NewDisk
 from snapchain.ops.restore.qemu_argv import change_for_incoming
@@ -131,3 +133,31 @@ def test_a_small_rest_is_enough_whatever_the_rate(left: int, predicted: float | 
     send = ShipRequest(image=Path("web1.qcow2"), disk="web1/vda")
     assert SyncRequest(send=send, target_downtime=10, rest=100).is_met(left, predicted) is met
     assert SyncRequest(send=send, rest=100).is_met(left, predicted) is None
+
+
+def watched(looks: Iterable[tuple[int, int]], *, seconds: float = 10) -> int:
+    """How many looks a mirror is given; all of them where it comes nearer."""
+    times = itertools.count(0.0, seconds)
+    watch, count = MirrorWatch("web1", now=lambda: next(times)), 0
+    with suppress(Conflict):
+        for done, total in looks:
+            watch.look(done, total)
+            count += 1
+    return count
+
+
+def test_a_mirror_that_comes_nearer_goes_on() -> None:
+    assert watched((number, 100) for number in range(100)) == 100  # one long round
+    left, done, looks = 1 << 30, 0, []
+    while left:
+        done += left
+        left = left * 3 // 4
+        looks.append((done, done + left))
+    assert watched(looks) == len(looks) > 40
+    assert watched([(number, number + 1) for number in range(100)], seconds=0.01) == 100  # it has hardly begun
+
+
+def test_a_mirror_that_never_catches_up_is_given_up() -> None:
+    """The guest writes as much as is copied: a round leaves no less than the one before."""
+    assert watched((number * 100, number * 100 + 100) for number in range(1000)) < 12
+    assert watched((number * 100, number * 200 + 100) for number in range(1000)) < 20

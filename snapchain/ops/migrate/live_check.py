@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from snapchain.errors import Busy, Conflict, Unsupported
@@ -13,6 +14,9 @@ from snapchain.replica.stream.messages import Moving
 _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
 """Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
 _THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
+_MIRROR_RULES = Rules(rounds=1000, stalled=5, growth=4.0, grace=3)
+_MIRROR_SECONDS = 5.0
+"""Of a round of the mirrors, at least: a guest that writes a little all the time leaves that little after each."""
 _OFFLINE = "shut the guest down, and migrate it with --offline"
 _HARMLESS = ("empty", "CD-ROM")
 
@@ -165,6 +169,34 @@ class MemoryWatch:
                 f"--max-downtime {self._max_downtime:g} is not in reach ({verdict.value})",
                 subject=self._subject,
                 hint="--auto-converge slows the guest down until it is; or allow a longer pause",
+            )
+
+
+class MirrorWatch:
+    """Whether the mirrors come nearer to the guest's writes.
+
+    A round lasts until what was left at its begin is copied, and a few seconds: what the guest wrote meanwhile is left.
+    """
+
+    def __init__(self, subject: str, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._subject, self._now = subject, now
+        self._left: list[int] = []
+        self._ends_at = self._begun_at = 0
+        self._begun = now()
+
+    def look(self, done: int, total: int) -> None:
+        """Take the bytes copied, and of how many. Raises Conflict, with the figures, where it would never end."""
+        seconds, copied = self._now() - self._begun, done - self._begun_at
+        if done < self._ends_at or (self._left and seconds < _MIRROR_SECONDS):
+            return
+        self._begun, self._begun_at, self._ends_at = self._now(), done, max(total, done + 1)
+        self._left.append(max(0, total - done))
+        if judge(self._left, 0, _MIRROR_RULES).ends and total > done:
+            raise Conflict(
+                f"the guest writes faster to its disks than they can be mirrored: {total - done} bytes are left after "
+                f"{len(self._left)} rounds, at {per_second(copied / seconds if seconds else 0.0)}",
+                subject=self._subject,
+                hint="wait for a quieter hour, or give it more --bandwidth",
             )
 
 

@@ -34,6 +34,7 @@ from snapchain.model.pause import Measured, switch_seconds
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_check import (
     MemoryWatch,
+    MirrorWatch,
     check_destination,
     check_files,
     check_guest,
@@ -202,9 +203,13 @@ class QmpKind:
         )
 
     def _report_mirrors(self, there: GuestMove) -> Callable[[int, int], None]:
+        """Reports each look; raises Conflict, with the figures, where the guest writes faster than they copy."""
+        watch = MirrorWatch(self._guest.name)
+
         def on_look(done: int, total: int) -> None:
             there.keep_alive()
             self._on_event(Progress("mirror", min(done, total), total))
+            watch.look(done, total)
 
         return on_look
 
