@@ -14,6 +14,8 @@ from snapchain.ops.migrate.live_check import MirrorWatch, check_destination, che
 from snapchain.ops.migrate.live_settle import Verdict, judge
 from snapchain.ops.restore.changed_definition import Changes, NewDisk
 from snapchain.ops.restore.qemu_argv import change_for_incoming
+from snapchain.ops.ship.request import ShipRequest
+from snapchain.ops.sync.request import SyncRequest
 from snapchain.replica.stream.messages import Moving
 
 THERE = Moving(directory="/run/snapchain/web1", alive=True, given=False, ran=False, clock=0.0)
@@ -141,3 +143,14 @@ def test_the_command_line_over_there(tmp_path: Path) -> None:
     assert change_for_incoming(argv, changes, monitor=Path("/a/proxy"), subject="web1").qmp == Path("/run/b/ops")
     with pytest.raises(Unsupported, match="no QMP socket"):
         change_for_incoming([argv[0]], changes, monitor=Path("/run/a/mine"), subject="web1")
+
+
+@pytest.mark.parametrize(
+    ("left", "predicted", "met"),
+    [(100, None, True), (100, 99.0, True), (101, 99.0, False), (101, 9.0, True), (101, None, False)],
+)
+def test_a_small_rest_is_enough_whatever_the_rate(left: int, predicted: float | None, met: bool) -> None:
+    """A rate over few bytes is mostly latency: it keeps no guest from moving."""
+    send = ShipRequest(image=Path("web1.qcow2"), disk="web1/vda")
+    assert SyncRequest(send=send, target_downtime=10, rest=100).is_met(left, predicted) is met
+    assert SyncRequest(send=send, rest=100).is_met(left, predicted) is None

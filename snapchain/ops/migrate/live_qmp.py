@@ -225,8 +225,8 @@ class QmpKind:
 
         def on_look(done: int, total: int) -> None:
             there.keep_alive()
-            watch.look(done, total)
             self._on_event(Progress("mirror", min(done, total), total))
+            watch.look(done, total)
 
         return on_look
 
