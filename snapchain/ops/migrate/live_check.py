@@ -7,14 +7,18 @@ from itertools import pairwise
 
 from snapchain.errors import Busy, Conflict, Unsupported
 from snapchain.guest.protocol import Definition, Guest, GuestDisk, State
-from snapchain.model.convergence import Rules, judge
+from snapchain.model.convergence import Rules, Verdict, judge
 from snapchain.replica.stream.messages import Moving
 
 _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
 """Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
 _THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
+_MIRROR_RULES = Rules(rounds=200, stalled=5, growth=4.0, grace=3)
+SMALL_REST = 1 << 20
+"""Bytes, whatever the rate: that of a few pages of memory, or of a few clusters, says little."""
 _OFFLINE = "shut the guest down, and migrate it with --offline"
-_HARMLESS = ("empty", "CD-ROM")
+_HARMLESS = ("empty", "CD-ROM", "firmware")
+_QCOW2 = b"QFI\xfb"
 
 
 def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
@@ -44,13 +48,26 @@ def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
 
 
 def check_files(guest: Guest, definition: Definition) -> None:
-    """Raises Unsupported for files besides the disks, which snapchain does not take along while the guest runs."""
-    if roles := {file.role for file in definition.files}:
+    """Raises Unsupported for files besides the disks that cannot be taken along while the guest runs.
+
+    QEMU sends firmware variables with the memory, to a file of the same size that is mapped as it is.
+    """
+    if any(file.role == "tpm" for file in definition.files):
         raise Unsupported(
-            f"it has files besides its disks that a live migration does not take along: {', '.join(sorted(roles))}",
-            subject=guest.name,
-            hint=_OFFLINE,
+            "it has a TPM, whose state a live migration does not take along", subject=guest.name, hint=_OFFLINE
         )
+    for file in definition.files:
+        if file.data.startswith(_QCOW2):
+            raise Unsupported(
+                "its firmware variables are in a qcow2 file, and only a raw one is taken along",
+                subject=f"{guest.name}/{file.name}",
+                hint=f"convert it: qemu-img convert -O raw; or {_OFFLINE}",
+            )
+    if lost := [words for words in definition.unreadable if words.startswith("firmware variables")]:
+        raise Unsupported("; ".join(lost), subject=guest.name, hint=_OFFLINE)
+    names = [file.name for file in definition.files]
+    if len(set(names)) < len(names):
+        raise Unsupported("two files of firmware variables have one name", subject=guest.name, hint=_OFFLINE)
 
 
 def check_destination(
@@ -165,6 +182,35 @@ class MemoryWatch:
                 f"--max-downtime {self._max_downtime:g} is not in reach ({verdict.value})",
                 subject=self._subject,
                 hint="--auto-converge slows the guest down until it is; or allow a longer pause",
+            )
+
+
+class MirrorWatch:
+    """Whether the mirrors come to an end: each of them must once be level with the guest, which goes on writing.
+
+    A round is over when as much was copied as was left at its beginning; with a link that takes 80 ms for an answer
+    and a guest that writes a little all the time, there are many short ones.
+    """
+
+    def __init__(self, *, subject: str) -> None:
+        self._subject = subject
+        self._left: list[int] = []
+        self._until = 0
+
+    def look(self, done: int, total: int) -> None:
+        """Take the bytes that were copied, and of how many. Raises Conflict, with the figures."""
+        if done < self._until:
+            return
+        left = max(0, total - done)
+        self._left.append(left)
+        self._until = done + max(1, left)
+        verdict = judge(self._left, 0, _MIRROR_RULES)
+        if verdict is Verdict.ROUNDS_USED or (verdict.ends and left > SMALL_REST):
+            raise Conflict(
+                f"the guest writes to its disks as fast as the link carries that: {left} bytes are left after "
+                f"{len(self._left)} rounds of mirroring ({verdict.value})",
+                subject=self._subject,
+                hint="wait for a quieter hour, or raise --bandwidth",
             )
 
 

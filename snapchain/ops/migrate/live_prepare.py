@@ -53,7 +53,7 @@ def ship(guest: Guest, request: LiveRequest, endpoint: GuestEndpoint, on_event: 
     )
     disks = disks_to_protect(guest)
     named = [
-        replace(each, overlay_name=overlay_name(disk.name, _epoch_here(guest, disk, request)))
+        replace(each, overlay_name=overlay_name(disk.name, _epoch_here(guest, disk, request)), rest=_MEASURED_BYTES)
         for each, disk in zip(requests, disks, strict=True)
     ]
     report = sync_set(named, endpoint, sealer=sealer, on_event=on_event)
