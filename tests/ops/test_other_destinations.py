@@ -340,3 +340,19 @@ def test_a_guest_that_moves_while_it_runs_is_announced_before() -> None:
         assert standing(model, B).epoch == 1
     finally:
         model.clear()
+
+
+def test_a_failover_asks_where_the_guest_went() -> None:
+    """The repository was silent when the guest moved, and a person vouched for it. It knows the place, and asks."""
+    with told(Everything) as model:
+        ship(model, B, REPOSITORY)
+        model.world.cut.add(("a", REPOSITORY))
+        model.without = (REPOSITORY,)
+        migrate(model, 0, "b")
+        model.without = ()
+        model.world.cut.clear()
+        assert standing(model, REPOSITORY).master is None
+        model._stop(1)
+        with failover(model, REPOSITORY, "c") as work:
+            assert (work.plan().master, work.plan().epoch) == ("b", 3)
+            model._took_over(REPOSITORY, "c", work.run())
