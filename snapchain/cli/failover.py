@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,13 +17,24 @@ from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import moment, size
 from snapchain.errors import InvalidInput, PartialFailure
+from snapchain.host.terminal import counted, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from snapchain.destination.address import PointAddress
     from snapchain.destination.protocol import Destination
+    from snapchain.model.events import OnEvent
     from snapchain.model.guest_state import GuestStanding
-    from snapchain.ops.failover.request import FailoverPlan, FailoverReport, FailoverRequest, FailoversReport, Loss
+    from snapchain.ops.failover.fence import Proofs
+    from snapchain.ops.failover.request import (
+        FailoverPlan,
+        FailoverReport,
+        FailoverRequest,
+        FailoversPlan,
+        FailoversReport,
+        Loss,
+    )
     from snapchain.ops.failover.run import Failover
     from snapchain.ops.failover.trial import TrialsReport
 
@@ -33,7 +47,8 @@ _TEST = "A test"
     examples="""
     snapchain failover dir:/srv/replica::web1 --dry-run
     snapchain failover dir:/srv/replica::web1 --fence 'ipmi-off kvm1' --define --start
-    snapchain failover dir:/srv/replica::web1 dir:/srv/replica::db1 --fence ipmi-off --start --yes --concurrency 4
+    snapchain failover dir:/srv/replica --from kvm1 --fence ipmi-off --define --start --yes --concurrency 4
+    snapchain failover dir:/srv/replica --from kvm1 --order /etc/snapchain/order --fence ipmi-off --start --yes
     snapchain failover /backup::web1 --into /images/web1 --source-is-gone --define --start
     snapchain failover dir:/srv/replica::web1 --withdraw
     snapchain failover /backup::web1 --test --into /var/tmp
@@ -43,9 +58,32 @@ _TEST = "A test"
 @options.takes_output(passphrase=True)
 def failover(
     guests: Annotated[
-        list[str], typer.Argument(metavar="DEST::GUEST...", help="The guests, at a destination that this host reaches.")
+        list[str],
+        typer.Argument(
+            metavar="DEST::GUEST...",
+            help="The guests, at a destination that this host reaches; with --from, DEST alone.",
+        ),
     ],
     *,
+    from_host: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="HOST",
+            help="Take over all guests of the destination DEST whose master is HOST, as `snapchain status` names it.",
+        ),
+    ] = None,
+    order: Annotated[
+        Path | None,
+        typer.Option(
+            "--order",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="The order of several guests: one group a line, names or patterns. A group begins when the one before "
+            "it was tried; guests that no line names come last.",
+        ),
+    ] = None,
     to: Annotated[
         str | None,
         typer.Option("--to", metavar="POINT", help="The guest point. By default the newest that is whole."),
@@ -148,9 +186,13 @@ def failover(
 
     At a replica (dir:/path) each disk gets a writable overlay on its point, and nothing is copied. From a repository
     the disks are restored into --into DIR first. Newer layers and points stay where they are.
+
+    Of several guests one that fails keeps no other from it, and the fence program runs once a round for each old host.
+    Run it again to try those that failed. Ends with exit code 10 when there are any.
     """
-    from snapchain.ops.failover.fence import word_of_a_person
+    from snapchain.ops.failover.fence import Proofs, word_of_a_person
     from snapchain.ops.failover.request import FailoverRequest
+    from snapchain.ops.failover.several import groups_of, plan_all, run_all
 
     if reason is not None and not source_is_gone:
         raise InvalidInput("--reason belongs to --source-is-gone")
@@ -172,58 +214,110 @@ def failover(
             reach=options.reach(at, without, out),
         )
 
-    work = {text: _opened(text, into, request_of, out, many=len(guests) > 1) for text in dict.fromkeys(guests)}
+    asked = _asked(guests, from_host, out)
+    names = [address.disk for _, address in asked]
+    if len(set(names)) < len(names):
+        raise InvalidInput("a guest is named twice", hint="it is taken over at one destination")
+    many = len(asked) > 1 or from_host is not None
+    proofs = Proofs(names)
+    opener = _Opener(into, request_of, proofs, out, many=many)
+    work = {address.disk: partial(opener.opened, text, address) for text, address in asked}
+    groups = [names]
+    if order is not None:
+        groups = groups_of(order.read_text(), names, subject=order)
     if withdraw:
-        if len(work) > 1:
+        if many:
             raise InvalidInput("--withdraw is for one guest")
-        out.report(next(iter(work.values())).withdraw(), _draw_withdrawn)
+        out.report(work[names[0]](out.on_event).withdraw(), _draw_withdrawn)
+        return
+    if not many:
+        one = work[names[0]](out.on_event)
+        if out.dry_run or not yes:
+            plan = one.plan()
+            if out.plan(plan, _draw_plan):
+                return
+            _ask(plan)
+        out.report(one.run(), _draw_report)
         return
     if out.dry_run or not yes:
-        for each in work.values():
-            plan = each.plan()
-            if out.dry_run:
-                out.plan(plan, _draw_plan)
-            else:
-                _ask(plan)
-    if out.dry_run:
-        return
-    if len(work) == 1:
-        out.report(next(iter(work.values())).run(), _draw_report)
-        return
-    from snapchain.ops.failover.run import run_all
-
-    report = run_all(work, concurrency=concurrency, on_event=out.on_event)
-    out.report(report, _draw_all)
-    if report.failed:
-        raise PartialFailure(f"{len(report.failed)} of {len(work)} guests were not taken over")
+        plans = plan_all(work)
+        status = PartialFailure.exit_code if plans.failed else 0
+        if out.plan(plans, _draw_plans, problems=_draw_failed, status=status):
+            return
+        _ask_all(plans)
+    report = run_all(
+        [{name: work[name] for name in group} for group in groups], concurrency=concurrency, on_event=out.on_event
+    )
+    status = PartialFailure.exit_code if report.failed else 0
+    out.report(report, _draw_all, problems=_draw_failed, status=status)
 
 
-def _opened(
-    text: str, into: Path | None, request_of: Callable[[Path], FailoverRequest], out: Output, *, many: bool
-) -> Failover:
-    from snapchain.destination.address import local_directory, located, parse_disk_address
-    from snapchain.ops.failover.run import Failover, default_directory
+def _asked(guests: list[str], from_host: str | None, out: Output) -> list[tuple[str, PointAddress]]:
+    """The guests that are named, or all of a host at the one destination that is."""
+    from snapchain.destination.address import PointAddress, parse_destination, parse_disk_address
+    from snapchain.ops.failover.several import guests_from
 
-    address = parse_disk_address(text)
-    place: Destination = options.destination(address.dest, out, writing=True)
-    local = local_directory(located(address.dest))
-    if place.traits.bootable_files:
-        if local is None:
-            raise InvalidInput(
-                "a guest starts where its files are",
-                subject=text,
-                hint=f"run it on that host: snapchain failover dir:/path::{address.disk}",
-            )
-        directory = into or default_directory(local, address.disk)
-    elif into is None:
+    if from_host is None:
+        return [(text, parse_disk_address(text)) for text in dict.fromkeys(guests)]
+    address = parse_destination(guests[0])
+    if len(guests) > 1 or isinstance(address, PointAddress):
         raise InvalidInput(
-            "a repository has no files that a guest can run on", subject=text, hint="say --into DIR: they are restored"
+            "--from takes all guests of a host at one destination",
+            subject=guests[-1],
+            hint=f"name the destination alone: snapchain failover {address.dest} --from {from_host}",
         )
-    else:
-        directory = into
-    if many and into is not None:
-        directory = into / address.disk.replace("/", "_")
-    return Failover(place, address.disk, request_of(directory), on_event=out.on_event)
+    names = guests_from(options.destination(address.dest, out), from_host, here=socket.gethostname())
+    return [(f"{address.dest}::{name}", PointAddress(address.dest, name, None)) for name in names]
+
+
+class _Opener:
+    """Opens the failover of each guest, in the thread that takes it over; destinations once a thread."""
+
+    def __init__(
+        self,
+        into: Path | None,
+        request_of: Callable[[Path], FailoverRequest],
+        proofs: Proofs,
+        out: Output,
+        *,
+        many: bool,
+    ) -> None:
+        self._into, self._request_of, self._proofs, self._out, self._many = into, request_of, proofs, out, many
+        self._places = threading.local()
+
+    def opened(self, text: str, address: PointAddress, on_event: OnEvent) -> Failover:
+        """Raises InvalidInput for options that do not fit the destination, and as `Failover`."""
+        from snapchain.destination.address import local_directory, located
+        from snapchain.ops.failover.run import Failover, default_directory
+
+        place = self._place(address.dest)
+        local = local_directory(located(address.dest))
+        into = self._into
+        if place.traits.bootable_files:
+            if local is None:
+                raise InvalidInput(
+                    "a guest starts where its files are",
+                    subject=text,
+                    hint=f"run it on that host: snapchain failover dir:/path::{address.disk}",
+                )
+            directory = into or default_directory(local, address.disk)
+        elif into is None:
+            raise InvalidInput(
+                "a repository has no files that a guest can run on",
+                subject=text,
+                hint="say --into DIR: they are restored",
+            )
+        else:
+            directory = into
+        if self._many and into is not None:
+            directory = into / address.disk.replace("/", "_")
+        return Failover(place, address.disk, self._request_of(directory), proofs=self._proofs, on_event=on_event)
+
+    def _place(self, dest: str) -> Destination:
+        places: dict[str, Destination] = self._places.__dict__.setdefault("by_address", {})
+        if dest not in places:
+            places[dest] = options.destination(dest, self._out, writing=True)
+        return places[dest]
 
 
 def _test(
@@ -295,6 +389,23 @@ def _from(plan: FailoverPlan) -> str:
     return f"{plan.master or 'its host'}{where}"
 
 
+def _ask_all(plans: FailoversPlan) -> None:
+    """As `_ask`, once for all of them."""
+    if not plans.guests:
+        raise PartialFailure("no guest can be taken over", hint="--dry-run shows why")
+    lines = [f"{each.guest}: from {_from(each)}; lost: {_lost(each.loss)}" for each in plans.guests]
+    lines += [f"{each.guest}: cannot be taken over: {each.message}" for each in plans.failed]
+    if not sys.stdin.isatty():
+        raise InvalidInput(
+            f"nobody can be asked whether {counted(len(plans.guests), 'guest')} are to be taken over",
+            hint="say --yes; --dry-run shows what each of them loses",
+        )
+    for line in lines:
+        typer.echo(printable(line), err=True)
+    if not typer.confirm(f"Take {counted(len(plans.guests), 'guest')} over?", err=True):
+        raise InvalidInput("nothing was done")
+
+
 def _lost(loss: Loss) -> str:
     """In seconds and bytes."""
     words = f"what was written in {quantities.duration(loss.seconds)}"
@@ -353,20 +464,37 @@ def _proof(report: FailoverReport) -> str:
 
 
 def _draw_all(console: Console, report: FailoversReport) -> None:
-    render.headline(console, f"{len(report.guests)} guests taken over, {len(report.failed)} not")
+    render.headline(
+        console,
+        f"{len(report.guests)} guests taken over, {len(report.failed)} not, in {quantities.duration(report.seconds)}",
+    )
     rows = [
-        (each.order, each.guest, str(each.guest_point), "started" if each.started else "", each.seconds)
+        (each.order, each.group, each.guest, str(each.guest_point), "started" if each.started else "", each.seconds)
         for each in report.guests
     ]
-    rows += [(each.order, each.guest, "", each.message, each.seconds) for each in report.failed]
+    rows += [(each.order, each.group, each.guest, "", "failed", each.seconds) for each in report.failed]
     render.table(
         console,
-        ["order>", "guest", "point>", "state~", "took>"],
+        ["order>", "group>", "guest", "point>", "state", "took>"],
         [
-            (str(order), guest, point, words, quantities.duration(took))
-            for order, guest, point, words, took in sorted(rows)
+            (str(order), str(group), guest, point, words, quantities.duration(took))
+            for order, group, guest, point, words, took in sorted(rows)
         ],
     )
+    _draw_failed(console, report)
+
+
+def _draw_failed(console: Console, found: FailoversReport | FailoversPlan) -> None:
+    for each in found.failed:
+        render.line(console, f"{each.guest}: {each.message}", style="red", indent=2)
+        if each.hint:
+            render.line(console, f"hint: {each.hint}", indent=6)
+
+
+def _draw_plans(console: Console, plans: FailoversPlan) -> None:
+    for plan in plans.guests:
+        _draw_plan(console, plan)
+    _draw_failed(console, plans)
 
 
 def _draw_withdrawn(console: Console, standing: GuestStanding) -> None:

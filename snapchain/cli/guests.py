@@ -52,7 +52,8 @@ def guests(
     A line `in the way` says why a live snapshot of all disks would fail, and what to do about it. A disk that is left
     out, such as a CD-ROM, is no part of a guest's points.
 
-    A guest or a daemon that does not answer is a line of the list, and does not change the exit code.
+    A guest, a daemon or a destination that does not answer is a line of the list, and does not change the exit code. A
+    monitor that another program is connected to is left alone.
     """
     from snapchain.destination.address import parse_destination
     from snapchain.ops.guests import guests as run

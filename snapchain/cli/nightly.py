@@ -56,6 +56,8 @@ def nightly(
 ) -> None:
     """Run the work of a night: snapshot, ship and merge each disk and guest; then collect and verify destinations.
 
+    With [test] in the configuration, clones of some guests boot last of all, by turns.
+
     A destination is a repository or a replica. A failure of one disk or destination stops no other. Nothing new begins
     after the window has closed; the next run begins with the disks that are left. Ends with exit code 10 when something
     failed or was left.
@@ -120,6 +122,8 @@ def _draw_plan(console: Console, plan: NightlyPlan) -> None:
         verify = f"verify {', '.join(each.verify)}" if each.verify else ""
         words = ", ".join(filter(None, ["gc" if each.gc else "", verify]))
         render.line(console, f"{each.destination}: {words or 'nothing more'}", indent=2)
+    for test in plan.tests:
+        render.line(console, f"boot test: {test.guest} from {test.destination}", indent=2)
     _draw_moved(console, plan.disks)
     _draw_left_out(console, plan.layers_left_out, plan.leftovers)
     _draw_plan_problems(console, plan)
@@ -165,6 +169,13 @@ def _draw_report(console: Console, report: NightlyReport) -> None:
         facts += [f"verified {size(result.checked_bytes)} of {result.disk}" for result in each.verified]
         words = ", ".join(facts)
         render.line(console, f"{each.destination}: {each.outcome.value}{f', {words}' if words else ''}", indent=2)
+    for test in report.tests:
+        if test.booted:
+            took = duration(test.boot_seconds or 0.0)
+            words = f"guest point {test.guest_point} booted in {took}"
+        else:
+            words = "did not boot" if test.booted is False else "not tested"
+        render.line(console, f"boot test of {test.guest} from {test.destination}: {words}", indent=2)
     _draw_left_out(console, report.layers_left_out, report.leftovers)
     _draw_problems(console, report)
     longer: dict[str, list[str]] = {}
@@ -190,6 +201,7 @@ def _draw_problems(console: Console, report: NightlyReport) -> None:
     parts += [(each.disk, each.faults, each.left) for each in report.disks]
     parts += [(each.guest, each.faults, each.left) for each in report.guests]
     parts += [(each.destination, each.faults, each.left) for each in report.destinations]
+    parts += [(each.guest, each.faults, each.left) for each in report.tests]
     _draw_faults(console, parts)
 
 

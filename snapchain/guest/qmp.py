@@ -257,6 +257,12 @@ class Monitor:
                     return False
                 self._news.wait(min(rest, 0.5))  # a lost link gives no notice
 
+    def newest(self, concerns: Callable[[str, Mapping[str, Any]], bool], *, after: int) -> Mapping[str, Any] | None:
+        """The data of the newest event, by name and data, that came after a `mark`; None where none is known."""
+        with self._news:
+            found = [data for number, name, data in self._events if number >= after and concerns(name, data)]
+            return found[-1] if found else None
+
     def time_of(self, name: str) -> float | None:
         """When the newest event of a name happened, by QEMU's clock: seconds since the epoch; None for none so far."""
         with self._news:

@@ -37,6 +37,9 @@ _UNLIMITED = 64 << 30
 """Bytes a second: more than any link."""
 _OVER = ("none", "completed", "failed", "cancelled")
 _UNDO_SECONDS = 60.0
+_QUESTIONS = 10
+_ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+"""Milliseconds: how often its network cards tell switches where they are now, as QEMU itself does."""
 _NEWS = ("JOB_STATUS_CHANGE", "MIGRATION", "MIGRATION_PASS", "STOP", "RESUME")
 
 
@@ -154,6 +157,18 @@ class Outgoing:
                 hint="remove that device; or shut the guest down, and migrate it with --offline",
             )
 
+    def named_bitmaps(self) -> set[str]:
+        """The dirty bitmaps with a name in the active layers."""
+        roots = root_nodes(self._monitor)
+        active = {roots[disk] for disk in self._disks if disk in roots}
+        return {
+            str(bitmap["name"])
+            for node in self._monitor.rows("query-named-block-nodes", {"flat": True})
+            if node.get("node-name") in active
+            for bitmap in node.get("dirty-bitmaps", ())
+            if bitmap.get("name")
+        }
+
     def mirror(self, nbd: Path, *, speed: int) -> None:
         """Begin to mirror what is not sealed of every disk to its export there. speed: bytes a second, 0 no limit."""
         roots = root_nodes(self._monitor)
@@ -247,8 +262,11 @@ class Outgoing:
             raise
         waiting = list(self._jobs)
         while waiting:
-            # Events tell when to look: each look takes time from the guest, which is paused.
+            # Events are enough where they came: each question takes time from the guest, which is paused.
             self._monitor.wait(_is_end_of(waiting[0]), after=mark, seconds=LOOK_SECONDS)
+            waiting = [job for job in waiting if not self._has_ended_well(job, after=mark)]
+            if not waiting:
+                return
             known = {str(row.get("id")): row for row in self._monitor.rows("query-jobs")}
             for job, disk in zip(self._jobs, self._disks, strict=True):
                 row = known.get(job)
@@ -264,19 +282,38 @@ class Outgoing:
             if waiting:
                 _check_time(until, "the last writes of the guest", self._monitor)
 
+    def _has_ended_well(self, job: str, *, after: int) -> bool:
+        """Whether events said so: completed without an error, and concluded."""
+
+        def is_completed(name: str, data: Mapping[str, object]) -> bool:
+            return name == "BLOCK_JOB_COMPLETED" and data.get("device") == job
+
+        done = self._monitor.newest(is_completed, after=after)
+        ended = self._monitor.newest(_is_end_of(job), after=after)
+        return done is not None and not done.get("error") and ended is not None
+
     def switch_over(self, *, seconds: float) -> None:
         """Send the device state. At the end the guest is paused on both sides. Raises Unavailable."""
         until, mark = time.monotonic() + seconds, self._monitor.mark()
         self._monitor.execute("migrate-continue", {"state": "pre-switchover"})
         while True:
             self._monitor.wait(_is_end_of_migration, after=mark, seconds=LOOK_SECONDS)
+            news = self._monitor.newest(_is_end_of_migration, after=mark)
+            if news is not None and news.get("status") == "completed":
+                return
             look = look_at_memory(self._monitor)
             if look.status == "completed":
                 return
             if look.is_over:
                 raise _ended(look, self._monitor)
             _check_time(until, "the state of the devices", self._monitor)
-            mark = self._monitor.mark()
+
+    def answer_seconds(self) -> float:
+        """What one of QEMU's answers takes now, on average."""
+        begun = time.monotonic()
+        for _ in range(_QUESTIONS):
+            self._monitor.execute("query-status")
+        return (time.monotonic() - begun) / _QUESTIONS
 
     def mirrors_left(self) -> int:
         """Bytes that the mirrors are behind. Raises as `check_mirrors`."""
@@ -373,7 +410,11 @@ class Incoming:
         until = time.monotonic() + seconds
         while True:
             mark = self._monitor.mark()
-            look, status = look_at_memory(self._monitor), self.status()
+            news = self._monitor.newest(_is_end_of_migration, after=0)
+            status = self.status()
+            if news is not None and news.get("status") == "completed" and status == "paused":
+                return
+            look = look_at_memory(self._monitor)
             if look.status == "completed" and status in ("paused", "prelaunch"):
                 return
             if look.status in ("failed", "cancelled") or time.monotonic() >= until:
@@ -396,6 +437,8 @@ class Incoming:
         self._monitor.execute("cont", repeatable=True)
         if self._monitor.fields("query-status").get("running") is not True:
             raise Unavailable("the guest does not run although it was told to", subject=self._monitor.path)
+        with suppress(SnapchainError):  # QEMU has done so once, before the guest could hear answers
+            self._monitor.execute("announce-self", _ANNOUNCE)
         with suppress(SnapchainError):  # the next migration sets its own
             _set_capabilities(self._monitor, dict.fromkeys(CAPABILITIES, False))
         return self._monitor.time_of("RESUME")

@@ -149,16 +149,22 @@ def open_other(url: str) -> Writing:
     return open_destination(url, writing=True)
 
 
-def tell_others(destination: Writing, guest: str, others: Sequence[Place], *, by: str) -> GuestStanding | None:
-    """Make a destination know of others, before its first layer or later; how the guest stands there then.
+def tell_others(
+    destination: Writing, guest: str, others: Sequence[Place], *, by: str, begins: bool = False
+) -> GuestStanding | None:
+    """Make a destination know of others; how the guest stands there then.
 
+    begins: it may have nothing of the guest yet: its first layer is still to come, and the replica is made
     Nothing is written where it knows them all: None where it has nothing of the guest either.
-    Raises as `Writing.change_guest`.
+    Raises NotFound where nothing is there, and as `Writing.change_guest`.
     """
     for attempt in range(_TRIES):
         standing: GuestStanding | None = None
-        with suppress(NotFound):  # the first layer is still to come
+        try:
             standing = destination.guest_state(guest)
+        except NotFound:
+            if not begins:
+                raise
         known = () if standing is None else (standing.here, *standing.others)
         more = apart_from(others, *known)
         if not more:
@@ -203,7 +209,7 @@ def _introduce(image: Path, guest: str, destination: Writing, on_event: OnEvent)
     told = tuple(sorted(map(_word, others)))
     if told != mine.told:
         try:
-            standing = tell_others(destination, guest, others, by=socket.gethostname())
+            standing = tell_others(destination, guest, others, by=socket.gethostname(), begins=True)
         except Unsupported as error:
             on_event(Notice(f"it is not told of the guest's other destinations: {error}"))
             return mine

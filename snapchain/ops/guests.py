@@ -19,10 +19,11 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.destination.guest_record import record_disk
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import DiskRecord
-from snapchain.errors import NotFound, SnapchainError, Unavailable
+from snapchain.errors import InvalidInput, NotFound, SnapchainError, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.protocol import Guest, GuestDisk, State
+from snapchain.guest.socket_peers import clients_of
 from snapchain.host import virsh
 from snapchain.host.qemu_processes import QemuProcess, qemu_processes
 from snapchain.host.virsh import Virsh
@@ -38,6 +39,7 @@ _OTHER_DAEMON = "Another libvirt daemon manages it: name that daemon by LIBVIRT_
 _DENIED_DAEMON = (
     "A libvirt daemon that this user cannot ask manages it: run as root, or name that daemon by LIBVIRT_DEFAULT_URI."
 )
+_SECOND_MONITOR = "QMP serves one client; give QEMU a second -qmp socket for snapchain"
 _LIBVIRTS_OWN = "blockjob"
 """Records of jobs that libvirt does for us; `merge` has one of its own."""
 
@@ -128,7 +130,7 @@ def guests(
 ) -> GuestsReport:
     """Ask all guests, or those of one name. at: destinations to look at, by address; now: for ages
 
-    Raises NotFound where a name is given and no guest has it.
+    Raises NotFound where a name is given and no guest has it, InvalidInput for the address of no destination.
     """
     found, faults = _find()
     if name is not None:
@@ -191,6 +193,12 @@ def _of_process(process: QemuProcess) -> _Found:
 def _look(found: _Found, owed: tuple[str, ...]) -> GuestRow:
     fault = found.reason
     for address in found.ways:
+        if address.qmp is not None and (clients := clients_of(address.qmp)):
+            # A second connection waits, and would be served as soon as the first one is given up, in the place of its
+            # own client, which connects again.
+            others = ", ".join(clients)
+            fault = fault or f"its monitor {address.qmp} is in use by {others} ({_SECOND_MONITOR})"
+            continue
         try:
             with open_guest(address) as guest:
                 return _row(guest, found, owed)
@@ -291,6 +299,8 @@ def _protections(url: str, opened: Callable[[], ReadableDestination], now: datet
     """What a destination has of a guest, as a function of its name."""
     try:
         disks: Sequence[DiskRecord] = tuple(opened().disks())
+    except InvalidInput:  # an address that is none
+        raise
     except SnapchainError as error:
         fault = str(error)
         return lambda _name: Protection(destination=url, fault=fault)

@@ -40,10 +40,20 @@ class GuestMove:
         self._heard = time.monotonic()
         self.round_trip = float("inf")
         """Seconds: of the LOOK that was answered soonest."""
+        self.write_seconds = 0.0
+        """What a durable record took there at the last LOOK."""
         self.clock_ahead = 0.0
         """Seconds that the other host's clock is ahead of the one here, known to half that round trip."""
 
-    def step(self, step: MoveStep, *, argv: Sequence[str] = (), directory: str | None = None, qmp: str = "") -> Moving:
+    def step(
+        self,
+        step: MoveStep,
+        *,
+        argv: Sequence[str] = (),
+        directory: str | None = None,
+        qmp: str = "",
+        nvram: Sequence[int] = (),
+    ) -> Moving:
         """Have one step done there. Raises what the other side refuses with, Unavailable where no answer came."""
         request = Move(
             step=step,
@@ -53,6 +63,7 @@ class GuestMove:
             by=socket.gethostname(),
             disks=tuple(self._what.disks),
             exports=tuple(self._what.exports),
+            nvram=tuple(nvram),
             argv=tuple(argv),
             directory=directory,
             qmp=qmp or None,
@@ -67,9 +78,18 @@ class GuestMove:
         answer = self._session.decode(Moving, self._session.expect(Kind.MOVING))
         self._heard = time.monotonic()
         took = self._heard - asked
-        if step is MoveStep.LOOK and took < self.round_trip:
-            self.round_trip, self.clock_ahead = took, answer.clock - (clock + took / 2)
-        for text in (answer.directory, *answer.overlays, answer.version or "", answer.machine or "", answer.libvirt):
+        if step is MoveStep.LOOK:
+            self.write_seconds = answer.write
+            if took - answer.write < self.round_trip:
+                self.round_trip, self.clock_ahead = took - answer.write, answer.clock - (clock + took / 2)
+        for text in (
+            answer.directory,
+            *answer.overlays,
+            *answer.nvram,
+            answer.version or "",
+            answer.machine or "",
+            answer.libvirt,
+        ):
             if printable(text) != text:
                 raise Corrupt("it names an impossible file", subject=self._endpoint.url)
         return answer

@@ -35,11 +35,12 @@ def boot_arguments(words: str = "") -> list[str]:
     return ["-kernel", str(kernel), "-initrd", str(initrd), "-append", f"console=ttyS0 quiet panic=-1 {words}"]
 
 
-def formatted(path: Path, *, size: str = "64M") -> Path:
-    """A qcow2 image with an empty ext4 in it."""
+def formatted(path: Path, *, size: str = "64M", files: Path | None = None) -> Path:
+    """A qcow2 image with an ext4 in it. files: a directory whose content it has; empty otherwise"""
     raw = path.with_suffix(".mkfs")
     subprocess.run(["truncate", "-s", size, raw], check=True)
-    subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0", raw], check=True)
+    content = [] if files is None else ["-d", str(files)]
+    subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0", *content, str(raw)], check=True)
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path], check=True)
     raw.unlink()
     return path

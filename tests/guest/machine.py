@@ -21,23 +21,30 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.servers import DIE_WITH_PARENT
-from tests.waiting import wait_until
+from tests.waiting import HANG, wait_until
 
 QEMU = tuple(os.environ.get("TEST_QEMU", "qemu-system-x86_64").split())
 """`make soak` runs these tests once more with QEMU 10 (.ci/qemu10)."""
 
 
 class Monitor:
-    """A QMP connection, of the test."""
+    """A QMP connection, of the test. patience: seconds for an answer; a short one raises OSError for no QEMU, too"""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, patience: float = 120) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(120)
-        wait_until(lambda: self._connected(path))
+        self._socket.settimeout(patience)
         self._lines = self._socket.makefile("rb")
         self.events: list[dict[str, Any]] = []
-        json.loads(self._lines.readline())
-        self.ask("qmp_capabilities")
+        try:
+            if patience < HANG:
+                self._socket.connect(str(path))
+            else:
+                wait_until(lambda: self._connected(path))
+            json.loads(self._lines.readline())
+            self.ask("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
 
     def _connected(self, path: Path) -> bool:
         """QEMU makes the name of a socket first, and listens a moment later."""

@@ -4,7 +4,8 @@
 
 It does what `tc netem` does (delay, loss, rate, limit), for kernels that lack it: packets come out of a TUN device
 in one namespace, wait their time, and go into the one in the other.  Both directions are alike.  stdin takes lines
-`NAME VALUE` that change a setting, `cut 1` and `cut 0` among them; each is answered by a line on stdout.  At its end,
+`NAME VALUE` that change a setting, among them `cut 1` and `cut 0`, and `cut 2`: only what comes from the second is
+lost, so that questions arrive and their answers do not; each is answered by a line on stdout.  At its end,
 however it comes, the kernel takes the devices away.
 """
 
@@ -48,9 +49,14 @@ class Direction:
     sink: int
     settings: Settings
     chance: random.Random
+    number: int
     free: float = 0.0
     """When the wire has sent all that was given to it."""
     on_the_way: collections.deque[tuple[float, bytes]] = field(default_factory=collections.deque)
+
+    @property
+    def is_cut(self) -> bool:
+        return self.settings.cut in (1, self.number)
 
     def take(self) -> None:
         """What has come out of the source, a batch at most, is lost or goes on its way."""
@@ -62,7 +68,7 @@ class Direction:
                 return
             now = time.monotonic()
             self.free = max(self.free, now)
-            if settings.cut or (settings.rate and (self.free - now) * settings.rate > settings.limit):
+            if self.is_cut or (settings.rate and (self.free - now) * settings.rate > settings.limit):
                 continue
             if settings.rate:
                 self.free += len(packet) / settings.rate
@@ -73,7 +79,7 @@ class Direction:
         """What is due by then arrives, unless the cable was cut meanwhile."""
         while self.on_the_way and self.on_the_way[0][0] <= until:
             _, packet = self.on_the_way.popleft()
-            if not self.settings.cut:
+            if not self.is_cut:
                 try:
                     os.write(self.sink, packet)
                 except OSError:  # the device is down, or full: a lost packet
@@ -140,7 +146,7 @@ def main() -> None:
     with contextlib.suppress(PermissionError):
         os.nice(-15)  # a cable does not get slower when the machine is busy
     chance = random.Random(said["seed"])
-    carry([Direction(a, b, settings, chance), Direction(b, a, settings, chance)], settings)
+    carry([Direction(a, b, settings, chance, 3), Direction(b, a, settings, chance, 2)], settings)
 
 
 if __name__ == "__main__":

@@ -132,16 +132,17 @@ def two_sites(folder: Path, *, delay: float = 0.0, loss: float = 0.0, rate: floa
     with (
         two_hosts(delay=delay, loss=loss, rate=rate) as (near, far, cable),
         tempfile.TemporaryDirectory(prefix="sc") as short,
+        _site("kvm1", near, far, folder, Path(short)) as a,
+        _site("kvm2", far, near, folder, Path(short)) as b,
     ):
-        with _site("kvm1", near, far, folder, Path(short)) as a, _site("kvm2", far, near, folder, Path(short)) as b:
-            a.peer, b.peer = b, a
-            try:
-                yield Sites(a, b, cable)
-            finally:
-                for pid in arrived(Path(short)):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                wait_until(lambda: not arrived(Path(short)))
+        a.peer, b.peer = b, a
+        try:
+            yield Sites(a, b, cable)
+        finally:
+            for pid in arrived(Path(short)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: not arrived(Path(short)))
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from snapchain.destination.protocol import Destination
 from snapchain.errors import Conflict, Corrupt, NotFound, ToolFailed
 from snapchain.model.guest_state import GuestState, Vouched
 from snapchain.ops.failover.request import FailoverReport, FailoverRequest
-from snapchain.ops.failover.run import Failover, run_all
+from snapchain.ops.failover.run import Failover
+from snapchain.ops.failover.several import run_all
 from snapchain.testing.history import identical
 from tests.ops.guest_points import GUEST, Guest, Open, instant, opened
 from tests.ops.stacks import write
@@ -275,8 +276,8 @@ def test_several_guests_at_once(replica: Open, tmp_path: Path) -> None:
         Guest(tmp_path / name, names=("vda",), guest=name).point(replica(), 1)
         vouched = None if number == 2 else WORD
         request = FailoverRequest(directory=tmp_path / f"out-{name}", host="kvm2", vouched=vouched)
-        work[name] = Failover(replica(), name, request)
-    report = run_all(work, concurrency=2)
+        work[name] = lambda on_event, name=name, request=request: Failover(replica(), name, request, on_event=on_event)
+    report = run_all([work], concurrency=2)
     assert [(each.guest, each.order) for each in report.guests] == [("web0", 1), ("web1", 2), ("web3", 4)]
     assert [(each.guest, each.order, each.kind) for each in report.failed] == [("web2", 3, "conflict")]
     json.loads(report.model_dump_json())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import pytest
 
 from snapchain.cli import main
 from snapchain.errors import NotFound
-from snapchain.model.guest_checks import CheckKind
+from snapchain.model.guest_checks import CheckKind, GuestCheck
 from snapchain.model.guest_state import GuestStanding, GuestState, Vouched
 from snapchain.ops import guest_checks, guest_verify
-from snapchain.ops.guest_status import owed, status
+from snapchain.ops.guest_status import GuestStatus, owed, status
 from tests.ops.guest_points import BEGIN, Guest, Open, instant, opened, publish
 from tests.ops.stacks import write
 from tests.ops.test_failover import failover
@@ -90,3 +91,10 @@ def test_on_the_command_line(
     assert "web1: protected, epoch 1" in capsys.readouterr().out
     assert main(["status", f"dir:{tmp_path}/replica::web1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["guests"][0]["state"] == "protected"
+
+
+def test_the_fields_are_documented() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "guide" / "scripting.md").read_text()
+    section = page.partition("### `status`\n")[2].partition("\n### ")[0]
+    said = set(re.findall(r"`([a-z_]+)(?:\[\])?`", section)) - {"guests"}
+    assert said == {*GuestStatus.model_fields, *GuestCheck.model_fields}

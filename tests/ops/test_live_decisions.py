@@ -10,10 +10,12 @@ import pytest
 
 from snapchain.errors import Conflict, Unsupported
 from snapchain.guest.protocol import Definition
-from snapchain.ops.migrate.live_check import check_destination, check_pause, switch_seconds, uses_host_cpu
+from snapchain.ops.migrate.live_check import MirrorWatch, check_destination, check_pause, uses_host_cpu
 from snapchain.ops.migrate.live_settle import Verdict, judge
 from snapchain.ops.restore.changed_definition import Changes, NewDisk
 from snapchain.ops.restore.qemu_argv import change_for_incoming
+from snapchain.ops.ship.request import ShipRequest
+from snapchain.ops.sync.request import SyncRequest
 from snapchain.replica.stream.messages import Moving
 
 THERE = Moving(directory="/run/snapchain/web1", alive=True, given=False, ran=False, clock=0.0)
@@ -48,21 +50,44 @@ def test_who_has_the_guest(stage: str, there: Moving | None, runs_here: bool) ->
 
 def pause(**numbers: float | bool | None) -> float:
     given: dict[str, object] = {
-        "max_downtime": 1.0, "round_trip": 0.01, "dirty_rate": None, "link_rate": None, "auto_converge": False,
+        "max_downtime": 1.0, "switch": 0.16, "round_trip": 0.01,
+        "dirty_rate": None, "link_rate": None, "auto_converge": False,
     }  # fmt: skip
     return check_pause(**(given | numbers), subject="web1")  # type: ignore[arg-type]
 
 
 def test_a_pause_that_can_be_kept() -> None:
-    assert pause() == pytest.approx(1.0 - switch_seconds(0.01))
+    assert pause() == pytest.approx(1.0 - 0.16)
     assert pause(dirty_rate=5e6, link_rate=1e7) == pause()
     assert pause(dirty_rate=5e7, link_rate=1e7, auto_converge=True) == pause()
     assert pause(dirty_rate=5e7) == pause()
-    with pytest.raises(Conflict, match=r"switch alone takes about 1\.12 s \(0\.25 s for a question") as caught:
-        pause(round_trip=0.25)
+    with pytest.raises(Conflict, match=r"switch alone takes about 1\.120 s \(0\.250 s for a question") as caught:
+        pause(switch=1.12, round_trip=0.25)
     assert caught.value.hint == "allow more: --max-downtime 2.2"
     with pytest.raises(Conflict, match=r"dirties 47\.7 MiB/s of memory, and the link carries 9\.5 MiB/s"):
         pause(dirty_rate=5e7, link_rate=1e7)
+
+
+def mirrored(left: list[int]) -> int:
+    """How many rounds are watched. left: bytes at the end of each"""
+    watch, done = MirrorWatch(subject="web1"), 0
+    for number, each in enumerate(left):
+        try:
+            watch.look(done, done + each)
+            watch.look(done + each // 2, done + each)  # in the middle of a round nothing is judged
+        except Conflict:
+            return number
+        done += max(1, each)
+    return len(left)
+
+
+def test_mirrors_that_never_come_to_an_end_are_given_up() -> None:
+    mib = 1 << 20
+    assert mirrored([512 * mib >> number for number in range(30)]) == 30
+    assert mirrored([64 * mib] * 30) == 6, "no progress"
+    assert mirrored([64 * mib, 8 * mib, 4 * mib, 8 * mib, 40 * mib]) == 4, "growing"
+    assert mirrored([64 * 1024] * 100) == 100, "a few clusters behind, all the time"
+    assert mirrored([64 * 1024] * 1000) == 200, "but not for ever"
 
 
 def test_a_host_with_another_machine() -> None:
@@ -118,3 +143,14 @@ def test_the_command_line_over_there(tmp_path: Path) -> None:
     assert change_for_incoming(argv, changes, monitor=Path("/a/proxy"), subject="web1").qmp == Path("/run/b/ops")
     with pytest.raises(Unsupported, match="no QMP socket"):
         change_for_incoming([argv[0]], changes, monitor=Path("/run/a/mine"), subject="web1")
+
+
+@pytest.mark.parametrize(
+    ("left", "predicted", "met"),
+    [(100, None, True), (100, 99.0, True), (101, 99.0, False), (101, 9.0, True), (101, None, False)],
+)
+def test_a_small_rest_is_enough_whatever_the_rate(left: int, predicted: float | None, met: bool) -> None:
+    """A rate over few bytes is mostly latency: it keeps no guest from moving."""
+    send = ShipRequest(image=Path("web1.qcow2"), disk="web1/vda")
+    assert SyncRequest(send=send, target_downtime=10, rest=100).is_met(left, predicted) is met
+    assert SyncRequest(send=send, rest=100).is_met(left, predicted) is None

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from snapchain.errors import Conflict, InvalidInput, SnapchainError, Unavailable
+from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unavailable
 from snapchain.image import scan
-from snapchain.model.guest_state import GuestStanding, GuestState
+from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Place, Transition, after, unrecorded
 from snapchain.ops.failover.request import FailoverRequest
 from snapchain.ops.failover.run import Failover
 from snapchain.ops.migrate import run as migration
+from snapchain.ops.other_destinations import Reach
+from snapchain.replica.destination import ReplicaDestination
+from snapchain.replica.disk_writer import ReplicaWriting
+from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.permissions import Permissions
+from snapchain.replica.stream.messages import AskGuest, Kind, Right
+from snapchain.repository.disk_writer import RepositoryWriting
 from snapchain.source.ownership import check_not_given
 from tests.ops.guest_points import GUEST
 from tests.ops.masters import Copy, ship as ship_images
-from tests.ops.test_masters_model import NONE, Everything, Masters, told
+from tests.ops.test_masters_model import NONE, WORD, Everything, Masters, told
 
 A, B, C, REPOSITORY = "a/replica", "b/replica", "c/replica", "repository"
 
 
-def ship(model: Masters, *places: str, which: int = 0) -> None:
+def ship(model: Masters, *places: str) -> None:
     for place in places:
-        model.ship(which, model.world.places.index(place), NONE)
+        model.ship(0, model.world.places.index(place), NONE)
 
 
 def migrate(model: Masters, which: int, host: str) -> int:
@@ -187,3 +196,117 @@ def test_a_destination_that_was_told_refuses_the_old_host() -> None:
                 pytest.raises(Conflict, match=r"b has taken the guest web1 over .* at dir:.*b/replica"),
             ):
                 ship_images(model.world, model.copies[0], place, 99)
+
+
+def test_a_silent_replica_on_the_host_that_is_down_needs_no_word() -> None:
+    """b is the master, and down; its own replica is silent, and the proof is about b."""
+    with told(Everything) as model:
+        ship(model, REPOSITORY)
+        migrate(model, 0, "b")
+        model._stop(1)
+        model.world.cut |= {("c", B)}
+        with failover(model, REPOSITORY, "c") as work:
+            assert work.plan().silent == (f"{model.world.url(B)} on b",)
+            model._took_over(REPOSITORY, "c", work.run())
+
+
+def test_a_word_for_a_silent_destination_is_recorded() -> None:
+    with told(Everything) as model:
+        ship(model, B, C, REPOSITORY)
+        model._stop(0)
+        model.world.cut |= {("c", B)}
+        with failover(model, REPOSITORY, "c") as work, pytest.raises(Unavailable, match="does not answer"):
+            work.run()
+        assert standing(model, REPOSITORY).state is GuestState.PROTECTED
+        with failover(model, REPOSITORY, "c", reach=model.world.reach(B)) as work:
+            model._took_over(REPOSITORY, "c", work.run())
+        vouched = standing(model, REPOSITORY).vouched
+        assert vouched is not None
+        assert (vouched.how, f"without {model.world.url(B)} on b, as " in vouched.words) == ("fence", True)
+        assert standing(model, C).master == "c"
+
+
+def test_a_guest_that_is_shipped_again_costs_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    with told(Everything) as model:
+        ship(model, B, REPOSITORY)
+        places = {place: standing(model, place).others for place in (B, REPOSITORY)}
+        assert [each.url for each in places[B]] == [model.world.url(REPOSITORY)]
+        assert [(each.url, each.host) for each in places[REPOSITORY]] == [(model.world.url(B), "b")]
+        ship(model, B, REPOSITORY)  # the first that was told by the second is asked once more
+        numbers = [standing(model, place).number for place in (B, REPOSITORY)]
+        for place in (ReplicaWriting, RepositoryWriting):
+            monkeypatch.setattr(place, "guest_state", None)
+            monkeypatch.setattr(place, "change_guest", None)
+        ship(model, B, REPOSITORY)
+        monkeypatch.undo()
+        assert [standing(model, place).number for place in (B, REPOSITORY)] == numbers
+
+
+def test_a_destination_is_told_before_it_has_a_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shipment that is cut off leaves no guest point where the others are not known."""
+    with told(Everything) as model:
+        ship(model, REPOSITORY)
+
+        def stop(*_arguments: Any, **_options: Any) -> Any:
+            raise Unavailable("the link is cut")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ReplicaWriting, "write", stop)
+            with model.world.on("a"), pytest.raises(Unavailable, match="link is cut"):
+                ship_images(model.world, model.copies[0], B, 50)
+        assert [each.url for each in standing(model, B).others] == [model.world.url(REPOSITORY)]
+        with model.world.on("b"), pytest.raises(NotFound, match="there is no such guest"):
+            Failover(model.world.destination(B), GUEST, FailoverRequest(directory=model.root / "out", vouched=WORD))
+
+
+def test_an_address_that_is_another_destination_here_is_no_answer() -> None:
+    """Of a path that means something else on this host, only the id tells. --at names the right one."""
+    with told(Everything) as model:
+        ship(model, A, REPOSITORY)
+        migrate(model, 0, "b")
+        model._stop(1)
+        world = model.world
+        moved = world.root / "c" / "elsewhere"
+        (world.root / A).rename(moved)
+        ship(model, C)
+        shutil.copytree(world.root / C, world.root / A)
+        with (
+            failover(model, REPOSITORY, "c") as work,
+            pytest.raises(Unavailable, match="another destination is at that"),
+        ):
+            work.run()
+        here = f"dir:{moved}"
+        opens = lambda url: ReplicaDestination(DirectoryEndpoint(moved)) if url == here else world._opened(url)  # noqa: E731
+        with failover(model, REPOSITORY, "c", reach=Reach(at=[here], opens=opens)) as work:
+            model._took_over(REPOSITORY, "c", work.run())
+        shutil.rmtree(world.root / A)
+        moved.rename(world.root / A)
+
+
+def test_a_key_that_may_only_send_names_destinations_and_takes_none_away() -> None:
+    def change(transition: Transition) -> AskGuest:
+        step = GuestChange(guest=GUEST, transition=transition, seen=0, token="0" * 32, by="a", host="a")
+        return AskGuest(guest=GUEST, change=step)
+
+    only = Permissions(frozenset({Right.SEND}), append_only=True)
+    only.check(Kind.GUEST, change(Transition.KNOW), subject="it")
+    for transition in set(Transition) - {Transition.KNOW}:
+        with pytest.raises(InvalidInput, match="'handover' is missing"):
+            only.check(Kind.GUEST, change(transition), subject="it")
+    now = unrecorded(GUEST, 1)
+    known = Place(id="1", url="ssh://b/r")
+    for more in ([known], [Place(id="2", url="/x")], [], [Place(id="1", url="dir:/r", host="b")]):
+        asked = change(Transition.KNOW).change
+        assert asked is not None
+        asked = asked.model_copy(update={"others": tuple(more), "seen": now.number})
+        now = after(now, asked, time=datetime.now(UTC), subject="it")
+    assert now.others == (Place(id="1", url="ssh://b/r", host="b"), Place(id="2", url="/x"))
+
+
+def test_an_older_program_is_sent_what_it_knows() -> None:
+    place = Place(id="1", url="ssh://b/r")
+    now = unrecorded(GUEST, 2).model_copy(update={"others": (place,), "at": place, "here": place, "master": "b"})
+    assert not {"others", "at", "here"} & set(now.for_older().model_dump())
+    assert GuestStanding.model_validate_json(now.model_dump_json()) == now
+    step = GuestChange(guest=GUEST, transition=Transition.START, seen=0, token="0" * 32, by="a", host="a")
+    assert not {"others", "at", "epoch", "seen_epoch"} & set(step.model_dump())

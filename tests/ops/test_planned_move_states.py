@@ -12,7 +12,7 @@ import pytest
 
 from snapchain.errors import Conflict, Unavailable
 from snapchain.host.retry import RetryPolicy
-from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, TakenDisk, Transition, Vouched
+from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Place, TakenDisk, Transition, Vouched
 from snapchain.ops.migrate import run as migration
 from snapchain.ops.migrate.run import Move
 from snapchain.replica import client, guest_handover, guest_store, handover
@@ -67,10 +67,10 @@ def test_the_start_is_recorded_before_the_hook(host: Host, tmp_path: Path) -> No
     assert stands(host) == BACK
 
 
-def change(host: Host, transition: Transition, **more: Any) -> None:
-    number = standing(host).number
+def change(at_host: Host, transition: Transition, **more: Any) -> None:
+    number = standing(at_host).number
     values: dict[str, Any] = {"token": secrets.token_hex(16), "by": "kvm3", "host": "kvm3", **more}
-    guest_at(host.endpoint, "web1", GuestChange(guest="web1", transition=transition, seen=number, **values))
+    guest_at(at_host.endpoint, "web1", GuestChange(guest="web1", transition=transition, seen=number, **values))
 
 
 def test_one_that_was_overtaken_starts_nothing(host: Host, tmp_path: Path) -> None:
@@ -84,6 +84,29 @@ def test_one_that_was_overtaken_starts_nothing(host: Host, tmp_path: Path) -> No
     change(host, Transition.PROMOTE, vouched=word, disks=taken)
     ran = tmp_path / "ran"
     with pytest.raises(Conflict):
+        host.migrate(start_hook=["touch", str(ran)])
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("by", ["take-back", "failover elsewhere"])
+def test_one_that_is_overtaken_before_the_start_starts_nothing(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Between the handover and its hook: taken back by another run here, or taken over where this one does not look."""
+    real = migration._noted
+
+    def overtaken(*asked: Any) -> None:
+        real(*asked)
+        if by == "take-back":
+            host.take_back()
+        else:
+            there = Place(url="ssh://kvm3/srv/replica")
+            change(host, Transition.FOLLOW, epoch=3, seen_epoch=2, host="kvm3", at=there, former="kvm2")
+
+    monkeypatch.setattr(migration, "_noted", overtaken)
+    ran = tmp_path / "ran"
+    words = "it was taken back meanwhile" if by == "take-back" else "kvm3 has taken the guest web1 over"
+    with pytest.raises(Conflict, match=words):
         host.migrate(start_hook=["touch", str(ran)])
     assert not ran.exists()
 

@@ -74,7 +74,27 @@ class TakenOver(_Shown):
     path: str | None
 
 
-class FailoverPlan(_Shown):
+class _Failover(_Shown):
+    """A guest and the guest point that is taken, in a plan and in a report.
+
+    skipped: newer points that are not whole; state, epoch: of the guest; lacking: what the definition lacks here
+    """
+
+    destination: str
+    guest: str
+    guest_point: int
+    instant: str
+    time: datetime
+    consistency: Consistency
+    skipped: tuple[Skipped, ...]
+    loss: Loss
+    state: GuestState
+    epoch: int
+    disks: tuple[TakenOver, ...]
+    lacking: tuple[str, ...]
+
+
+class FailoverPlan(_Failover):
     """What `run` would do. epoch: that the guest would be in; resumes: whether an earlier run has begun it
 
     master: the host that is replaced, as the newest record of any destination has it, or else the guest point
@@ -82,57 +102,35 @@ class FailoverPlan(_Shown):
     others: the guest's other destinations; silent: those that do not answer, and for which nobody has vouched
     """
 
-    destination: str
-    guest: str
-    guest_point: int
-    instant: str
-    time: datetime
-    consistency: Consistency
-    skipped: tuple[Skipped, ...]
-    loss: Loss
-    state: GuestState
-    epoch: int
     master: str | None
     master_at: str | None = None
     others: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
     resumes: bool
-    disks: tuple[TakenOver, ...]
     directory: str
-    lacking: tuple[str, ...]
     bytes_to_write: int
     defines: bool
     starts: bool
 
 
-class FailoverReport(_Shown):
+class FailoverReport(_Failover):
     """What was done.
 
     epoch: of the guest now; master: this host; former: the one that it replaces; vouched: why that counts as gone
     definition: the file that starts the guest; defined: name of the domain; started: whether it runs
-    order: when this guest was taken up among those of one command, from 1; seconds: of all
+    order: when this guest was taken up among those of one command, from 1; group: that it belongs to, from 1
+    seconds: of all
     """
 
-    destination: str
-    guest: str
-    guest_point: int
-    instant: str
-    time: datetime
-    consistency: Consistency
-    skipped: tuple[Skipped, ...]
-    loss: Loss
-    state: GuestState
-    epoch: int
     master: str
     former: str | None
     vouched: Vouched
-    disks: tuple[TakenOver, ...]
     definition: str | None
     defined: str | None
     started: bool
-    lacking: tuple[str, ...]
     bytes_written: int
     order: int = 1
+    group: int = 1
     seconds: float
 
 
@@ -144,13 +142,25 @@ class Failed(_Shown):
     message: str
     hint: str | None
     order: int
+    group: int = 1
     seconds: float
 
 
+class FailoversPlan(_Shown):
+    """What would be done with several guests. failed: those that cannot be taken over, in their order among all"""
+
+    guests: tuple[FailoverPlan, ...]
+    failed: tuple[Failed, ...] = ()
+
+
 class FailoversReport(_Shown):
-    """Several guests, in the order in which they were taken up. concurrency: how many at once, at most"""
+    """Several guests, in the order in which they were taken up.
+
+    groups: of guests that waited for each other; concurrency: how many at once, at most
+    """
 
     guests: tuple[FailoverReport, ...]
     failed: tuple[Failed, ...] = ()
+    groups: int = 1
     concurrency: int = 1
     seconds: float

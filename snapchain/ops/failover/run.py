@@ -13,24 +13,19 @@ the same host: it knows its token by the note in its directory, and nobody else 
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.guest_record import RecordedDisk
 from snapchain.destination.protocol import Destination
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
-from snapchain.host import records
-from snapchain.host.directory import Directory
-from snapchain.host.files import make_directories, write_in
-from snapchain.host.os_errors import os_errors
+from snapchain.host.files import make_directories
+from snapchain.host.note_file import NoteFile
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.guest_state import (
     GuestChange,
@@ -45,11 +40,9 @@ from snapchain.model.guest_state import (
 from snapchain.ops.failover import fence
 from snapchain.ops.failover.choose import Chosen, choose, loss_of, the_point
 from snapchain.ops.failover.request import (
-    Failed,
     FailoverPlan,
     FailoverReport,
     FailoverRequest,
-    FailoversReport,
     TakenOver,
 )
 from snapchain.ops.failover.start import is_running, start_domain, start_script
@@ -92,14 +85,23 @@ class Failover:
     """A guest at a destination, to be taken over by this host."""
 
     def __init__(
-        self, destination: Destination, guest: str, request: FailoverRequest, *, on_event: OnEvent = ignore
+        self,
+        destination: Destination,
+        guest: str,
+        request: FailoverRequest,
+        *,
+        proofs: fence.Proofs | None = None,
+        on_event: OnEvent = ignore,
     ) -> None:
-        """Raises NotFound for a guest or a point that is not there, InvalidInput for a request that contradicts itself.
+        """proofs: those that the guests of one command share, so that a host is fenced once for all of its guests
+
+        Raises NotFound for a guest or a point that is not there, InvalidInput for a request that contradicts itself.
 
         Conflict where another host runs it, or is about to, unless there is proof that it is down.
         """
         self._destination, self._request, self._on_event = destination, request, on_event
         self._begun = time.monotonic()
+        self._proofs = proofs or fence.Proofs()
         self._subject = f"{destination.url}::{guest}"
         if request.connect is not None and not request.defines:
             raise InvalidInput("--connect names the libvirt to define it in", hint="say --define too")
@@ -154,7 +156,7 @@ class Failover:
             starts=self._request.starts,
         )
 
-    def run(self, *, order: int = 1) -> FailoverReport:
+    def run(self, *, order: int = 1, group: int = 1) -> FailoverReport:
         """Take the guest over; continues what an earlier run of this host has begun.
 
         Raises Conflict without proof that the old host is down, where another host was faster, and where libvirt has a
@@ -204,6 +206,7 @@ class Failover:
             lacking=definition.lacking(),
             bytes_written=written,
             order=order,
+            group=group,
             seconds=time.monotonic() - self._begun,
         )
 
@@ -219,9 +222,9 @@ class Failover:
                 hint="once it is active, only `snapchain failback` moves it back",
             )
         self._change(Transition.WITHDRAW)
-        self._remove_note()
+        self._note_file.remove()
         try:
-            self._others.follow(self._standing, None, by=self._request.host)
+            self._others.follow(self._standing, None, by=self._request.host, insists=False)
         except SnapchainError as error:
             self._on_event(Notice(f"not every other destination has heard of it: {error}"))
         return self._standing
@@ -256,7 +259,10 @@ class Failover:
         if self.resumes:
             self._others.check_epoch(self._standing.epoch)
         if self._request.vouched is None:
-            self._others.check_silent(proven=self._former())
+            self._others.allow_down(self._former())
+        else:
+            self._others.vouch_for_all()
+        self._others.check_silent()
 
     def _former(self) -> str | None:
         if self._note is not None and self._note.token == self._standing.token:
@@ -286,7 +292,7 @@ class Failover:
     # --- what is done
 
     def _proven(self, round_: int) -> Vouched:
-        vouched = fence.proven(
+        vouched = self._proofs.proven(
             self._request.fence,
             self._request.vouched,
             guest=self._view.name,
@@ -323,7 +329,7 @@ class Failover:
         except Conflict:
             # Refused before anything was changed: this run has begun nothing.
             if self._destination.guest_state(self._view.name).token != note.token:
-                self._remove_note()
+                self._note_file.remove()
             raise
         return overlays
 
@@ -342,7 +348,7 @@ class Failover:
             self._standing, _ = self._destination.change_guest(change)
         except Conflict:
             self._change(Transition.WITHDRAW)
-        self._remove_note()
+        self._note_file.remove()
 
     def _lay_out(self, overlays: Mapping[str, Path]) -> int:
         """Put all files of the guest in place, and note them; bytes that were written."""
@@ -453,63 +459,18 @@ class Failover:
     # --- the note in the directory
 
     @property
-    def _note_name(self) -> str:
-        return f".{self._name}.snapchain-failover"
+    def _note_file(self) -> NoteFile[_Note]:
+        return NoteFile(self._directory, f".{self._name}.snapchain-failover", _Note, _NOTE_PURPOSE, _NOTE_CAP)
 
     def _noted(self) -> _Note | None:
         """Of an earlier run on this host, whose failover is under way or done at the destination."""
-        try:
-            with Directory.open(self._directory) as directory:
-                key = records.own_key()
-                found = records.read(directory, self._note_name, purpose=_NOTE_PURPOSE, key=key, cap=_NOTE_CAP)
-                note = _Note.model_validate_json(found.text)
-        except (OSError, SnapchainError, ValidationError):
-            return None
+        note = self._note_file.read()
         # With another token it is an old one; one that was never told of is begun anew by the next run.
-        return note if found.is_own and note.token == self._standing.token else None
+        return note if note is not None and note.token == self._standing.token else None
 
     def _write_note(self, note: _Note) -> None:
-        with os_errors(self._directory), Directory.open(self._directory) as directory:
-            inode = os.fstat(directory.fd).st_ino
-            values = note.model_dump(mode="json")
-            data = records.encode(values, purpose=_NOTE_PURPOSE, place=inode, key=records.made_key())
-            write_in(directory, self._note_name, data)
+        self._note_file.write(note)
         self._note = note
-
-    def _remove_note(self) -> None:
-        with suppress(FileNotFoundError), os_errors(self._directory), Directory.open(self._directory) as directory:
-            directory.remove(self._note_name)
-            directory.sync()
-
-
-def run_all(work: Mapping[str, Failover], *, concurrency: int, on_event: OnEvent = ignore) -> FailoversReport:
-    """Take several guests over, in this order; one that fails keeps no other from it. concurrency: at once, at most"""
-    begun = time.monotonic()
-
-    def one(order: int, guest: str, failover: Failover) -> FailoverReport | Failed:
-        started = time.monotonic()
-        try:
-            return failover.run(order=order)
-        except SnapchainError as error:
-            on_event(Notice(f"{guest}: {error.message}"))
-            return Failed(
-                guest=guest,
-                kind=error.kind,
-                message=str(error),
-                hint=error.hint,
-                order=order,
-                seconds=time.monotonic() - started,
-            )
-
-    with ThreadPoolExecutor(max(1, concurrency), "failover") as pool:
-        waiting = [pool.submit(one, order, *each) for order, each in enumerate(work.items(), 1)]
-        results = [each.result() for each in waiting]
-    return FailoversReport(
-        guests=tuple(each for each in results if isinstance(each, FailoverReport)),
-        failed=tuple(each for each in results if isinstance(each, Failed)),
-        concurrency=concurrency,
-        seconds=time.monotonic() - begun,
-    )
 
 
 def default_directory(replica: Path, guest: str) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import select
 import signal
 import stat
 import time
@@ -31,7 +32,7 @@ from snapchain.host.directory import Directory
 from snapchain.host.files import make_directories
 from snapchain.host.hooks import missing, run_hook
 from snapchain.host.os_errors import os_errors
-from snapchain.host.qemu_processes import qemu_process
+from snapchain.host.qemu_processes import qemu_process, qemu_processes
 from snapchain.host.virsh import Virsh
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.guest_checks import CheckKind
@@ -45,22 +46,26 @@ from snapchain.ops.restore.guest_definition import safe_name
 
 _POLL_SECONDS = 0.2
 _PING_SECONDS = 2.0
+_END_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRequest:
     """directory: in which the clone gets one of its own, which is removed at the end
 
+    name: of the clone and its directory, as of `clone_name`; space: most bytes that its disks may take
     point: the text after '@'; proves: read all data of the points before one is chosen
     check: a program and its arguments; it is run until it exits with 0, in the place of waiting for the agent
     seconds: for all of that; connect: the libvirt that starts the clone
     """
 
     directory: Path
+    name: str | None = None
     point: str | None = None
     proves: bool = False
     check: Sequence[str] = ()
     seconds: float = 300.0
+    space: int | None = None
     connect: str | None = None
 
 
@@ -94,6 +99,37 @@ class TrialsReport(BaseModel):
     guests: tuple[TrialReport, ...]
 
 
+def clone_name(guest: str) -> str:
+    """A new name for a clone of a guest."""
+    return f"{safe_name(guest.rpartition('/')[2], 'guest')}-test-{secrets.token_hex(4)}"
+
+
+def remove_clone(directory: Path, *, connect: str | None, on_notice: Callable[[str], None]) -> None:
+    """End the clone of a run that was killed, and remove its directory. Raises what keeps it from being removed."""
+    if directory.is_dir():
+        if any(directory.glob("*.xml")):
+            with suppress(NotFound):
+                Virsh(connect).text("destroy", "--domain", directory.name)
+        for process in qemu_processes():
+            if any(f"{directory}/" in word for word in process.argv):
+                _end(process.pid)
+        with os_errors(directory), Directory.open(directory.parent) as above:
+            _empty(directory)
+            above.remove_directory(directory.name)
+        on_notice(f"{directory}: the clone of a run that was killed is removed")
+
+
+def _end(pid: int) -> None:
+    """Kill a process, and wait until it has ended."""
+    with suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            select.select([fd], [], [], _END_SECONDS)
+        finally:
+            os.close(fd)
+
+
 def trial(
     destination: ReadableDestination, view: GuestView, request: TrialRequest, *, on_event: OnEvent = ignore
 ) -> TrialReport:
@@ -107,7 +143,7 @@ def trial(
     chosen = choose(destination, view, request.point, proves=request.proves)
     if chosen.record.kind == "qmp" and request.connect is not None:
         raise InvalidInput("the guest was not managed by libvirt", subject=view.name, hint="leave out --connect")
-    name = f"{safe_name(view.name.rpartition('/')[2], 'guest')}-test-{secrets.token_hex(4)}"
+    name = request.name or clone_name(view.name)
     directory = request.directory.absolute() / name
     with _removed(directory, on_event):
         restoration = GuestRestoration(
@@ -118,6 +154,13 @@ def trial(
             ),
             on_event=on_event,
         )
+        need = restoration.plan().bytes_to_write
+        if request.space is not None and need > request.space:
+            raise InvalidInput(
+                f"the disks of its clone need {need} bytes, and may take {request.space}",
+                subject=view.name,
+                hint="test it where there is more room",
+            )
         restored = restoration.run()
         if restored.definition is None:
             raise NotFound("the record has no definition, so nothing starts the guest", subject=view.name)

@@ -7,18 +7,18 @@ from itertools import pairwise
 
 from snapchain.errors import Busy, Conflict, Unsupported
 from snapchain.guest.protocol import Definition, Guest, GuestDisk, State
-from snapchain.model.convergence import Rules, judge
+from snapchain.model.convergence import Rules, Verdict, judge
 from snapchain.replica.stream.messages import Moving
 
 _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
 """Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
 _THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
+_MIRROR_RULES = Rules(rounds=200, stalled=5, growth=4.0, grace=3)
+SMALL_REST = 1 << 20
+"""Bytes, whatever the rate: that of a few pages of memory, or of a few clusters, says little."""
 _OFFLINE = "shut the guest down, and migrate it with --offline"
-_HARMLESS = ("empty", "CD-ROM")
-DEVICE_STATE_SECONDS = 0.12
-"""Of a pause: devices, the ends of the mirrors, the end of QEMU here; measured 0.08 to 0.12 with 1 to 3 disks."""
-ROUND_TRIPS = 4
-"""Of a pause: the mirrors' last flush, the device state, GIVE, RUN."""
+_HARMLESS = ("empty", "CD-ROM", "firmware")
+_QCOW2 = b"QFI\xfb"
 
 
 def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
@@ -48,13 +48,26 @@ def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
 
 
 def check_files(guest: Guest, definition: Definition) -> None:
-    """Raises Unsupported for files besides the disks, which snapchain does not take along while the guest runs."""
-    if roles := {file.role for file in definition.files}:
+    """Raises Unsupported for files besides the disks that cannot be taken along while the guest runs.
+
+    QEMU sends firmware variables with the memory, to a file of the same size that is mapped as it is.
+    """
+    if any(file.role == "tpm" for file in definition.files):
         raise Unsupported(
-            f"it has files besides its disks that a live migration does not take along: {', '.join(sorted(roles))}",
-            subject=guest.name,
-            hint=_OFFLINE,
+            "it has a TPM, whose state a live migration does not take along", subject=guest.name, hint=_OFFLINE
         )
+    for file in definition.files:
+        if file.data.startswith(_QCOW2):
+            raise Unsupported(
+                "its firmware variables are in a qcow2 file, and only a raw one is taken along",
+                subject=f"{guest.name}/{file.name}",
+                hint=f"convert it: qemu-img convert -O raw; or {_OFFLINE}",
+            )
+    if lost := [words for words in definition.unreadable if words.startswith("firmware variables")]:
+        raise Unsupported("; ".join(lost), subject=guest.name, hint=_OFFLINE)
+    names = [file.name for file in definition.files]
+    if len(set(names)) < len(names):
+        raise Unsupported("two files of firmware variables have one name", subject=guest.name, hint=_OFFLINE)
 
 
 def check_destination(
@@ -113,14 +126,10 @@ def uses_host_cpu(argv: Sequence[str]) -> bool:
     return any(value.split(",")[0] in ("host", "max") for value in given) and any("kvm" in word for word in argv)
 
 
-def switch_seconds(round_trip: float) -> float:
-    """What a pause lasts besides the last of the memory. round_trip: seconds of a question to the destination"""
-    return DEVICE_STATE_SECONDS + ROUND_TRIPS * round_trip
-
-
 def check_pause(
     *,
     max_downtime: float,
+    switch: float,
     round_trip: float,
     dirty_rate: float | None,
     link_rate: float | None,
@@ -129,15 +138,15 @@ def check_pause(
 ) -> float:
     """Seconds of a pause that are left for the last of the memory. Raises Conflict where the bound cannot be met.
 
+    switch: seconds that the pause takes without that; round_trip: of a question to the destination
     dirty_rate: bytes of memory a second that the guest dirties; link_rate: bytes a second; None: not known
     """
-    fixed = switch_seconds(round_trip)
-    if fixed >= max_downtime:
+    if switch >= max_downtime:
         raise Conflict(
-            f"the switch alone takes about {fixed:.2f} s ({round_trip:.2f} s for a question to the "
+            f"the switch alone takes about {switch:.3f} s ({round_trip:.3f} s for a question to the "
             f"destination), more than --max-downtime {max_downtime:g}",
             subject=subject,
-            hint=f"allow more: --max-downtime {2 * fixed:.1f}",
+            hint=f"allow more: --max-downtime {max(0.1, 2 * switch):.1f}",
         )
     if dirty_rate and link_rate and dirty_rate >= link_rate and not auto_converge:
         raise Conflict(
@@ -147,7 +156,7 @@ def check_pause(
             hint="--auto-converge slows the guest down until it is; or wait for a quieter hour, or give it more "
             "--bandwidth",
         )
-    return max_downtime - fixed
+    return max_downtime - switch
 
 
 class MemoryWatch:
@@ -173,6 +182,35 @@ class MemoryWatch:
                 f"--max-downtime {self._max_downtime:g} is not in reach ({verdict.value})",
                 subject=self._subject,
                 hint="--auto-converge slows the guest down until it is; or allow a longer pause",
+            )
+
+
+class MirrorWatch:
+    """Whether the mirrors come to an end: each of them must once be level with the guest, which goes on writing.
+
+    A round is over when as much was copied as was left at its beginning; with a link that takes 80 ms for an answer
+    and a guest that writes a little all the time, there are many short ones.
+    """
+
+    def __init__(self, *, subject: str) -> None:
+        self._subject = subject
+        self._left: list[int] = []
+        self._until = 0
+
+    def look(self, done: int, total: int) -> None:
+        """Take the bytes that were copied, and of how many. Raises Conflict, with the figures."""
+        if done < self._until:
+            return
+        left = max(0, total - done)
+        self._left.append(left)
+        self._until = done + max(1, left)
+        verdict = judge(self._left, 0, _MIRROR_RULES)
+        if verdict is Verdict.ROUNDS_USED or (verdict.ends and left > SMALL_REST):
+            raise Conflict(
+                f"the guest writes to its disks as fast as the link carries that: {left} bytes are left after "
+                f"{len(self._left)} rounds of mirroring ({verdict.value})",
+                subject=self._subject,
+                hint="wait for a quieter hour, or raise --bandwidth",
             )
 
 

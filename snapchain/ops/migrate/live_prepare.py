@@ -20,7 +20,7 @@ from snapchain.ops.migrate.live_check import per_second
 from snapchain.ops.migrate.live_request import LiveRequest
 from snapchain.ops.migrate.live_settle import MoveRecord, MovingDisk
 from snapchain.ops.migrate.look import look_at, opened
-from snapchain.ops.migrate.ready import active_of, make_overlay
+from snapchain.ops.migrate.ready import active_of, make_overlay, overlay_name
 from snapchain.ops.migrate.request import MigrateRequest, Move as MovedImage
 from snapchain.ops.sync.guests import requests_of
 from snapchain.ops.sync.request import SetReport
@@ -53,7 +53,7 @@ def ship(guest: Guest, request: LiveRequest, endpoint: GuestEndpoint, on_event: 
     )
     disks = disks_to_protect(guest)
     named = [
-        replace(each, overlay_name=_overlay_name(disk.name, _epoch_here(guest, disk, request)))
+        replace(each, overlay_name=overlay_name(disk.name, _epoch_here(guest, disk, request)), rest=_MEASURED_BYTES)
         for each, disk in zip(requests, disks, strict=True)
     ]
     report = sync_set(named, endpoint, sealer=sealer, on_event=on_event)
@@ -75,11 +75,6 @@ def _epoch_here(guest: Guest, disk: GuestDisk, request: LiveRequest) -> int:
     return look_at(MigrateRequest(moves=[move], running=True, image_dirs=_image_dirs([move], request)), move).epoch
 
 
-def _overlay_name(disk: str, epoch: int) -> str:
-    """Another one after each handover: a disk that comes back finds the old one in its place."""
-    return f"{disk}-{epoch + 1}.qcow2"
-
-
 def _image_dirs(moves: Sequence[MovedImage], request: LiveRequest) -> tuple[Path, ...]:
     return (*request.image_dirs, *dict.fromkeys(move.image.parent for move in moves))
 
@@ -99,7 +94,7 @@ def prepare(guest: Guest, request: LiveRequest, endpoint: GuestEndpoint, token: 
         with opened(images, move) as chain:
             ownership.check_not_given(chain)
             ownership.check_can_be_given(chain, image_dirs=images.image_dirs)
-        file = _overlay_name(disk.name, look.epoch)
+        file = overlay_name(disk.name, look.epoch)
         overlay, there = make_overlay(images, move, look, Scope.SEALED, endpoint, on_event, name=file)
         overlays.append(overlay)
         epochs += [look.epoch, there]

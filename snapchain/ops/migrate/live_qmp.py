@@ -13,6 +13,7 @@ Up to GIVE_AND_RUN anything that fails, and Ctrl-C, ends with the guest running 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,18 +26,21 @@ from snapchain.guest.qemu_files import QemuFiles
 from snapchain.guest.qmp_guest import QmpGuest
 from snapchain.guest.qmp_migration import MemoryLook, Outgoing, look_at_memory, measured_dirty_rate, version_of
 from snapchain.host import run_directory
+from snapchain.host.priority import urgent
 from snapchain.host.processes import held_back
 from snapchain.image import ImageChain
-from snapchain.model.events import Progress
+from snapchain.model.events import Notice, Progress
+from snapchain.model.pause import Measured, switch_seconds
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_check import (
+    SMALL_REST,
     MemoryWatch,
+    MirrorWatch,
     check_destination,
     check_files,
     check_guest,
     check_pause,
     per_second,
-    switch_seconds,
 )
 from snapchain.ops.migrate.live_kind import Asked, Moved
 from snapchain.ops.migrate.live_prepare import check_same_layers, link_rate
@@ -56,10 +60,10 @@ _GIVE_UP_SECONDS = 3.0
 """For mirrors to end while their link is still there; where that hangs, they end when it is closed."""
 _SWITCH_SECONDS = 10.0
 """How much longer than was allowed each of the two steps of QEMU's switch may take, before they are undone."""
-_SMALL_REST = 1 << 20
-"""Bytes, whatever the rate: that of a few pages of memory says little."""
 _LOOKS = 3
 """The shortest of so many questions is the round trip: a busy machine answers some of them late."""
+_CLOCKS_APART = 1.0
+"""Seconds from which on the user is told."""
 _QMP = "qmp"
 
 
@@ -80,6 +84,10 @@ class QmpKind:
         if self._definition.argv is None and not self._request.command:
             words = "; ".join(self._definition.unreadable)
             raise Unsupported(words, subject=self._guest.name, hint="or give --start-command")
+
+        if bitmaps := sorted(self._outgoing.named_bitmaps()):
+            words = f"its dirty bitmaps ({', '.join(bitmaps)}) stay with the layers that are sealed now"
+            self._on_event(Notice.of(self._guest.name, f"{words}: the next `ship --bitmap` there reads all disks once"))
 
     def dirty_rate(self) -> float | None:
         """See `LiveKind`."""
@@ -103,13 +111,14 @@ class QmpKind:
         with ExitStack() as stack:
             there = stack.enter_context(moving(self._endpoint, record.what))
             stack.enter_context(self._goes_on_at_once(record))
-            prepared = there.step(MoveStep.PREPARE)
+            prepared = there.step(MoveStep.PREPARE, nvram=[len(file.data) for file in self._definition.files])
             self._moved.overlays = prepared.overlays
             self._start(there, prepared, shipped)
-            for _ in range(_LOOKS):
-                there.step(MoveStep.LOOK)
+            switch = switch_seconds(self._measure(there))
+            self._compare_clocks(there)
             limit = check_pause(
                 max_downtime=self._request.max_downtime,
+                switch=switch,
                 round_trip=there.round_trip,
                 dirty_rate=measured_dirty_rate(self._outgoing.monitor),
                 link_rate=self._request.bandwidth or link_rate(shipped),
@@ -132,12 +141,13 @@ class QmpKind:
                 bandwidth=self._request.bandwidth,
                 auto_converge=self._request.auto_converge,
             )
-            last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
-            rest = last.remaining + self._check_rest(last, limit)
-            self._moved.predicted = switch_seconds(there.round_trip) + (rest / last.rate if last.rate else 0.0)
-            with held_back():
-                self._switch(there, chains, record)
-                there.stop()
+            with urgent():  # it mostly waits, until the guest is paused and waits for it
+                last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
+                rest = last.remaining + self._check_rest(last, limit)
+                self._moved.predicted = switch + (rest / last.rate if last.rate else 0.0)
+                with held_back():
+                    self._switch(there, chains, record)
+                    there.stop()
 
     @contextmanager
     def _goes_on_at_once(self, record: MoveRecord) -> Iterator[None]:
@@ -150,6 +160,24 @@ class QmpKind:
                     self._outgoing.undo(record.capabilities, seconds=_GIVE_UP_SECONDS)
             raise
 
+    def _measure(self, there: GuestMove) -> Measured:
+        """What one of each of the steps takes now of which a pause consists."""
+        with urgent():  # as in the pause
+            for _ in range(_LOOKS):
+                there.step(MoveStep.LOOK)
+            begun = time.monotonic()
+            self._found = live_settle.restaged(self._found, "moving")
+            written = time.monotonic()
+            answer = self._outgoing.answer_seconds()
+        return Measured(there.round_trip, answer, written - begun, there.write_seconds)
+
+    def _compare_clocks(self, there: GuestMove) -> None:
+        self._moved.clock_ahead = there.clock_ahead
+        if abs(there.clock_ahead) >= _CLOCKS_APART:
+            words = f"its clock is {abs(there.clock_ahead):.1f} s {'ahead of' if there.clock_ahead > 0 else 'behind'}"
+            why = "a guest that takes its time from the host sees time jump when it moves; see that both run NTP"
+            self._on_event(Notice.of(self._endpoint.url, f"{words} the clock here: {why}"))
+
     def _start(self, there: GuestMove, prepared: Moving, shipped: SetReport) -> None:
         """Start the QEMU at the destination, and check that it is the same machine."""
         directory = Path(prepared.directory)
@@ -157,12 +185,15 @@ class QmpKind:
         overlays = dict(zip((each.name for each in record.disks), prepared.overlays, strict=True))
         if self._request.command:
             qmp = directory / _QMP
-            argv = ["env", *_facts(record, overlays, directory, qmp), *self._request.command]
+            argv = ["env", *_facts(record, overlays, prepared, qmp), *self._request.command]
             started_in = None
         else:
             changes = Changes(
                 disks={name: NewDisk(Path(path), "qcow2") for name, path in overlays.items()},
                 old_paths={each.name: str(each.image) for each in record.disks},
+                nvram={
+                    file.name: Path(path) for file, path in zip(self._definition.files, prepared.nvram, strict=True)
+                },
                 directory=directory,
             )
             assert self._definition.argv is not None
@@ -190,9 +221,12 @@ class QmpKind:
         )
 
     def _report_mirrors(self, there: GuestMove) -> Callable[[int, int], None]:
+        watch = MirrorWatch(subject=self._guest.name)
+
         def on_look(done: int, total: int) -> None:
             there.keep_alive()
             self._on_event(Progress("mirror", min(done, total), total))
+            watch.look(done, total)
 
         return on_look
 
@@ -222,7 +256,7 @@ class QmpKind:
         Raises Conflict where that is so much that the guest, which is paused by now, would wait.
         """
         left = self._outgoing.mirrors_left()
-        if left > max(_SMALL_REST, limit * look.rate):
+        if left > max(SMALL_REST, limit * look.rate):
             raise Conflict(
                 f"the guest writes faster to its disks than the link carries: {left} bytes were left when it was "
                 f"paused, at {per_second(look.rate)}, and --max-downtime is {self._request.max_downtime:g}",
@@ -277,11 +311,13 @@ def give_access(directory: Path, process: tuple[int, int] | None) -> None:
         run_directory.give_to(directory, Path(f"/proc/{process[0]}").stat().st_uid)
 
 
-def _facts(record: MoveRecord, overlays: dict[str, str], directory: Path, qmp: Path) -> Iterator[str]:
+def _facts(record: MoveRecord, overlays: dict[str, str], prepared: Moving, qmp: Path) -> Iterator[str]:
     """For a command of the user's: it must start QEMU with -S -incoming defer, on these files, with this monitor."""
-    yield f"SNAPCHAIN_DIRECTORY={directory}"
+    yield f"SNAPCHAIN_DIRECTORY={prepared.directory}"
     yield f"SNAPCHAIN_QMP={qmp}"
     yield f"SNAPCHAIN_DISKS={len(record.disks)}"
     for number, each in enumerate(record.disks, 1):
         yield f"SNAPCHAIN_DISK_{number}={each.name}"
         yield f"SNAPCHAIN_OVERLAY_{number}={overlays[each.name]}"
+    for number, path in enumerate(prepared.nvram, 1):
+        yield f"SNAPCHAIN_NVRAM_{number}={path}"

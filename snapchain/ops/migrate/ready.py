@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snapchain.errors import Conflict, Unsupported
@@ -55,12 +55,20 @@ def prepare(request: MigrateRequest, move: Move, endpoint: Endpoint, on_event: O
         sealer = ImageAtRest(move.image, format=request.format, image_dirs=request.image_dirs, on_event=on_event)
         sealed = sealer.seal()
         look = look_at(request, move)
+    request = replace(request, divergence=request.divergence.of_epoch(look.epoch))
     scope = Scope.SEALED if seals(request, look) else whole(request)
     sent = run(request.send(move, scope), ReplicaWriting(endpoint, policy=RetryPolicy()), on_event=on_event)
-    overlay, epoch = make_overlay(request, move, look, scope, endpoint, on_event)
+    # A disk that was at another host before may find its overlay of that time at this one.
+    name = overlay_name(move.disk.rpartition("/")[2], look.epoch) if look.epoch > 1 else None
+    overlay, epoch = make_overlay(request, move, look, scope, endpoint, on_event, name=name)
     if max(look.epoch, epoch) + 2 > LARGEST_EPOCH:  # one to give it, one to take it back
         raise Unsupported(f"its epoch is {max(look.epoch, epoch)}, and there is none after it", subject=move.image)
     return Prepared(move, look, overlay, max(look.epoch, epoch) + 1, sealed, sent)
+
+
+def overlay_name(disk: str, epoch: int) -> str:
+    """Another one after each handover: a disk that comes back finds the old one in its place."""
+    return f"{disk}-{epoch + 1}.qcow2"
 
 
 def make_overlay(

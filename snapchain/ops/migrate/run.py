@@ -33,7 +33,7 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.processes import run
 from snapchain.host.retry import RetryPolicy, retry
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.model.guest_state import GuestChange, GuestState, Transition
+from snapchain.model.guest_state import GuestChange, GuestState, Transition, describe_takeover
 from snapchain.ops.migrate.elsewhere import Elsewhere
 from snapchain.ops.migrate.look import check_was_given, look_at, opened, token_of
 from snapchain.ops.migrate.ready import Prepared, active_of, prepare, seals, taken_up, whole
@@ -117,7 +117,7 @@ def migrate(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = 
         prepared = [taken_up(move, look_at(request, move)) for move in request.moves]
     elsewhere = Elsewhere(request, endpoint, on_event) if done is None else None
     if elsewhere is not None:
-        elsewhere.check(max(each.look.epoch for each in prepared))
+        elsewhere.check(max(each.look.epoch for each in prepared), token)
     with ExitStack() as locks:
         locked = time.monotonic()
         if elsewhere is not None:
@@ -171,7 +171,7 @@ def take_back(
     if not unasked:
         for move, mark in given:
             check_was_given(move, mark)
-        elsewhere.check(epoch)
+        elsewhere.check(epoch, token)
         # A disk without a mark was not given: the question comes after the last mark.
         asked = [_handed(move.disk, mark.overlay, mark.epoch + 1) for move, mark in given]
         _ask_back(endpoint, asked, token)
@@ -426,6 +426,10 @@ def _note_start(prepared: Sequence[Prepared], endpoint: Endpoint, token: str, on
             step = Transition.START
             change = GuestChange(guest=guest, transition=step, seen=now.number, token=token, by=here, host=here)
             guest_at(endpoint, guest, change)
+        elif now.token == token and now.state is GuestState.PROTECTED:
+            raise Conflict("it was taken back meanwhile, by another run", subject=f"{endpoint.url}::{guest}")
+        elif now.token != token and now.is_taken_over:
+            raise Conflict(describe_takeover(now), subject=f"{endpoint.url}::{guest}", hint="start no guest here")
 
     with suppress(Unsupported):
         retry(ask, policy=_HANDOVER, progress=lambda: 0, on_retry=lambda notice: on_event(Notice(str(notice))))

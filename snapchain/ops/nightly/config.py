@@ -163,6 +163,25 @@ class Verify(_Part):
     share: Annotated[Share, Field(ge=0, le=1)] = 0.05
 
 
+class BootTests(_Part):
+    """Clones that boot last of all, each night those of other guests. directory: in which their disks are restored
+
+    guests: how many, by turns, besides those whose last clone did not boot; destinations: names, or all that have them
+    check: a program that has to succeed, instead of waiting for the guest agent; timeout: seconds for a boot
+    time: until no further one is begun, and what is being restored is given up; space: most bytes that a clone's disks
+    may take, by default half of what is free there; connect: URI of the libvirt that starts clones of domains
+    """
+
+    directory: Path
+    guests: Annotated[int, Field(ge=1)] = 1
+    destinations: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    check: Argv | None = None
+    timeout: Annotated[Seconds, Field(gt=0)] = 300.0
+    time: Annotated[Seconds, Field(gt=0)] = 3600.0
+    space: Annotated[Bytes, Field(gt=0)] | None = None
+    connect: Text | None = None
+
+
 class Destination(_Part):
     """A repository or a replica. A repository's passphrase comes from a file, a program or a variable, by default
     SNAPCHAIN_PASSWORD.
@@ -219,6 +238,7 @@ class Nightly(_Part):
     budget: Budget = Budget()
     keep: Policy = Policy()
     hooks: Hooks = Hooks()
+    test: BootTests | None = None
     disks: tuple[Disks, ...] = ()
     guests: tuple[Guests, ...] = ()
     destinations: Annotated[tuple[Destination, ...], Field(min_length=1)]

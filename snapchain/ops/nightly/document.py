@@ -121,6 +121,10 @@ def _contradictions(config: Nightly) -> Iterator[_Mistake]:
         if disks.path is not None and paths[disks.path] > 1:
             yield _Mistake(("disks", number, "path"), "this image is named twice")
         yield from _unknown_destinations(("disks", number), disks.destinations, names)
+    if config.test is not None:
+        if not config.guests:
+            yield _Mistake(("test",), "boot tests are of [[guests]], and none are named")
+        yield from _unknown_destinations(("test",), config.test.destinations, names)
     for number, guests in enumerate(config.guests):
         if guests.domain is not None and domains[guests.connect, guests.domain] > 1:
             yield _Mistake(("guests", number, "domain"), "this domain is named twice")
@@ -189,5 +193,6 @@ def _absolute(config: Nightly, directory: Path) -> Nightly:
         )
         for each in config.destinations
     )
-    more = {"disks": disks, "guests": guests, "destinations": destinations}
+    test = config.test and config.test.model_copy(update={"directory": path(config.test.directory)})
+    more = {"test": test, "disks": disks, "guests": guests, "destinations": destinations}
     return config.model_copy(update={**more, "state": path(config.state), "metrics": path(config.metrics)})

@@ -40,6 +40,7 @@ def _families(report: NightlyReport, config: Nightly, state: State, former: Coll
         outcomes = [each.outcome for each in report.guests]
         yield Family("guests", "Guests of the last run by outcome.", _counts(outcomes, own))
     faults = len(report.faults) + sum(len(each.faults) for each in report.disks)
+    faults += sum(len(each.faults) for each in report.tests)
     faults += sum(len(each.faults) for each in report.guests) + sum(len(each.faults) for each in report.destinations)
     yield Family("faults", "What went wrong in the last run.", [(own, faults)])
     gone = len(report.no_longer_selected)
@@ -47,6 +48,7 @@ def _families(report: NightlyReport, config: Nightly, state: State, former: Coll
     yield from _of_disks(report, config, state, former, own)
     yield from _of_guests(report, config, state, former, own)
     yield from _of_destinations(report, state, former, own)
+    yield from _of_tests(config, state, former, own)
 
 
 def _counts(outcomes: Sequence[Outcome], own: Labels) -> list[tuple[Labels, float]]:
@@ -167,3 +169,20 @@ def _of_destinations(report: NightlyReport, state: State, former: Collection[str
         damaged = sum(count for disk, count in known.damaged.items() if disk not in former)
         findings.rows.append((labels, damaged))
     yield from (success, collected, freed, checked, findings)
+
+
+def _of_tests(config: Nightly, state: State, former: Collection[str], own: Labels) -> Iterator[Family]:
+    success = Family("guest_boot_test_success", "Whether the last clone of the guest from the destination booted.")
+    tested = Family("guest_boot_test_timestamp_seconds", "When that was.")
+    seconds = Family("guest_boot_test_duration_seconds", "How long that clone took to boot.")
+    places = {each.name for each in config.destinations}
+    for key, test in state.tests.items() if config.test is not None else ():
+        guest, _, destination = key.rpartition("@")
+        if guest in former or destination not in places or test.tested is None:
+            continue
+        labels = {**own, "guest": guest, "destination": destination}
+        success.rows.append((labels, float(test.ok is True)))
+        tested.rows.append((labels, test.tested.timestamp()))
+        if test.boot_seconds is not None:
+            seconds.rows.append((labels, test.boot_seconds))
+    yield from (success, tested, seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from snapchain.guest.address import open_guest
 from snapchain.guest.disks import disks_to_protect
 from snapchain.guest.protocol import State as GuestState
 from snapchain.guest.snapshot import LeftOut, SnapshotRequest, plan as plan_snapshot
+from snapchain.host.hooks import missing
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops import guest_points_merge, snapshot
 from snapchain.ops.nightly import local_chain
+from snapchain.ops.nightly.boot_tests import wanted as wanted_tests
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.guest import wanted_disks
 from snapchain.ops.nightly.guest_list import GuestList, SelectedGuest, guest_list
@@ -89,6 +91,13 @@ class MaintenancePreview(_Shown):
     verify: tuple[str, ...]
 
 
+class TestPreview(_Shown):
+    """A guest of which a clone would boot."""
+
+    guest: str
+    destination: str
+
+
 class NightlyPlan(_Shown):
     """disks: in the order in which they would be worked on. left: why nothing would be begun now."""
 
@@ -98,6 +107,7 @@ class NightlyPlan(_Shown):
     disks: tuple[DiskPreview, ...]
     guests: tuple[GuestPreview, ...] = ()
     destinations: tuple[MaintenancePreview, ...]
+    tests: tuple[TestPreview, ...] = ()
     faults: tuple[Fault, ...]
     layers_left_out: tuple[Path, ...]
     leftovers: tuple[Path, ...] = ()
@@ -148,13 +158,24 @@ def preview(
         destinations=tuple(
             _upkeep(config, place, state, [*found.disks, *roll.guests], now) for place in places.values()
         ),
+        tests=tuple(
+            TestPreview(guest=each.guest, destination=each.destination)
+            for each in wanted_tests(config, roll.guests, state)
+        ),
         faults=(
+            *_faults_of_tests(config),
             *(Fault.of("selection", fault) for fault in (*found.faults, *roll.faults)),
             *(Fault.of("hooks", fault) for fault in missing_programs(config.hooks)),
         ),
         layers_left_out=found.layers,
         leftovers=found.leftovers,
     )
+
+
+def _faults_of_tests(config: Nightly) -> Iterator[Fault]:
+    argv = None if config.test is None else config.test.check
+    if argv is not None and (error := missing("check", argv)) is not None:
+        yield Fault.of("boot test", error)
 
 
 def _state(path: Path) -> State:

@@ -181,6 +181,26 @@ class DestinationReport(_Shown):
     left: tuple[str, ...] = ()
 
 
+class BootTestReport(_Shown):
+    """A clone of a guest that was to boot from its newest guest point at a destination.
+
+    booted: None where it did not come to that; by: what showed it: agent, check, running
+    boot_seconds: from the start of the clone; bytes_written: of its disks
+    """
+
+    guest: str
+    destination: str
+    outcome: Outcome
+    guest_point: int | None = None
+    booted: bool | None = None
+    by: str | None = None
+    boot_seconds: float | None = None
+    bytes_written: int = 0
+    seconds: float = 0.0
+    faults: tuple[Fault, ...] = ()
+    left: tuple[str, ...] = ()
+
+
 class NightlyReport(_Shown):
     """A whole run.
 
@@ -189,6 +209,7 @@ class NightlyReport(_Shown):
     no_longer_selected: disks that earlier runs have shipped; layers_left_out: files that were matched, and are no disks
     leftovers: those of them that no image uses any more
     guests: in the order of work; guests_gone: those that earlier runs have shipped, and that are not defined any more
+    tests: clones that were to boot, in the order of work
     """
 
     name: str
@@ -202,6 +223,7 @@ class NightlyReport(_Shown):
     disks: tuple[DiskReport, ...]
     guests: tuple[GuestReport, ...] = ()
     destinations: tuple[DestinationReport, ...]
+    tests: tuple[BootTestReport, ...] = ()
     faults: tuple[Fault, ...]
     left: tuple[str, ...]
     no_longer_selected: tuple[str, ...]

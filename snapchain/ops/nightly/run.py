@@ -32,7 +32,14 @@ from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.maintenance import Maintenance
 from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import limits_of, order
-from snapchain.ops.nightly.report import DestinationReport, DiskReport, GuestReport, NightlyReport, Outcome
+from snapchain.ops.nightly.report import (
+    BootTestReport,
+    DestinationReport,
+    DiskReport,
+    GuestReport,
+    NightlyReport,
+    Outcome,
+)
 from snapchain.ops.nightly.selection import DiskList, SelectedDisk, disk_list
 from snapchain.ops.nightly.state import DiskState, GuestState, StateFile
 from snapchain.ops.nightly.steps import Steps
@@ -104,6 +111,7 @@ class _Run:
         self._reports: dict[str, DiskReport] = {}
         self._guest_reports: dict[str, GuestReport] = {}
         self._destinations: dict[str, DestinationReport] = {}
+        self._tests: tuple[BootTestReport, ...] = ()
         self._disk_list, self._guest_list = DiskList(), GuestList()
         limits = limits_of(
             now=self._started,
@@ -134,6 +142,7 @@ class _Run:
                 if steps.attempt("before hook", lambda: self._hooks.run("before")).outcome is Outcome.OK:
                     self._work([*self._disk_list.disks, *self._guest_list.guests])
                     self._keep_up()
+                    self._test()
         except KeyboardInterrupt:
             self._interrupted = True
         report = self._saved()
@@ -241,6 +250,22 @@ class _Run:
                 for name in upkeep.damaged_guests & self._guest_reports.keys():
                     self._guest_reports[name] = self._guest_reports[name].damaged_at(place.name)
 
+    def _test(self) -> None:
+        """Last of all, so that it is in nobody's way."""
+        settings = self._config.test
+        if settings is None and self._night.state.now.clone is None:
+            return
+        from snapchain.ops.nightly import boot_tests  # inside: most nights have none
+
+        cleaned = self._steps.attempt("clone of an earlier run", lambda: boot_tests.clean_up(self._night))
+        if settings is None or cleaned.outcome is not Outcome.OK:
+            return  # it may take the room of the next one
+        tests = boot_tests.BootTestRun(self._night, settings, self._guest_list.guests)
+        try:
+            tests.run()
+        finally:
+            self._tests = tuple(tests.reports.values())
+
     def _end_hooks(self, report: NightlyReport) -> None:
         counts = {f"disks_{outcome.value}": count for outcome, count in report.counts.items()}
         facts = {"outcome": report.outcome.value, "report": self._directory / LAST_REPORT, **counts}
@@ -257,7 +282,7 @@ class _Run:
         roll = self._guest_list
         guests = [self._guest_reports.get(each.name) or untouched_guest(self._config, each) for each in roll.guests]
         turns = [*(row.outcome for row in rows), *(guest.outcome for guest in guests)]
-        outcomes = [*turns, *(place.outcome for place in places)]
+        outcomes = [*turns, *(place.outcome for place in places), *(each.outcome for each in self._tests)]
         if self._interrupted:
             outcomes.append(Outcome.LEFT)
         return NightlyReport(
@@ -272,6 +297,7 @@ class _Run:
             disks=tuple(rows),
             guests=tuple(guests),
             destinations=tuple(places),
+            tests=self._tests,
             faults=tuple(self._steps.faults),
             left=tuple(self._steps.left),
             no_longer_selected=found.gone,

@@ -112,13 +112,37 @@ class DestinationState(_Part):
     checked_bytes: int = 0
 
 
+class TestState(_Part):
+    """The last boot test of a guest at a destination.
+
+    begun: one that may not have come to its end; tested: one that has; ok: whether the clone booted; None for none
+    """
+
+    begun: AwareDatetime | None = None
+    tested: AwareDatetime | None = None
+    ok: bool | None = None
+    guest_point: int | None = None
+    boot_seconds: float | None = None
+
+    @property
+    def turn(self) -> datetime | None:
+        """When it had its last turn."""
+        return max((each for each in (self.begun, self.tested) if each is not None), default=None)
+
+
 class State(_Part):
-    """All of it, by name."""
+    """All of it, by name.
+
+    tests: GUEST@DESTINATION -> its last boot test; clone, clone_connect: of a test that is under way, and its libvirt
+    """
 
     version: int = 1
     disks: dict[str, DiskState] = {}
     guests: dict[str, GuestState] = {}
     destinations: dict[str, DestinationState] = {}
+    tests: dict[str, TestState] = {}
+    clone: Path | None = None
+    clone_connect: str | None = None
 
 
 def read_state(path: Path) -> State | None:
@@ -192,6 +216,16 @@ class StateFile:
         """Keep it."""
         with self._lock:
             self._save(self._state.model_copy(update={"guests": {**self._state.guests, name: guest}}))
+
+    def put_test(self, key: str, test: TestState) -> None:
+        """Keep it."""
+        with self._lock:
+            self._save(self._state.model_copy(update={"tests": {**self._state.tests, key: test}}))
+
+    def put_clone(self, directory: Path | None, connect: str | None = None) -> None:
+        """Keep where the clone of a test is, before it is made; None once it is removed."""
+        with self._lock:
+            self._save(self._state.model_copy(update={"clone": directory, "clone_connect": connect}))
 
     def put_destination(self, name: str, **values: Any) -> None:
         """Keep these values of a destination; of `verified` and `damaged` only the disks that they name."""

@@ -211,6 +211,8 @@ def _writable(config: Nightly) -> list[Path]:
         wanted.update(disks.image_dirs)
     for guests in config.guests:
         wanted.update(guests.image_dirs or _LIBVIRT_IMAGES)
+    if config.test is not None:
+        wanted.add(config.test.directory)
     wanted.update(place for each in config.destinations if (place := local_directory(each.url)) is not None)
     wanted.update(
         place.parent if place == config.metrics else place for place in (config.metrics, config.state) if place

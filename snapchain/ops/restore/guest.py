@@ -21,16 +21,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.address import in_full
 from snapchain.destination.guest_record import RecordedDisk
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import PointRecord
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError
-from snapchain.host import records
 from snapchain.host.directory import Directory, same_file
-from snapchain.host.files import make_directories, remove_leftover, write_in
+from snapchain.host.files import make_directories, remove_leftover
+from snapchain.host.note_file import NoteFile
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import NEW, RESTORE, temporary_of
 from snapchain.model.consistency import Consistency
@@ -266,26 +266,26 @@ class GuestRestoration:
             report = self._done_before(disk, note)
             if report is None:
                 note = note.model_copy(update={"begun": disk.path.name})
-                self._write_note(note)
+                self._note_file.write(note)
                 report = self._restored(disk, sum(each.bytes_written for each in reports))
             if disk.path.name not in note.disks:
                 note = note.model_copy(update={"disks": {**note.disks, disk.path.name: _finished(disk.path)}})
-                self._write_note(note)
+                self._note_file.write(note)
             reports.append(report)
         note = note.model_copy(update={"files": tuple(self._files)})
-        self._write_note(note)
+        self._note_file.write(note)
         self._definition.write()
         definition = self._definition.path
         defined, lacking = None, self._definition.lacking()
         if self._request.defines:
             assert definition is not None, "checked by check_definable"
             name, uuid = self._definition.domain()
-            self._write_note(note.model_copy(update={"defining": True}))
+            self._note_file.write(note.model_copy(update={"defining": True}))
             lacking = (*lacking, *self._definition.place_tpm(uuid, connect=self._request.connect))
             try:
                 defined = define.define(definition, name=name, connect=self._request.connect)
             except SnapchainError:
-                self._write_note(note)
+                self._note_file.write(note)
                 raise
         with os_errors(self._directory), Directory.open(self._directory) as directory:
             self._sweep(directory)
@@ -395,14 +395,8 @@ class GuestRestoration:
 
     def _noted(self) -> _Note | None:
         """What an earlier run of the same restore has done here; files that changed since are left out."""
-        try:
-            with Directory.open(self._directory) as directory:
-                key = records.own_key()
-                found = records.read(directory, self._note_name, purpose=_NOTE_PURPOSE, key=key, cap=_NOTE_CAP)
-                note = _Note.model_validate_json(found.text)
-        except (OSError, SnapchainError, ValidationError):
-            return None
-        if not found.is_own or note.instant != self._record.instant:
+        note = self._note_file.read()
+        if note is None or note.instant != self._record.instant:
             return None
         with os_errors(self._directory):
             disks = {
@@ -410,12 +404,9 @@ class GuestRestoration:
             }
         return note.model_copy(update={"disks": disks})
 
-    def _write_note(self, note: _Note) -> None:
-        with os_errors(self._directory), Directory.open(self._directory) as directory:
-            inode = os.fstat(directory.fd).st_ino
-            values = note.model_dump(mode="json")
-            data = records.encode(values, purpose=_NOTE_PURPOSE, place=inode, key=records.made_key())
-            write_in(directory, self._note_name, data)
+    @property
+    def _note_file(self) -> NoteFile[_Note]:
+        return NoteFile(self._directory, self._note_name, _Note, _NOTE_PURPOSE, _NOTE_CAP)
 
     def _sweep(self, directory: Directory) -> None:
         """Remove what killed runs have left: half-written texts, and second names of disks that are in place."""

@@ -40,6 +40,14 @@ class Divergence(Enum):
     COMPARE = "compare"
     """The image follows what is there, whatever its files were made of: the difference becomes a layer."""
 
+    def of_epoch(self, epoch: int) -> Divergence:
+        """This, but COMPARE in place of REFUSE for a disk that has been at other hosts. epoch: of the disk here
+
+        A host that it has left has layers of the files there, and of files that were merged since. The disk is the one
+        of the newest epoch, so what it shows follows on them.
+        """
+        return Divergence.COMPARE if epoch > 1 and self is Divergence.REFUSE else self
+
 
 class _Shown(BaseModel):
     model_config = ConfigDict(frozen=True, defer_build=True)

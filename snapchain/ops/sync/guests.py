@@ -47,11 +47,13 @@ def requests_of(
     requests = []
     for disk, source in zip(found, sources, strict=True):
         image = active_path(disk, guest=guest)
+        with scan(image, image_dirs=(*image_dirs, image.parent), is_written=runs) as chain:
+            epoch = ownership.epoch_of(chain, Notes())
         send = sealed_request(
             image,
             check_disk_name(f"{prefix or guest.name}/{disk.name}"),
             labels=labels,
-            divergence=_divergence(divergence, image, (*image_dirs, image.parent), runs=runs),
+            divergence=divergence.of_epoch(epoch),
             image_dirs=(*image_dirs, image.parent),
             limit_rate=limit_rate,
             opens=source if runs else None,
@@ -66,15 +68,3 @@ def requests_of(
         )
         requests.append(request)
     return requests, RunningDisks(sources, image_dirs=image_dirs, on_event=on_event) if runs else None
-
-
-def _divergence(asked: Divergence, image: Path, image_dirs: Sequence[Path], *, runs: bool) -> Divergence:
-    """What to do where the destination has layers of files that the guest does not have here.
-
-    A host that it has left has such layers: of the files there, and of files that were merged since. The guest is the
-    one of the newest epoch, so what it shows follows on them, whatever they were made of.
-    """
-    if asked is not Divergence.REFUSE:
-        return asked
-    with scan(image, image_dirs=image_dirs, is_written=runs) as chain:
-        return Divergence.COMPARE if ownership.epoch_of(chain, Notes()) > 1 else asked

@@ -29,6 +29,7 @@ class SyncRequest:
     send: as of `send`, with Scope.SEALED and Files.EACH; rounds: of sealing, at most, None for those of the rules
     target_downtime: seconds; without it and without rounds nothing is sealed; guest: for the commands that follow
     overlay_name: file name of the overlay at the destination; None: the image's
+    rest: bytes that may be left, whatever the rate: one that was measured over few bytes is mostly latency
     """
 
     send: ShipRequest
@@ -37,6 +38,7 @@ class SyncRequest:
     proof: Proof = Proof.RECORDED
     guest: Guest | None = None
     overlay_name: str | None = None
+    rest: int = 0
 
     def check(self) -> None:
         """Raises InvalidInput for numbers that mean nothing."""
@@ -50,6 +52,12 @@ class SyncRequest:
     def seals(self) -> bool:
         """Whether anything may be sealed."""
         return self.rounds is not None or self.target_downtime is not None
+
+    def is_met(self, left: int, predicted: float | None) -> bool | None:
+        """Whether the downtime is met; None where none was named. predicted: seconds for the bytes that are left"""
+        if self.target_downtime is None:
+            return None
+        return left <= self.rest or (predicted is not None and predicted <= self.target_downtime)
 
     @property
     def rules(self) -> Rules:

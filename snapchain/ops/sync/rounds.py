@@ -113,7 +113,7 @@ class Run:
             rate=self.rate,
             predicted_cutover_seconds=predicted,
             target_downtime=target,
-            on_target=None if target is None else predicted is not None and predicted <= target,
+            on_target=self.request.is_met(stands.bytes_left, predicted),
             outcome=outcome,
             rounds=tuple(self.rounds),
             layers=stands.layers,

@@ -134,7 +134,7 @@ def sync_set(
         rate=rate,
         predicted_cutover_seconds=predicted,
         target_downtime=target,
-        on_target=None if target is None else predicted is not None and predicted <= target,
+        on_target=first.is_met(left, predicted),
         outcome=outcome,
         commands=commands,
         virsh_command=commands[-1] if commands else None,
@@ -175,10 +175,10 @@ def _rate(runs: Sequence[Run]) -> float | None:
     return max(runs, key=lambda run: run.measured_bytes).rate
 
 
-def _enough(request: SyncRequest, rate: float | None) -> int | None:
+def _enough(request: SyncRequest, rate: float | None) -> int:
     if request.target_downtime is None:
         return 0
-    return None if rate is None else int(request.target_downtime * rate)
+    return max(request.rest, int(request.target_downtime * (rate or 0.0)))
 
 
 def _left(disks: Sequence[Destination]) -> int:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from snapchain.errors import InvalidInput, NotFound
 from snapchain.model.retention import Policy
 from snapchain.ops.nightly.config import (
+    BootTests,
     Budget,
     Destination,
     DiskHooks,
@@ -201,7 +202,7 @@ def test_the_configuration_of_the_guide_is_one() -> None:
 
 def test_the_guide_names_every_field_and_no_other() -> None:
     models: dict[str, list[type[BaseModel]]] = {
-        "top": [Nightly], "`[keep]`": [Policy], "`[budget]`": [Budget], "`[hooks]`": [Hooks],
+        "top": [Nightly], "`[keep]`": [Policy], "`[budget]`": [Budget], "`[test]`": [BootTests], "`[hooks]`": [Hooks],
         "`[[disks]]`": [Disks, DiskHooks], "`[[guests]]`": [Guests, GuestHooks],
         "`[[destinations]]`": [Destination, Verify],
     }  # fmt: skip
@@ -209,7 +210,7 @@ def test_the_guide_names_every_field_and_no_other() -> None:
         where: set(re.findall(r"`([a-z_]+)`", words))
         for where, words in re.findall(r"^\| (\S+) \| (.*) \|$", PAGE, re.MULTILINE)
     }
-    parts = {"keep", "budget", "hooks", "disks", "guests", "destinations"}
+    parts = {"keep", "budget", "test", "hooks", "disks", "guests", "destinations"}
     for where, kinds in models.items():
         fields = {name for kind in kinds for name in kind.model_fields}
         common = set(Hooks.model_fields) if where in {"`[[disks]]`", "`[[guests]]`"} else set()
