@@ -252,7 +252,7 @@ def test_a_destination_is_told_before_it_has_a_point(monkeypatch: pytest.MonkeyP
 
         with monkeypatch.context() as patch:
             patch.setattr(ReplicaWriting, "write", stop)
-            with model.world.on("a"), pytest.raises(Unavailable):
+            with model.world.on("a"), pytest.raises(Unavailable, match="link is cut"):
                 ship_images(model.world, model.copies[0], B, 50)
         assert [each.url for each in standing(model, B).others] == [model.world.url(REPOSITORY)]
         with model.world.on("b"), pytest.raises(NotFound, match="there is no such guest"):
