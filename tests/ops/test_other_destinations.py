@@ -13,10 +13,12 @@ import pytest
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unavailable
 from snapchain.image import scan
+from snapchain.model.events import ignore
 from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Place, Transition, after, unrecorded
 from snapchain.ops.failover.request import FailoverRequest
 from snapchain.ops.failover.run import Failover
 from snapchain.ops.migrate import run as migration
+from snapchain.ops.migrate.elsewhere import Elsewhere
 from snapchain.ops.other_destinations import Reach
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.disk_writer import ReplicaWriting
@@ -312,3 +314,29 @@ def test_an_older_program_is_sent_what_it_knows() -> None:
     assert GuestStanding.model_validate_json(now.model_dump_json()) == now
     step = GuestChange(guest=GUEST, transition=Transition.START, seen=0, token="0" * 32, by="a", host="a")
     assert not {"others", "at", "epoch", "seen_epoch"} & set(step.model_dump())
+
+
+def test_a_guest_that_moves_while_it_runs_is_announced_before() -> None:
+    """A silent destination needs no word if it was told of the place to which the guest goes: it would ask there."""
+    model = Everything()
+    model.begin(requires_answer=True, ships=False)
+    try:
+        ship(model, B, C, REPOSITORY, B)
+        world = model.world
+        world.cut.add(("a", B))
+        with world.on("a"):
+            request = model._moves(model.copies[0])
+            moving = Elsewhere(request, world.endpoint(C), ignore)
+            moving.announce(1)
+            with pytest.raises(Unavailable, match="may have been taken over there"):
+                Elsewhere(request, world.endpoint(A), ignore).announce(1)
+            with pytest.raises(Unavailable, match="may have been taken over there"):
+                # Images at rest are no proof that this host is the master.
+                Elsewhere(request, world.endpoint(C), ignore).check(1, "0" * 32)
+            moving.tell_afterwards("1" * 32, 2)
+        for place in (B, REPOSITORY):
+            assert world.url(C) in [each.url for each in standing(model, place).others]
+        assert (standing(model, REPOSITORY).master, standing(model, REPOSITORY).epoch) == ("c", 2)
+        assert standing(model, B).epoch == 1
+    finally:
+        model.clear()
