@@ -183,14 +183,15 @@ class OtherDestinations:
     def check_epoch(self, epoch: int, *, token: str | None = None, target: Place | None = None) -> None:
         """Raises Overtaken where a destination is in a later epoch than the caller, who writes the guest's disks.
 
-        token: of the caller's own decision, of which some have heard; target: where it is about to go, or parts of it
-        are already
+        token: of the caller's own decision, of which some have heard; target: the destination that the caller asks
+        itself, and that decides where others say that the guest is there
         """
         for each in self.answers:
             now = each.standing
             if now is None or now.epoch <= epoch or (token is not None and now.token == token):
                 continue
-            if target is None or now.at is None or not now.at.is_same(target):
+            is_there = target is not None and (now.master == target.host if now.at is None else now.at.is_same(target))
+            if not is_there or now.has_begun:
                 raise Overtaken(now)
 
     # --- what they are told

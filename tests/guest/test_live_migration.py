@@ -274,10 +274,10 @@ def test_qemu_dies_here(guest: Counting, run: Path, tmp_path: Path, number: int,
 POINTS: dict[str, tuple[Any, str, Any]] = {
     "marked": (ownership, "fence", 2),
     "given": (GuestMove, "step", MoveStep.GIVE_AND_RUN),
-    "switching": (live_settle, "restaged", 1),
+    "switching": (live_settle, "restaged", "switching"),
     "followed": (GuestArrival, "_follow", 1),
     "runs": (Incoming, "run", 1),
-    "switched": (live_settle, "restaged", 2),
+    "switched": (live_settle, "restaged", "switched"),
     "ended here": (live_settle, "end_source", 1),
     "fenced": (live_settle, "fence_all", 1),
 }

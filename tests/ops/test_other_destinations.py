@@ -94,6 +94,8 @@ def test_images_of_which_a_silent_destination_may_know_better() -> None:
             check_not_given(chain)
         model.without = (B,)
         migrate(model, 0, "c")
+        model.write(0, 0)
+        model._stop(1)
         model.without = (C,)
         refused(model, model.copies[1], "b", "no other destination of the guest", InvalidInput)
 

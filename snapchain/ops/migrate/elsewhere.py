@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 
-from snapchain.errors import NotFound, SnapchainError
+from snapchain.errors import NotFound, SnapchainError, Unsupported
 from snapchain.image import scan
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.guest_state import GuestStanding, GuestState, Place
@@ -35,7 +35,7 @@ class Elsewhere:
         if self._guest is None:
             return
         places = list(places_of(self._images, self._guest))
-        with suppress(NotFound):  # a disk that is new there
+        with suppress(NotFound, Unsupported):  # a disk that is new there, or a snapchain that keeps no such records
             standing, _ = guest_at(endpoint, self._guest)
             self._target = standing.here or self._target
             places += standing.others
