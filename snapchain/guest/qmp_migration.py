@@ -38,6 +38,8 @@ _UNLIMITED = 64 << 30
 _OVER = ("none", "completed", "failed", "cancelled")
 _UNDO_SECONDS = 60.0
 _QUESTIONS = 10
+_ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+"""Milliseconds: how often its network cards tell switches where they are now, as QEMU itself does."""
 _NEWS = ("JOB_STATUS_CHANGE", "MIGRATION", "MIGRATION_PASS", "STOP", "RESUME")
 
 
@@ -154,6 +156,18 @@ class Outgoing:
                 subject=self._monitor.path,
                 hint="remove that device; or shut the guest down, and migrate it with --offline",
             )
+
+    def named_bitmaps(self) -> set[str]:
+        """The dirty bitmaps with a name in the active layers."""
+        roots = root_nodes(self._monitor)
+        active = {roots[disk] for disk in self._disks if disk in roots}
+        return {
+            str(bitmap["name"])
+            for node in self._monitor.rows("query-named-block-nodes", {"flat": True})
+            if node.get("node-name") in active
+            for bitmap in node.get("dirty-bitmaps", ())
+            if bitmap.get("name")
+        }
 
     def mirror(self, nbd: Path, *, speed: int) -> None:
         """Begin to mirror what is not sealed of every disk to its export there. speed: bytes a second, 0 no limit."""
@@ -423,6 +437,8 @@ class Incoming:
         self._monitor.execute("cont", repeatable=True)
         if self._monitor.fields("query-status").get("running") is not True:
             raise Unavailable("the guest does not run although it was told to", subject=self._monitor.path)
+        with suppress(SnapchainError):  # QEMU has done so once, before the guest could hear answers
+            self._monitor.execute("announce-self", _ANNOUNCE)
         with suppress(SnapchainError):  # the next migration sets its own
             _set_capabilities(self._monitor, dict.fromkeys(CAPABILITIES, False))
         return self._monitor.time_of("RESUME")

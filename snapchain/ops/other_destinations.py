@@ -81,6 +81,7 @@ class OtherDestinations:
         """Asks them all. places: as this host names them"""
         self._guest, self._reach, self._on_event = guest, reach, on_event
         self._places, self._own = joined(*places), own
+        self._may_be_silent: Callable[[Place], bool] = lambda _: False
         self.answers: tuple[Answer, ...] = ()
         self.ask()
 
@@ -133,15 +134,19 @@ class OtherDestinations:
                     subject=word,
                     hint="those are: " + (", ".join(map(str, self.places)) or "none"),
                 )
-        return tuple(each for each in self.answers if each.standing is None and not self._is_excused(each.place))
+        silent = (each for each in self.answers if each.standing is None)
+        return tuple(each for each in silent if not self._is_excused(each.place))
 
     def _is_excused(self, place: Place) -> bool:
+        return self._may_be_silent(place) or self._is_vouched(place)
+
+    def _is_vouched(self, place: Place) -> bool:
         return any(_is_meant(place, word) for word in self._reach.without)
 
     @property
     def words(self) -> str:
         """What is recorded where a destination need not answer: which, and who has said so."""
-        names = [str(each.place) for each in self.answers if each.standing is None and self._is_excused(each.place)]
+        names = [str(each.place) for each in self.answers if each.standing is None and self._is_vouched(each.place)]
         return f"without {', '.join(names)}, as {who()} says" if names else ""
 
     def newest(self, *known: GuestStanding) -> GuestStanding:
@@ -149,27 +154,45 @@ class OtherDestinations:
         standings = [*known, *(each.standing for each in self.answers if each.standing is not None)]
         return max(standings, key=lambda each: (each.epoch, each.master is not None, each.has_begun))
 
-    def check_silent(self, *, proven: str | None = None, told: Sequence[Place] = ()) -> None:
-        """Raises Unavailable for a destination that does not answer, unless the caller vouches for it.
+    def vouch_for_all(self) -> None:
+        """A person has said of all that do not answer that the guest was not taken over there."""
+        self._may_be_silent = lambda _: True
 
-        proven: the host that is proven to be down; a replica on it can have made no other host the master since
-        told: those that need not answer now, since they would ask the caller's destination first
+    def allow_down(self, host: str | None) -> None:
+        """A host is proven to be down: a replica on it can have made no other host the master since.
+
+        Not for a name that several hosts may have.
         """
-        for each in self.silent:
-            is_down = proven is not None and each.place.host == proven
-            if not is_down and apart_from((each.place,), *told):
-                raise Unavailable(
-                    f"the guest may have been taken over there, and it does not answer: {each.fault}",
-                    subject=f"{each.place}::{self._guest}",
-                    hint="name it as this host reaches it: --at DEST; or, if you are sure that it was not: "
-                    + shell_line(["--without", each.place.url]),
-                )
+        if host and host != socket.gethostname() and not host.startswith("localhost"):
+            self._may_be_silent = lambda place: place.host == host
 
-    def check_epoch(self, epoch: int) -> None:
-        """Raises Overtaken where a destination is in a later epoch than the caller, who writes the guest's disks."""
+    def allow(self, places: Sequence[Place]) -> None:
+        """These need not answer now: before a failover they would ask the caller's destination."""
+        self._may_be_silent = lambda place: not apart_from((place,), *places)
+
+    def check_silent(self) -> None:
+        """Raises Unavailable for a destination that does not answer, unless it may, or the caller vouches for it."""
+        for each in self.silent:
+            raise Unavailable(
+                f"the guest may have been taken over there, and it does not answer: {each.fault}",
+                subject=f"{each.place}::{self._guest}",
+                hint="name it as this host reaches it: --at DEST; or, if you are sure that it was not: "
+                + shell_line(["--without", each.place.url]),
+            )
+
+    def check_epoch(self, epoch: int, *, token: str | None = None, target: Place | None = None) -> None:
+        """Raises Overtaken where a destination is in a later epoch than the caller, who writes the guest's disks.
+
+        token: of the caller's own decision, of which some have heard; target: the destination that the caller asks
+        itself, and that decides where others say that the guest is there
+        """
         for each in self.answers:
-            if each.standing is not None and each.standing.epoch > epoch:
-                raise Overtaken(each.standing)
+            now = each.standing
+            if now is None or now.epoch <= epoch or (token is not None and now.token == token):
+                continue
+            is_there = target is not None and (now.master == target.host if now.at is None else now.at.is_same(target))
+            if not is_there or now.has_begun:
+                raise Overtaken(now)
 
     # --- what they are told
 
@@ -179,8 +202,10 @@ class OtherDestinations:
             if each.standing is not None and apart_from((target,), *each.standing.others):
                 self._told(each, lambda opened: guest_places.tell_others(opened, self._guest, [target], by=by))
 
-    def follow(self, mine: GuestStanding, at: Place | None, *, by: str) -> None:
+    def follow(self, mine: GuestStanding, at: Place | None, *, by: str, insists: bool = True) -> None:
         """Tell all others of a decision that is recorded already. May be repeated.
+
+        insists: one that does not answer any more, and must, stops it before any is told
 
         mine: with its epoch, token, master and former; at: the destination at which it was made, None for a guest that
         is its old host's again
@@ -189,8 +214,12 @@ class OtherDestinations:
         before = {each.place.url: each.standing for each in self.answers}
         self.ask()
         for each in self.answers:
-            if each.standing is not None and outranks(each.standing, mine, seen=before.get(each.place.url)):
+            if each.standing is None or _says_so(each.standing, mine, at):
+                continue
+            if outranks(each.standing, mine, seen=before.get(each.place.url)):
                 raise Overtaken(each.standing)
+        if insists:
+            self.check_silent()
         for each in self.answers:
             if each.standing is not None:
                 self._follow(each, mine, at, by, before.get(each.place.url))
@@ -201,7 +230,7 @@ class OtherDestinations:
         def one(opened: Writing) -> None:
             for attempt in range(_TRIES):
                 now = opened.guest_state(self._guest)
-                if (now.token, now.epoch) == (mine.token, mine.epoch):
+                if _says_so(now, mine, at):
                     return
                 if outranks(now, mine, seen=seen):
                     raise Overtaken(now)
@@ -222,10 +251,10 @@ class OtherDestinations:
         except Unsupported as error:
             self._on_event(Notice(f"{answer.place} cannot hear of this, and does not ask others: {error}"))
         except InvalidInput as error:  # a key that may not change states
-            if not knows:
+            if not knows and not self._is_excused(answer.place):
                 raise
             self._on_event(Notice(f"{answer.place} was not told, and must ask others first: {error}"))
-        except SnapchainError:
+        except Unavailable:
             if not self._is_excused(answer.place):
                 raise
 
@@ -250,6 +279,13 @@ def follow_change(now: GuestStanding, mine: GuestStanding, at: Place | None, *, 
 def who() -> str:
     """The user who gives a word, and this host."""
     return f"{os.environ.get('SUDO_USER') or getpass.getuser()}@{socket.gethostname()}"[:250]
+
+
+def _says_so(now: GuestStanding, mine: GuestStanding, at: Place | None) -> bool:
+    """Whether a destination has heard of a decision, or of one for the same place, such as of another disk."""
+    if now.epoch != mine.epoch:
+        return False
+    return now.token == mine.token or (at is not None and now.at is not None and now.at.is_same(at))
 
 
 def _named_by(answer: Answer) -> Iterator[Place]:

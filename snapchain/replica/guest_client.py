@@ -45,7 +45,15 @@ class GuestMove:
         self.clock_ahead = 0.0
         """Seconds that the other host's clock is ahead of the one here, known to half that round trip."""
 
-    def step(self, step: MoveStep, *, argv: Sequence[str] = (), directory: str | None = None, qmp: str = "") -> Moving:
+    def step(
+        self,
+        step: MoveStep,
+        *,
+        argv: Sequence[str] = (),
+        directory: str | None = None,
+        qmp: str = "",
+        nvram: Sequence[int] = (),
+    ) -> Moving:
         """Have one step done there. Raises what the other side refuses with, Unavailable where no answer came."""
         request = Move(
             step=step,
@@ -55,6 +63,7 @@ class GuestMove:
             by=socket.gethostname(),
             disks=tuple(self._what.disks),
             exports=tuple(self._what.exports),
+            nvram=tuple(nvram),
             argv=tuple(argv),
             directory=directory,
             qmp=qmp or None,
@@ -73,7 +82,14 @@ class GuestMove:
             self.write_seconds = answer.write
             if took - answer.write < self.round_trip:
                 self.round_trip, self.clock_ahead = took - answer.write, answer.clock - (clock + took / 2)
-        for text in (answer.directory, *answer.overlays, answer.version or "", answer.machine or "", answer.libvirt):
+        for text in (
+            answer.directory,
+            *answer.overlays,
+            *answer.nvram,
+            answer.version or "",
+            answer.machine or "",
+            answer.libvirt,
+        ):
             if printable(text) != text:
                 raise Corrupt("it names an impossible file", subject=self._endpoint.url)
         return answer

@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import socket
+import syslog
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,14 +34,15 @@ from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Snapchai
 from snapchain.guest import journal
 from snapchain.guest.qmp import Monitor
 from snapchain.guest.qmp_migration import Incoming, version_of
-from snapchain.host import files, run_directory
+from snapchain.host import files, run_directory, site_hooks
 from snapchain.host.detached import start_program
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.priority import urgent
 from snapchain.host.process_identity import Identity, boot_id, identity, own_identity, still_runs
+from snapchain.host.site_hooks import run_site_hooks
 from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Transition, after, is_done
 from snapchain.replica.guest_states import look
-from snapchain.replica.guest_store import alone_with, disks_of, write_standing
+from snapchain.replica.guest_store import alone_with, disks_of, make_nvram, write_standing
 from snapchain.replica.handover import Case, cases_of, check_may_be_given, record_given, revoke_given
 from snapchain.replica.left_behind import remove_left_behind
 from snapchain.replica.store import Work, in_turn, open_replica
@@ -81,6 +83,7 @@ class _Details(BaseModel):
     root: Path
     disks: tuple[HandedDisk, ...]
     overlays: tuple[_Made, ...]
+    nvram: tuple[_Made, ...] = ()
     directory: Path
     stage: Literal["prepared", "started", "ran"]
     qemu: Identity | None = None
@@ -153,7 +156,7 @@ class GuestArrival:
     def __init__(self, root: Path, request: Move, cases: list[Case], found: journal.Found | None) -> None:
         self._root, self._token, self._guest, self._cases = root, request.token, request.guest, cases
         self._by, self._epoch = request.by, request.disks[0].epoch
-        self._exports: tuple[str, ...] = request.exports
+        self._exports, self._nvram = request.exports, request.nvram
         self._found = found
         self._monitor: Monitor | None = None
         self._settles = self._has_run = False
@@ -195,7 +198,9 @@ class GuestArrival:
         try:
             if self._settles and self._found is not None:
                 self.settle()
+            self._urgent.close()
             if self._has_run:
+                self._tell_hooks("after")
                 for case in self._cases:
                     with suppress(SnapchainError, OSError):  # the guest runs: files that stay are no fault of the move
                         remove_left_behind(case.disk)
@@ -243,6 +248,7 @@ class GuestArrival:
                 subject=f"{self._root}: {self._guest}",
                 hint="run the migration again; find out which host runs the guest before anything else",
             )
+        nvram = [make_nvram(self._root, self._guest, number, size) for number, size in enumerate(self._nvram)]
         directory = self._make_directory()
         self._settles = True
         # The journal first: whoever finds the guest `moving` finds out what became of the move.
@@ -253,12 +259,14 @@ class GuestArrival:
                 root=self._root,
                 disks=tuple(case.asked for case in self._cases),
                 overlays=tuple(_made(case.path) for case in self._cases),
+                nvram=tuple(_made(path) for path in nvram),
                 directory=directory,
                 stage="prepared",
                 domain=self._domain,
             )
         )
         self._change(Transition.MOVE, host=self._by)
+        self._run_hooks("before")
 
     def _make_directory(self) -> Path:
         return run_directory.make(self._guest, self._token)
@@ -377,17 +385,32 @@ class GuestArrival:
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
+        self._urgent.close()
         _kill(details.qemu)
         if given:
             self._change(Transition.WITHDRAW, host=self._by)
             self._cases = [revoke_given(case, self._token) for case in self._cases]
         else:
             self._change(Transition.ABORT, host=self._by)
-        for made in details.overlays:
+        for made in (*details.overlays, *details.nvram):
             remove_overlay(made)
         run_directory.remove(details.directory)
         journal.remove(self._found.path)
         self._found = None
+        self._tell_hooks("aborted")
+
+    def _run_hooks(self, when: str) -> None:
+        """Those of this host's administrator. Raises as `run_site_hooks`."""
+        overlays = {f"overlay_{number}": case.path for number, case in enumerate(self._cases, 1)}
+        facts = {"guest": self._guest, "source": self._by, "disks": len(self._cases), **overlays}
+        run_site_hooks(site_hooks.ARRIVAL, when, facts)
+
+    def _tell_hooks(self, when: str) -> None:
+        """As `_run_hooks`, where nothing depends on them any more: this host's log has what fails."""
+        try:
+            self._run_hooks(when)
+        except SnapchainError as error:
+            syslog.syslog(syslog.LOG_WARNING, f"snapchain: {error.subject}: {error.message}")
 
     # --- Its records.
 
@@ -460,6 +483,7 @@ class GuestArrival:
         return Moving(
             directory="" if details is None else str(details.directory),
             overlays=tuple(str(case.path) for case in self._cases),
+            nvram=() if details is None else tuple(str(each.path) for each in details.nvram),
             alive=self._alive(),
             given=self._is_given(),
             ran=details is not None and details.stage == "ran",

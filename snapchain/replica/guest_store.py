@@ -3,6 +3,7 @@
 ROOT/.guests/web1.json          the newest record of guest web1 (model/guest_state.py)
 ROOT/.guests/web1.checks.json   what came of the last checks of it (model/guest_checks.py)
 ROOT/.guests/web1.lock          locked by the process that changes it
+ROOT/.guests/web1.0.nvram  its firmware variables, since it came here while it ran
 """
 
 from __future__ import annotations
@@ -87,6 +88,25 @@ def alone_with(root: Path, guest: str) -> Iterator[None]:
         with suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
+
+
+def make_nvram(root: Path, guest: str, number: int, size: int) -> Path:
+    """An empty file for firmware variables of a guest that comes here, durably; its whole path. size: bytes
+
+    One of an earlier stay goes: the guest is another host's, and so are its variables.
+    """
+    path = _place(root.resolve(), guest, f".{number}.nvram")
+    with alone_with(root, guest), os_errors(path), Directory.open(path.parent) as here:
+        with suppress(FileNotFoundError):
+            here.remove(path.name)
+        fd = here.create(path.name)
+        try:
+            os.truncate(fd, size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        here.sync()
+    return path
 
 
 def disks_of(replica: Replica, guest: str) -> list[ReplicaDisk]:

@@ -137,12 +137,19 @@ def arrived(folder: Path) -> list[int]:
 
 
 class Counting:
-    """The guest on its first host. folder: of its images and sockets; memory in MiB"""
+    """The guest on its first host. folder: of its images and sockets; argv: further arguments of QEMU"""
 
-    def __init__(self, folder: Path, names: Sequence[str] = ("vda", "vdb", "vdc"), *, burst: int = _BURST) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str] = ("vda", "vdb", "vdc"),
+        *,
+        burst: int = _BURST,
+        argv: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
         self.disks = make_disks(folder / "images", names, burst=burst)
-        self.machine = Machine(folder / "m", disks=self.disks)
+        self.machine = Machine(folder / "m", disks=self.disks, argv=argv)
         wait_until(lambda: counter(self.machine.monitor) > 3)
 
     @property

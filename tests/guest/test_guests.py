@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -18,6 +20,7 @@ from snapchain.destination.guest_record import record_disk
 from snapchain.destination.records import DiskRecord, PointRecord
 from snapchain.errors import NotFound, Unavailable
 from snapchain.guest import journal
+from snapchain.guest.address import GuestAddress
 from snapchain.guest.libvirt_guest import LibvirtGuest
 from snapchain.host.qemu_processes import QemuProcess, qemu_processes
 from snapchain.model.consistency import Consistency
@@ -197,3 +200,27 @@ def test_a_name_that_no_guest_has(own: None) -> None:
     with pytest.raises(NotFound, match="no guest of this host"):
         ops.guests("nobody")
     assert main(["guests", "nobody"]) == 3
+
+
+def test_a_monitor_that_another_program_uses_is_left_alone(tmp_path: Path) -> None:
+    """A second connection would wait, and take the place of its client as soon as that connects anew."""
+    top = build(tmp_path / "images", [Layer(MiB)])[-1]
+    with Machine(tmp_path / "m", disks={"vda": top}) as machine:
+        found = ops._Found("web1", "qemu", (GuestAddress(qmp=machine.qmp),))
+        code = "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(9)); input()"
+        argv = [sys.executable, "-c", code, str(machine.qmp)]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline()
+            seen = ops._look(found, ())
+            assert (seen.state, seen.option) == ("unknown", f"--qmp {machine.qmp}")
+            assert f"{machine.qmp} is in use by" in (seen.fault or "")
+            assert f"(pid {client.pid})" in (seen.fault or "")
+            client.communicate(b"\n")
+        assert ops._look(found, ()).state == "running"
+
+
+@pytest.mark.parametrize("address", ["foo://x", "s3://", "dir:"])
+def test_an_address_of_no_destination_is_refused(own: None, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["guests", "--at", address]) == 2
+    assert capsys.readouterr().err

@@ -17,9 +17,10 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 
 from snapchain.cli import main
-from snapchain.errors import Conflict, Unavailable
+from snapchain.errors import Conflict, InvalidInput, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.qmp_migration import AUTO_CONVERGE, CAPABILITIES, Incoming, Outgoing
+from snapchain.host import site_hooks
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_request import AbortReport, LiveDisk, LiveDiskPlan, LivePlan, LiveReport, SettledMove
 from snapchain.replica.guest_client import GuestMove
@@ -273,10 +274,10 @@ def test_qemu_dies_here(guest: Counting, run: Path, tmp_path: Path, number: int,
 POINTS: dict[str, tuple[Any, str, Any]] = {
     "marked": (ownership, "fence", 2),
     "given": (GuestMove, "step", MoveStep.GIVE_AND_RUN),
-    "switching": (live_settle, "restaged", 1),
+    "switching": (live_settle, "restaged", "switching"),
     "followed": (GuestArrival, "_follow", 1),
     "runs": (Incoming, "run", 1),
-    "switched": (live_settle, "restaged", 2),
+    "switched": (live_settle, "restaged", "switched"),
     "ended here": (live_settle, "end_source", 1),
     "fenced": (live_settle, "fence_all", 1),
 }
@@ -440,6 +441,7 @@ def test_a_switch_that_fails_before_the_question_needs_no_answer(
     assert check_settled(guest, run, tmp_path / "b") == "here"
 
 
+@pytest.mark.soak
 def test_memory_that_is_lost_on_both_hosts_leaves_the_disks_here(
     guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -525,6 +527,132 @@ def test_a_destination_that_is_away_is_no_answer(
     assert all(top.stat().st_mode & 0o200 for top in guest.tops)
     guest.machine.quit()
     check_numbers(guest.tops)
+
+
+# --- What goes along.
+
+
+def bios(folder: Path) -> Path:
+    """Its firmware as flash memory."""
+    path = folder / "code.fd"
+    path.write_bytes(Path("/usr/share/seabios/bios-256k.bin").read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("ends", ["there", pytest.param("here", marks=pytest.mark.soak)])
+def test_firmware_variables_go_along(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    """To a file at the destination, which is gone where the move is given up."""
+    variables = tmp_path / "vars.fd"
+    content = b"SecureBoot=1".ljust(128 << 10, b"\xff")
+    variables.write_bytes(content)
+    flash = [
+        *("-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={bios(tmp_path)}"),
+        *("-drive", f"if=pflash,unit=1,format=raw,file={variables}"),
+    ]
+    guest = Counting(tmp_path / "source", argv=flash)
+    with guest.machine:
+        if ends == "here":
+            with monkeypatch.context() as patch:
+                patch.setattr(Outgoing, "end_mirrors", lambda *_, **__: _fail())
+                assert os.waitstatus_to_exitcode(migrating(guest.machine.qmp, tmp_path / "b")) != 0
+            assert check_settled(guest, run, tmp_path / "b") == "here"
+            assert not list((tmp_path / "b").glob(".guests/*.nvram"))
+            return
+        report = migrate(guest.machine.qmp, tmp_path / "b")
+    (there,) = (tmp_path / "b").glob(".guests/*.nvram")
+    monitor = Monitor(Path(report["qmp"]))
+    (flash_there,) = [row["inserted"]["file"] for row in monitor.ask("query-block") if row["device"] == "pflash1"]
+    assert flash_there == str(there)
+    quit_and_check(monitor, images(report))
+    assert there.read_bytes() == content
+
+
+def _fail() -> None:
+    raise Unavailable("not now")
+
+
+def test_variables_in_a_qcow2_file_are_refused(run: Path, tmp_path: Path) -> None:
+    variables = tmp_path / "vars.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", variables, "128k"], check=True)
+    flash = [
+        *("-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={bios(tmp_path)}"),
+        *("-drive", f"if=pflash,unit=1,format=qcow2,file={variables}"),
+    ]
+    guest = Counting(tmp_path / "source", argv=flash)
+    with guest.machine:
+        assert "only a raw one is taken along" in refused(guest.machine.qmp, tmp_path / "b")["message"]
+
+
+@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_the_hooks_of_the_destination(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """By the configuration of that host, before QEMU is started there and after the guest runs; in their order."""
+    folder, said = tmp_path / "arrival.d", tmp_path / "said"
+    folder.mkdir()
+    for name, end in (("10-firewall", "true"), ("20-dns", "false" if fails else "true")):
+        hook = folder / name
+        hook.write_text(f'#!/bin/sh\necho {name} "$1" "$SNAPCHAIN_GUEST" "$SNAPCHAIN_DISKS" >>{said}\n{end}\n')
+        hook.chmod(0o755)
+    (folder / "README").write_text("no program")
+    with monkeypatch.context() as patch:
+        patch.setattr(site_hooks, "ARRIVAL", folder)
+        status = os.waitstatus_to_exitcode(migrating(guest.machine.qmp, tmp_path / "b"))
+    lines = [f"{name} {{}} web1 3" for name in ("10-firewall", "20-dns")]
+    seen = said.read_text().splitlines()
+    if fails:
+        assert status != 0
+        assert seen == [*(line.format("before") for line in lines), lines[0].format("aborted"), *seen[3:]]
+        assert check_settled(guest, run, tmp_path / "b") == "here"
+        return
+    assert status == 0
+    assert seen == [line.format(when) for when in ("before", "after") for line in lines]
+    assert check_settled(guest, run, tmp_path / "b") == "there"
+
+
+@pytest.mark.soak
+def test_a_hook_that_others_may_write_is_not_run(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "arrival.d"
+    folder.mkdir()
+    hook = folder / "hook"
+    hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    hook.chmod(0o777)
+    with monkeypatch.context() as patch:
+        patch.setattr(site_hooks, "ARRIVAL", folder)
+        assert os.waitstatus_to_exitcode(migrating(guest.machine.qmp, tmp_path / "b")) == InvalidInput.exit_code
+    assert not (tmp_path / "ran").exists()
+    assert check_settled(guest, run, tmp_path / "b") == "here"
+
+
+def test_bitmaps_that_stay_are_told_beforehand(guest: Counting, run: Path, tmp_path: Path) -> None:
+    guest.machine.ask("block-dirty-bitmap-add", node="vda-top", name="theirs", persistent=True)
+    done = snapchain("migrate", "--qmp", guest.machine.qmp, f"dir:{tmp_path / 'b'}", "--dry-run")
+    assert "its dirty bitmaps (theirs) stay with the layers" in " ".join(done.stderr.split()), done.stderr
+
+
+@pytest.mark.soak
+def test_clocks_that_differ_are_told(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And the pause is measured right all the same."""
+    real = GuestArrival._standing
+
+    def ahead(arrival: GuestArrival, begun: float) -> Any:
+        answer = real(arrival, begun)
+        resumed = None if answer.resumed is None else answer.resumed + 3600
+        return answer.model_copy(update={"clock": answer.clock + 3600, "resumed": resumed})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GuestArrival, "_standing", ahead)
+        assert os.waitstatus_to_exitcode(migrating(guest.machine.qmp, tmp_path / "b")) == 0
+    out, error = capfd.readouterr()
+    report = json.loads(out)
+    assert re.search(r"its clock is 3600\.\d s ahead of the clock here", error)
+    assert report["clock_ahead"] == pytest.approx(3600, abs=5)
+    assert report["pause_within"]
+    assert check_settled(guest, run, tmp_path / "b") == "there"
 
 
 def test_the_json_fields_are_those_that_are_documented() -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.guest.libvirt import definition, disk_xml
@@ -35,7 +36,7 @@ PATIENT = ("--max-downtime", "60")
 
 @dataclass
 class Side:
-    """One host. way: the sshd by which the other one reaches it; folder: of its own state
+    """One host. way: the sshd by which the other one reaches it; folder: of its own state, run: of its sockets
 
     uri: of libvirt, as a snapchain on this host finds it that the other one has started
     """
@@ -43,6 +44,7 @@ class Side:
     name: str
     host: LibvirtHost
     folder: Path
+    run: Path
     way: SshHost = field(init=False)
     other: Side = field(init=False, repr=False)
     uri: str | None = None
@@ -63,7 +65,11 @@ class Side:
 
     @property
     def state(self) -> dict[str, str]:
-        return {"XDG_STATE_HOME": str(self.folder / "state"), "XDG_CACHE_HOME": str(self.folder / "cache")}
+        return {
+            "XDG_STATE_HOME": str(self.folder / "state"),
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+            "XDG_RUNTIME_DIR": str(self.run),
+        }
 
     def define(self, name: str, disks: Mapping[str, Path], **more: Any) -> None:
         """Define a domain, and start it."""
@@ -120,7 +126,7 @@ class Side:
 
     def leftovers(self) -> list[Path]:
         """Directories for sockets of moves."""
-        return list((self.host.folder / "run" / "qemu").glob("snapchain-*"))
+        return [*(self.host.folder / "run" / "qemu").glob("snapchain-*"), *self.run.glob("snapchain/*")]
 
     @property
     def socket(self) -> Path:
@@ -137,7 +143,8 @@ def domain_hosts(folder: Path) -> Iterator[tuple[Side, Side, Cable]]:
         for name, host in (("kvm1", one), ("kvm2", two)):
             (folder / name).mkdir(parents=True)
             there = stack.enter_context(libvirt_host(host, folder / name / "libvirt", name))
-            sides.append(Side(name, there, folder / name))
+            run = stack.enter_context(TemporaryDirectory(prefix="sc"))  # a short path, for sockets
+            sides.append(Side(name, there, folder / name, Path(run)))
         for side, host, other in ((sides[0], one, sides[1]), (sides[1], two, sides[0])):
             side.other = other
             side.way = stack.enter_context(

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import pytest
 from snapchain.cli import main
 from snapchain.errors import Busy, Conflict, NotFound, Unavailable
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.image import scan
 from snapchain.model.guest_state import GuestState
 from snapchain.ops.fence import hook
 from snapchain.ops.fence.hook import HookRequest
 from snapchain.ops.fence.returned import FenceReport, FenceRequest, plan, run
 from snapchain.ops.restore.run import Restoration
+from snapchain.source import ownership
 from snapchain.source.at_rest import ImageAtRest
+from snapchain.source.notes import Given, Overlay
 from snapchain.testing.history import identical
 from tests.ops.guest_points import DOMAIN, Guest, Open, opened
 from tests.ops.stacks import qemu_img, write
@@ -122,6 +126,29 @@ def test_a_second_guest_that_runs_is_told(replica: Open, guest: Guest, tmp_path:
 
 
 # --- the hook
+
+
+def test_a_domain_on_its_way_is_not_started_here(guest: Guest) -> None:
+    """Its images stay writable, since it may go on here; it may be running there by now."""
+    image = guest.images["vda"]
+    overlay = Overlay(name="vda-2.qcow2", layer="0" * 32, virtual_size=0, cluster_size=0, extended_l2=False)
+    mark = Given(
+        destination="ssh://kvm2/srv/replica", disk="web1/vda", epoch=2, token="0" * 32, time=datetime.now(UTC),
+        overlay=overlay, together=("web1/vda",),
+    )  # fmt: skip
+    assert hook.check("web1", xml(guest), []) == []
+    with scan(image) as chain:
+        ownership.fence(chain, mark, top_only=True, stays_writable=True)
+    assert image.stat().st_mode & 0o222
+    with pytest.raises(Conflict, match="this disk is being given to ssh://kvm2/srv/replica::web1/vda"):
+        hook.check("web1", xml(guest), [])
+    with scan(image) as chain:
+        ownership.fence(chain, mark)
+    assert not image.stat().st_mode & 0o222
+    with scan(image) as chain:
+        ownership.unfence(chain, mark.token)
+    assert image.stat().st_mode & 0o222
+    assert hook.check("web1", xml(guest), []) == []
 
 
 def test_the_hook_refuses_older_images_by_the_destination_alone(place: Open, guest: Guest, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,20 +132,30 @@ def test_marks_that_cannot_be_set_go_again(host: Host, monkeypatch: pytest.Monke
 # ---- further on, and back
 
 
-def test_not_taken_back_from_who_has_given_it_on(host: Host, tmp_path: Path) -> None:
+def test_not_taken_back_from_who_has_given_it_on(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here -> there -> a third host, and no guest has written a byte on the way."""
+    names = {"here": "a", "there": "b"}
+
+    def hostname() -> str:
+        return names["there" if threading.current_thread().name == "receiver" else "here"]
+
+    monkeypatch.setattr(socket, "gethostname", hostname)
     move(host.vda, host.place.root)
     third = tmp_path / "third"
+    names.update(here="b", there="c")
     move(host.overlay(VDA), third)
+    names.update(here="a", there="b")
     with pytest.raises(Conflict, match="has gone on from there"):
         move(host.vda, host.place.root, start_hook=["touch", str(tmp_path / "started")])
     assert not (tmp_path / "started").exists()
-    with pytest.raises(Conflict, match="given the disk on"):
+    with pytest.raises(Conflict, match=r"has taken the guest web1 over by a move: epoch 3"):
         take_back(MigrateRequest(moves=[Move(host.vda, VDA)]), host.endpoint)
     assert not host.may_write(host.vda)
     assert is_master(third)
     # Step by step it goes.
+    names.update(here="b", there="c")
     take_back(MigrateRequest(moves=[Move(host.overlay(VDA), VDA)]), DirectoryEndpoint(third))
+    names.update(here="a", there="b")
     take_back(MigrateRequest(moves=[Move(host.vda, VDA)]), host.endpoint)
     assert host.may_write(host.vda)
     assert not is_master(third)

@@ -94,6 +94,8 @@ def test_images_of_which_a_silent_destination_may_know_better() -> None:
             check_not_given(chain)
         model.without = (B,)
         migrate(model, 0, "c")
+        model.write(0, 0)
+        model._stop(1)
         model.without = (C,)
         refused(model, model.copies[1], "b", "no other destination of the guest", InvalidInput)
 
@@ -252,7 +254,7 @@ def test_a_destination_is_told_before_it_has_a_point(monkeypatch: pytest.MonkeyP
 
         with monkeypatch.context() as patch:
             patch.setattr(ReplicaWriting, "write", stop)
-            with model.world.on("a"), pytest.raises(Unavailable):
+            with model.world.on("a"), pytest.raises(Unavailable, match="link is cut"):
                 ship_images(model.world, model.copies[0], B, 50)
         assert [each.url for each in standing(model, B).others] == [model.world.url(REPOSITORY)]
         with model.world.on("b"), pytest.raises(NotFound, match="there is no such guest"):

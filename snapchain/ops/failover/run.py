@@ -224,7 +224,7 @@ class Failover:
         self._change(Transition.WITHDRAW)
         self._note_file.remove()
         try:
-            self._others.follow(self._standing, None, by=self._request.host)
+            self._others.follow(self._standing, None, by=self._request.host, insists=False)
         except SnapchainError as error:
             self._on_event(Notice(f"not every other destination has heard of it: {error}"))
         return self._standing
@@ -259,7 +259,10 @@ class Failover:
         if self.resumes:
             self._others.check_epoch(self._standing.epoch)
         if self._request.vouched is None:
-            self._others.check_silent(proven=self._former())
+            self._others.allow_down(self._former())
+        else:
+            self._others.vouch_for_all()
+        self._others.check_silent()
 
     def _former(self) -> str | None:
         if self._note is not None and self._note.token == self._standing.token:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 
-from snapchain.errors import NotFound, SnapchainError
+from snapchain.errors import NotFound, SnapchainError, Unsupported
 from snapchain.image import scan
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.guest_state import GuestStanding, GuestState, Place
@@ -35,22 +35,23 @@ class Elsewhere:
         if self._guest is None:
             return
         places = list(places_of(self._images, self._guest))
-        with suppress(NotFound):  # a disk that is new there
+        with suppress(NotFound, Unsupported):  # a disk that is new there, or a snapchain that keeps no such records
             standing, _ = guest_at(endpoint, self._guest)
             self._target = standing.here or self._target
             places += standing.others
         own = [self._target, Place(url=endpoint.url), *own_places(self._images)]
         self._others = OtherDestinations(self._guest, places, request.reach, own=own, on_event=on_event)
 
-    def check(self, epoch: int) -> None:
+    def check(self, epoch: int, token: str) -> None:
         """Raises Overtaken where another host has taken the guest over since this one wrote it in an epoch.
 
-        Then its images are marked. Raises Unavailable for a destination that is silent.
+        Then its images are marked. token: of the handover, of which some may have heard already
+        Raises Unavailable for a destination that is silent.
         """
         if self._others is None:
             return
         try:
-            self._others.check_epoch(epoch)
+            self._others.check_epoch(epoch, token=token, target=self._target)
         except Overtaken as overtaken:
             self._mark(overtaken.standing)
             raise
@@ -67,7 +68,8 @@ class Elsewhere:
         if self._others is None:
             return
         self._others.check_epoch(epoch)
-        self._others.check_silent(told=told_of(self._images, self._guest or "", self._target))
+        self._others.allow(told_of(self._images, self._guest or "", self._target))
+        self._others.check_silent()
         self._others.announce(self._target, by=socket.gethostname())
 
     def tell_afterwards(self, token: str, epoch: int) -> None:
@@ -97,7 +99,8 @@ class Elsewhere:
         if self._others is None:
             return
         try:
-            self._others.follow(self._decided(token, epoch, socket.gethostname()), None, by=socket.gethostname())
+            here = socket.gethostname()
+            self._others.follow(self._decided(token, epoch, here), None, by=here, insists=False)
         except SnapchainError as error:
             self._on_event(Notice(f"not every other destination has heard of it: {error}"))
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from snapchain.errors import Busy, Conflict, Unsupported
 from snapchain.guest.protocol import Definition, Guest, GuestDisk, State
-from snapchain.model.convergence import Rules, judge
+from snapchain.model.convergence import Rules, Verdict, judge
 from snapchain.replica.stream.messages import Moving
 
 _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
 """Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
 _THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
-_MIRROR_RULES = Rules(rounds=1000, stalled=5, growth=4.0, grace=3)
-_MIRROR_SECONDS = 5.0
-"""Of a round of the mirrors, at least: a guest that writes a little all the time leaves that little after each."""
+_MIRROR_RULES = Rules(rounds=200, stalled=5, growth=4.0, grace=3)
+SMALL_REST = 1 << 20
+"""Bytes, whatever the rate: that of a few pages of memory, or of a few clusters, says little."""
 _OFFLINE = "shut the guest down, and migrate it with --offline"
-_HARMLESS = ("empty", "CD-ROM")
+_HARMLESS = ("empty", "CD-ROM", "firmware")
+_QCOW2 = b"QFI\xfb"
 
 
 def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
@@ -48,13 +48,26 @@ def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
 
 
 def check_files(guest: Guest, definition: Definition) -> None:
-    """Raises Unsupported for files besides the disks, which snapchain does not take along while the guest runs."""
-    if roles := {file.role for file in definition.files}:
+    """Raises Unsupported for files besides the disks that cannot be taken along while the guest runs.
+
+    QEMU sends firmware variables with the memory, to a file of the same size that is mapped as it is.
+    """
+    if any(file.role == "tpm" for file in definition.files):
         raise Unsupported(
-            f"it has files besides its disks that a live migration does not take along: {', '.join(sorted(roles))}",
-            subject=guest.name,
-            hint=_OFFLINE,
+            "it has a TPM, whose state a live migration does not take along", subject=guest.name, hint=_OFFLINE
         )
+    for file in definition.files:
+        if file.data.startswith(_QCOW2):
+            raise Unsupported(
+                "its firmware variables are in a qcow2 file, and only a raw one is taken along",
+                subject=f"{guest.name}/{file.name}",
+                hint=f"convert it: qemu-img convert -O raw; or {_OFFLINE}",
+            )
+    if lost := [words for words in definition.unreadable if words.startswith("firmware variables")]:
+        raise Unsupported("; ".join(lost), subject=guest.name, hint=_OFFLINE)
+    names = [file.name for file in definition.files]
+    if len(set(names)) < len(names):
+        raise Unsupported("two files of firmware variables have one name", subject=guest.name, hint=_OFFLINE)
 
 
 def check_destination(
@@ -173,30 +186,31 @@ class MemoryWatch:
 
 
 class MirrorWatch:
-    """Whether the mirrors come nearer to the guest's writes.
+    """Whether the mirrors come to an end: each of them must once be level with the guest, which goes on writing.
 
-    A round lasts until what was left at its begin is copied, and a few seconds: what the guest wrote meanwhile is left.
+    A round is over when as much was copied as was left at its beginning; with a link that takes 80 ms for an answer
+    and a guest that writes a little all the time, there are many short ones.
     """
 
-    def __init__(self, subject: str, *, now: Callable[[], float] = time.monotonic) -> None:
-        self._subject, self._now = subject, now
+    def __init__(self, *, subject: str) -> None:
+        self._subject = subject
         self._left: list[int] = []
-        self._ends_at = self._begun_at = 0
-        self._begun = now()
+        self._until = 0
 
     def look(self, done: int, total: int) -> None:
-        """Take the bytes copied, and of how many. Raises Conflict, with the figures, where it would never end."""
-        seconds, copied = self._now() - self._begun, done - self._begun_at
-        if done < self._ends_at or (self._left and seconds < _MIRROR_SECONDS):
+        """Take the bytes that were copied, and of how many. Raises Conflict, with the figures."""
+        if done < self._until:
             return
-        self._begun, self._begun_at, self._ends_at = self._now(), done, max(total, done + 1)
-        self._left.append(max(0, total - done))
-        if judge(self._left, 0, _MIRROR_RULES).ends and total > done:
+        left = max(0, total - done)
+        self._left.append(left)
+        self._until = done + max(1, left)
+        verdict = judge(self._left, 0, _MIRROR_RULES)
+        if verdict is Verdict.ROUNDS_USED or (verdict.ends and left > SMALL_REST):
             raise Conflict(
-                f"the guest writes faster to its disks than they can be mirrored: {total - done} bytes are left after "
-                f"{len(self._left)} rounds, at {per_second(copied / seconds if seconds else 0.0)}",
+                f"the guest writes to its disks as fast as the link carries that: {left} bytes are left after "
+                f"{len(self._left)} rounds of mirroring ({verdict.value})",
                 subject=self._subject,
-                hint="wait for a quieter hour, or give it more --bandwidth",
+                hint="wait for a quieter hour, or raise --bandwidth",
             )
 
 

@@ -18,7 +18,6 @@ from snapchain.destinations import replica_at
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.libvirt_migration import LeavingDomain, Presence
-from snapchain.host import run_directory
 from snapchain.host.virsh import Virsh
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.migrate import live_settle
@@ -176,7 +175,7 @@ class _End:
             self._on_event(Notice.of(self._record.destination, words))
 
     def _done(self, *, moved: bool, says: str) -> SettledMove:
-        run_directory.remove(self._record.directory)
+        live_settle.remove_directories(self._record)
         journal.remove(self._found.path)
         guest = self._found.record.guest
         return SettledMove(guest=guest, destination=self._record.destination, moved=moved, says=says)

@@ -50,6 +50,7 @@ class Moved:
     memory_rate: float = 0.0
     predicted: float = 0.0
     pause: float | None = None
+    clock_ahead: float | None = None
 
     def report(self, shipped: SetReport, *, seconds: float) -> LiveReport:
         return LiveReport(
@@ -75,6 +76,7 @@ class Moved:
             pause=self.pause,
             pause_within=None if self.pause is None else self.pause <= self.max_downtime,
             max_downtime=self.max_downtime,
+            clock_ahead=self.clock_ahead,
             seconds=seconds,
         )
 

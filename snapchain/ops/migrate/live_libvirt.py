@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from snapchain.errors import Conflict, SnapchainError, Unsupported
+from snapchain.errors import Conflict, SnapchainError, Unavailable, Unsupported
 from snapchain.guest import journal
 from snapchain.guest.libvirt_guest import LibvirtGuest
 from snapchain.guest.libvirt_migration import DomainLook, LeavingDomain, Route, host_uuid
@@ -32,12 +32,14 @@ from snapchain.host.libvirt_rpc import without_confirm
 from snapchain.host.os_errors import os_errors
 from snapchain.host.process_channel import ProcessChannel
 from snapchain.host.processes import held_back
+from snapchain.host.terminal import shell_word
 from snapchain.host.virsh import Virsh, socket_of
 from snapchain.host.virsh_session import VirshSession
 from snapchain.model.events import Progress
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_check import (
     MemoryWatch,
+    MirrorWatch,
     check_cpu,
     check_guest,
     check_pause,
@@ -55,7 +57,7 @@ from snapchain.ops.sync.request import SetReport
 from snapchain.replica.guest_client import GuestMove, moving
 from snapchain.replica.guest_server import cpu_digest
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.messages import MoveStep, Moving
+from snapchain.replica.stream.messages import DomainPresence, MoveStep, Moving
 from snapchain.source import ownership
 
 _LOOK_SECONDS = 0.5
@@ -102,7 +104,10 @@ class LibvirtKind:
 
     def dirty_rate(self) -> float | None:
         """See `LiveKind`."""
-        return self._leaving.dirty_rate()
+        try:
+            return self._leaving.dirty_rate()
+        finally:
+            self._leaving.close()
 
     def begin(self, record: MoveRecord) -> MoveRecord:
         """See `LiveKind`."""
@@ -112,7 +117,8 @@ class LibvirtKind:
             is_lasting=self._definition.inactive is not None,
             max_downtime=self._leaving.max_downtime(),
         )
-        directory = run_directory.make_for_libvirt(self._token)
+        run_directory.make_for_libvirt(self._token)
+        directory = run_directory.make(f"{self._guest.name}-out", self._token)
         return record.model_copy(update={"domain": domain, "directory": directory})
 
     def settle(self, found: journal.Found) -> SettledMove:
@@ -155,27 +161,36 @@ class LibvirtKind:
                     assert record.domain is not None
                     self._leaving.end(is_lasting=record.domain.is_lasting)
                     moved.fenced = live_settle.fence_all(record)
-                    run_directory.remove(record.directory)
+                    live_settle.remove_directories(record)
                     journal.remove(found.path)
+                if came.domain is not DomainPresence.HERE:
+                    raise Unavailable(
+                        "the guest is this destination's now, and libvirt does not run it there any more",
+                        subject=self._endpoint.url,
+                        hint=f"look at its log there, and start it there: virsh start {shell_word(self._guest.name)}",
+                    )
         finally:
             self._leaving.close()
 
     def _route(self, stack: ExitStack, prepared: Moving, record: MoveRecord) -> Route:
-        """Forward the sockets, and write down the definitions for the destination."""
-        if prepared.directory != str(record.directory):
+        """Forward the sockets, and write down the definitions for the destination.
+
+        QEMU's user may do what it likes in the directory of its sockets. The daemons' sockets and the definitions are
+        in one of this user alone.
+        """
+        shared = run_directory.for_libvirt(self._token)
+        if prepared.directory != str(shared):
             raise Unsupported("its directory for sockets is another one", subject=prepared.directory)
         if self._process is not None:
-            owner = Path(f"/proc/{self._process[0]}").stat().st_uid
-            run_directory.give_to(record.directory, owner)
-        memory, disks = (record.directory / f"{name}{_SUFFIX}{self._guest.name}" for name in ("ram", "nbd"))
+            run_directory.give_to(shared, Path(f"/proc/{self._process[0]}").stat().st_uid)
+        memory, disks = (shared / f"{name}{_SUFFIX}{self._guest.name}" for name in ("ram", "nbd"))
         if max(len(os.fsencode(path)) for path in (memory, disks)) > run_directory.LONGEST_SOCKET:
-            memory, disks = record.directory / "ram", record.directory / "nbd"
-        far = [memory, disks]
+            memory, disks = shared / "ram", shared / "nbd"
+        stack.enter_context(self._endpoint.forwarded([memory, disks], shared))
         uri = self._request.dest_uri
         if uri is None:
-            far.append(Path(prepared.libvirt))
-            uri = f"qemu+unix:///system?socket={record.directory / Path(prepared.libvirt).name}"
-        stack.enter_context(self._endpoint.forwarded(far, record.directory))
+            (daemon,) = stack.enter_context(self._endpoint.forwarded([Path(prepared.libvirt)], record.directory))
+            uri = f"qemu+unix:///system?socket={daemon}"
         other = host_uuid(Virsh(uri, elsewhere=True))
         if other != prepared.host:
             raise Conflict(
@@ -263,10 +278,13 @@ class LibvirtKind:
             subject=self._guest.name,
         )
 
+        mirrors = MirrorWatch(subject=self._guest.name)
+
         def on_look(look: DomainLook) -> None:
             there.keep_alive()
             if not look.round:
-                self._on_event(Progress("mirror", look.disk_total - look.disk_left, look.disk_total))
+                self._on_event(Progress("mirror", look.disk_done, look.disk_total))
+                mirrors.look(look.disk_done, look.disk_total)
                 return
             total = look.memory_sent + look.memory_left
             self._on_event(Progress(f"memory, round {look.round}", look.memory_sent, total))

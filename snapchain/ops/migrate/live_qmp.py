@@ -29,10 +29,11 @@ from snapchain.host import run_directory
 from snapchain.host.priority import urgent
 from snapchain.host.processes import held_back
 from snapchain.image import ImageChain
-from snapchain.model.events import Progress
+from snapchain.model.events import Notice, Progress
 from snapchain.model.pause import Measured, switch_seconds
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_check import (
+    SMALL_REST,
     MemoryWatch,
     MirrorWatch,
     check_destination,
@@ -59,10 +60,10 @@ _GIVE_UP_SECONDS = 3.0
 """For mirrors to end while their link is still there; where that hangs, they end when it is closed."""
 _SWITCH_SECONDS = 10.0
 """How much longer than was allowed each of the two steps of QEMU's switch may take, before they are undone."""
-_SMALL_REST = 1 << 20
-"""Bytes, whatever the rate: that of a few pages of memory says little."""
 _LOOKS = 3
 """The shortest of so many questions is the round trip: a busy machine answers some of them late."""
+_CLOCKS_APART = 1.0
+"""Seconds from which on the user is told."""
 _QMP = "qmp"
 
 
@@ -83,6 +84,10 @@ class QmpKind:
         if self._definition.argv is None and not self._request.command:
             words = "; ".join(self._definition.unreadable)
             raise Unsupported(words, subject=self._guest.name, hint="or give --start-command")
+
+        if bitmaps := sorted(self._outgoing.named_bitmaps()):
+            words = f"its dirty bitmaps ({', '.join(bitmaps)}) stay with the layers that are sealed now"
+            self._on_event(Notice.of(self._guest.name, f"{words}: the next `ship --bitmap` there reads all disks once"))
 
     def dirty_rate(self) -> float | None:
         """See `LiveKind`."""
@@ -106,10 +111,11 @@ class QmpKind:
         with ExitStack() as stack:
             there = stack.enter_context(moving(self._endpoint, record.what))
             stack.enter_context(self._goes_on_at_once(record))
-            prepared = there.step(MoveStep.PREPARE)
+            prepared = there.step(MoveStep.PREPARE, nvram=[len(file.data) for file in self._definition.files])
             self._moved.overlays = prepared.overlays
             self._start(there, prepared, shipped)
             switch = switch_seconds(self._measure(there))
+            self._compare_clocks(there)
             limit = check_pause(
                 max_downtime=self._request.max_downtime,
                 switch=switch,
@@ -156,12 +162,21 @@ class QmpKind:
 
     def _measure(self, there: GuestMove) -> Measured:
         """What one of each of the steps takes now of which a pause consists."""
-        for _ in range(_LOOKS):
-            there.step(MoveStep.LOOK)
-        begun = time.monotonic()
-        self._found = live_settle.restaged(self._found, "moving")
-        written = time.monotonic()
-        return Measured(there.round_trip, self._outgoing.answer_seconds(), written - begun, there.write_seconds)
+        with urgent():  # as in the pause
+            for _ in range(_LOOKS):
+                there.step(MoveStep.LOOK)
+            begun = time.monotonic()
+            self._found = live_settle.restaged(self._found, "moving")
+            written = time.monotonic()
+            answer = self._outgoing.answer_seconds()
+        return Measured(there.round_trip, answer, written - begun, there.write_seconds)
+
+    def _compare_clocks(self, there: GuestMove) -> None:
+        self._moved.clock_ahead = there.clock_ahead
+        if abs(there.clock_ahead) >= _CLOCKS_APART:
+            words = f"its clock is {abs(there.clock_ahead):.1f} s {'ahead of' if there.clock_ahead > 0 else 'behind'}"
+            why = "a guest that takes its time from the host sees time jump when it moves; see that both run NTP"
+            self._on_event(Notice.of(self._endpoint.url, f"{words} the clock here: {why}"))
 
     def _start(self, there: GuestMove, prepared: Moving, shipped: SetReport) -> None:
         """Start the QEMU at the destination, and check that it is the same machine."""
@@ -170,12 +185,15 @@ class QmpKind:
         overlays = dict(zip((each.name for each in record.disks), prepared.overlays, strict=True))
         if self._request.command:
             qmp = directory / _QMP
-            argv = ["env", *_facts(record, overlays, directory, qmp), *self._request.command]
+            argv = ["env", *_facts(record, overlays, prepared, qmp), *self._request.command]
             started_in = None
         else:
             changes = Changes(
                 disks={name: NewDisk(Path(path), "qcow2") for name, path in overlays.items()},
                 old_paths={each.name: str(each.image) for each in record.disks},
+                nvram={
+                    file.name: Path(path) for file, path in zip(self._definition.files, prepared.nvram, strict=True)
+                },
                 directory=directory,
             )
             assert self._definition.argv is not None
@@ -203,8 +221,7 @@ class QmpKind:
         )
 
     def _report_mirrors(self, there: GuestMove) -> Callable[[int, int], None]:
-        """Reports each look; raises Conflict, with the figures, where the guest writes faster than they copy."""
-        watch = MirrorWatch(self._guest.name)
+        watch = MirrorWatch(subject=self._guest.name)
 
         def on_look(done: int, total: int) -> None:
             there.keep_alive()
@@ -239,7 +256,7 @@ class QmpKind:
         Raises Conflict where that is so much that the guest, which is paused by now, would wait.
         """
         left = self._outgoing.mirrors_left()
-        if left > max(_SMALL_REST, limit * look.rate):
+        if left > max(SMALL_REST, limit * look.rate):
             raise Conflict(
                 f"the guest writes faster to its disks than the link carries: {left} bytes were left when it was "
                 f"paused, at {per_second(look.rate)}, and --max-downtime is {self._request.max_downtime:g}",
@@ -294,11 +311,13 @@ def give_access(directory: Path, process: tuple[int, int] | None) -> None:
         run_directory.give_to(directory, Path(f"/proc/{process[0]}").stat().st_uid)
 
 
-def _facts(record: MoveRecord, overlays: dict[str, str], directory: Path, qmp: Path) -> Iterator[str]:
+def _facts(record: MoveRecord, overlays: dict[str, str], prepared: Moving, qmp: Path) -> Iterator[str]:
     """For a command of the user's: it must start QEMU with -S -incoming defer, on these files, with this monitor."""
-    yield f"SNAPCHAIN_DIRECTORY={directory}"
+    yield f"SNAPCHAIN_DIRECTORY={prepared.directory}"
     yield f"SNAPCHAIN_QMP={qmp}"
     yield f"SNAPCHAIN_DISKS={len(record.disks)}"
     for number, each in enumerate(record.disks, 1):
         yield f"SNAPCHAIN_DISK_{number}={each.name}"
         yield f"SNAPCHAIN_OVERLAY_{number}={overlays[each.name]}"
+    for number, path in enumerate(prepared.nvram, 1):
+        yield f"SNAPCHAIN_NVRAM_{number}={path}"

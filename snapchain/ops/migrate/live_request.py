@@ -95,6 +95,7 @@ class LiveReport(BaseModel):
     qmp: the monitor of the guest at the destination
     memory_bytes: sent; memory_rounds: over the guest's memory; memory_rate: bytes a second at the end
     predicted_pause, pause: seconds in which the guest did not run; pause_within: whether it was at most what was asked
+    clock_ahead: seconds that the clock of the destination is ahead of the one here, None where it was not compared
     bytes_sent: of the layers that were shipped before; seconds: of all
     """
 
@@ -113,6 +114,7 @@ class LiveReport(BaseModel):
     pause: float | None
     pause_within: bool | None
     max_downtime: float
+    clock_ahead: float | None
     seconds: float
 
 

@@ -340,6 +340,13 @@ def fence_all(record: MoveRecord) -> list[tuple[Path, ...]]:
     return fenced
 
 
+def remove_directories(record: MoveRecord) -> None:
+    """Those of its sockets here. May be repeated."""
+    run_directory.remove(record.directory)
+    if record.domain is not None:
+        run_directory.remove(run_directory.for_libvirt(record.token))
+
+
 def unfence_all(record: MoveRecord, *, was_given: bool = False) -> None:
     """The opposite of `fence_all`. was_given: to the destination, which has ended that. May be repeated."""
     for each in record.disks:

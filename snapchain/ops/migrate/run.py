@@ -117,7 +117,7 @@ def migrate(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = 
         prepared = [taken_up(move, look_at(request, move)) for move in request.moves]
     elsewhere = Elsewhere(request, endpoint, on_event) if done is None else None
     if elsewhere is not None:
-        elsewhere.check(max(each.look.epoch for each in prepared))
+        elsewhere.check(max(each.look.epoch for each in prepared), token)
     with ExitStack() as locks:
         locked = time.monotonic()
         if elsewhere is not None:
@@ -171,7 +171,7 @@ def take_back(
     if not unasked:
         for move, mark in given:
             check_was_given(move, mark)
-        elsewhere.check(epoch)
+        elsewhere.check(epoch, token)
         # A disk without a mark was not given: the question comes after the last mark.
         asked = [_handed(move.disk, mark.overlay, mark.epoch + 1) for move, mark in given]
         _ask_back(endpoint, asked, token)

@@ -608,6 +608,11 @@ class MovingDomain(Message):
     uuid: str = Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 
 
+LARGEST_NVRAM = 64 << 20
+MOST_NVRAM = 4
+"""Files of firmware variables of one guest, and bytes of one."""
+
+
 class MoveStep(StrEnum):
     """What a MOVE requests, in the order in which they come."""
 
@@ -633,6 +638,7 @@ class Move(Message):
     token: of the move; guest: its name here, by: the host that asks
     disks: all of the guest's, each below its name, and in the epoch in which its new master will write it
     exports: of the disks, in their order, their names in the guest
+    nvram: for PREPARE, bytes of each file of firmware variables, whose content comes with the memory
     argv: of the QEMU to start; directory: in which it is started; qmp: the monitor among its sockets
     domain: of libvirt, which moves it: then there is no START, and GIVE records what libvirt has done
     """
@@ -644,6 +650,7 @@ class Move(Message):
     by: Annotated[str, StringConstraints(min_length=1, max_length=250), AfterValidator(_printable)]
     disks: tuple[HandedDisk, ...] = Field(min_length=1, max_length=MOST_DISKS)
     exports: tuple[Annotated[str, StringConstraints(max_length=250)], ...] = Field(default=(), max_length=MOST_DISKS)
+    nvram: tuple[Annotated[int, Field(gt=0, le=LARGEST_NVRAM)], ...] = Field(default=(), max_length=MOST_NVRAM)
     argv: tuple[Annotated[str, StringConstraints(max_length=65536)], ...] = Field(default=(), max_length=MOST_ARGUMENTS)
     directory: str | None = Field(default=None, max_length=4096)
     qmp: str | None = Field(default=None, max_length=4096)
@@ -665,6 +672,7 @@ class Moving(Message):
     """How a move stands at the receiver.
 
     directory: for the guest's sockets; overlays: whole paths, in the order of the disks; "" where nothing is known
+    nvram: whole paths of the files for its firmware variables, in the order of the request
     alive: whether the QEMU of this move runs; given: whether the guest was given to this host by this move
     ran: whether it may have run here; version: of QEMU, as 7.2; machine: its type
     cpu: a digest of the processor's model and features; free: bytes of the replica's filesystem
@@ -677,6 +685,7 @@ class Moving(Message):
 
     directory: str = Field(default="", max_length=4096)
     overlays: tuple[Annotated[str, StringConstraints(max_length=4500)], ...] = Field(default=(), max_length=MOST_DISKS)
+    nvram: tuple[Annotated[str, StringConstraints(max_length=4500)], ...] = Field(default=(), max_length=MOST_NVRAM)
     alive: bool
     given: bool
     ran: bool
