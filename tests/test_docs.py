@@ -43,7 +43,7 @@ GUESTS = ("running-guests.md", "live-migration.md")
 # What a test cannot reach: a bucket, a device, a password manager, another host, /etc, a libvirtd; what has no end.
 ELSEWHERE = re.compile(
     r"s3://|/dev/|pass show|ssh kvm2|^nightly /etc/|--define|^watch (?!.*--(print|dry))"
-    r"|^migrate --qmp (?!.*--(dry|abort))"
+    r"|^migrate --(?:domain|qmp) (?!.*--(dry|abort))"
 )  # it would leave a QEMU behind
 # Commands that a page shows for a state that the world is not in -> how they end here.
 OTHERWISE = {
@@ -53,6 +53,7 @@ OTHERWISE = {
     "sync /images/web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda --check": 4,
     "migrate web1.qcow2 ssh://kvm2/srv/replica::web1/vda --take-back": 3,
     "failover dir:/srv/replica::web1 --dry-run": 3,
+    "failover dir:/srv/replica --from kvm1 --dry-run": 3,
     "failover /backup::web1 --test --into /var/tmp": 3,
     "failback --prepare /images/web1.qcow2 dir:/srv/back::web1/vda": 3,
     "failback vda-epoch2.qcow2 ssh://root@kvm1/srv/back::web1/vda --dry-run": 3,

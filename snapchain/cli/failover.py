@@ -78,8 +78,7 @@ def failover(
         typer.Option(
             "--order",
             metavar="FILE",
-            exists=True,
-            dir_okay=False,
+            readable=False,
             help="The order of several guests: one group a line, names or patterns. A group begins when the one before "
             "it was tried; guests that no line names come last.",
         ),
@@ -224,7 +223,9 @@ def failover(
     work = {address.disk: partial(opener.opened, text, address) for text, address in asked}
     groups = [names]
     if order is not None:
-        groups = groups_of(order.read_text(), names, subject=order)
+        from snapchain.host.files import read_small
+
+        groups = groups_of(read_small(order, cap=1 << 20).decode(errors="replace"), names, subject=order)
     if withdraw:
         if many:
             raise InvalidInput("--withdraw is for one guest")

@@ -107,6 +107,11 @@ class DomainLook:
     round: int = 0
     dirty_rate: float = 0.0
 
+    @property
+    def disk_done(self) -> int:
+        """Bytes that the mirrors have copied, of `disk_total`, which grows as the guest writes."""
+        return self.disk_total - self.disk_left
+
 
 def look_of(text: str) -> DomainLook:
     """From what `domjobinfo --rawstats` prints."""

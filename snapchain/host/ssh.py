@@ -143,7 +143,7 @@ def open_forward(
     for path in (path for pair in pairs for path in pair):
         if not path.is_absolute() or ":" in str(path) or _UNPRINTABLE.search(str(path)):
             raise InvalidInput("ssh cannot forward a socket of this name", subject=path)
-    argv = _forwarding_line(address, pairs, program)
+    argv = forwarding_line(address, pairs, program)
     channel = ProcessChannel(
         argv,
         peer=address.login,
@@ -165,7 +165,8 @@ def open_forward(
             channel.close(patience=5.0)
 
 
-def _forwarding_line(address: RemoteAddress, pairs: Sequence[tuple[Path, Path]], program: SshProgram) -> list[str]:
+def forwarding_line(address: RemoteAddress, pairs: Sequence[tuple[Path, Path]], program: SshProgram) -> list[str]:
+    """ssh's argument list for `open_forward`."""
     options = {**_OPTIONS, **_FORWARDING}
     words = [*program.ssh, *(word for name, value in options.items() for word in ("-o", f"{name}={value}"))]
     for near, far in pairs:

@@ -133,6 +133,7 @@ class DomainArrival(GuestArrival):
         run_directory.remove(details.directory)
         journal.remove(self._found.path)
         self._found = None
+        self._tell_hooks("aborted")
 
     def _settled_presence(self) -> Presence:
         """How libvirt has it, once it does not wait for its memory any more; WAITING where that does not end."""

@@ -198,6 +198,7 @@ class GuestArrival:
         try:
             if self._settles and self._found is not None:
                 self.settle()
+            self._urgent.close()
             if self._has_run:
                 self._tell_hooks("after")
                 for case in self._cases:
@@ -384,6 +385,7 @@ class GuestArrival:
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
+        self._urgent.close()
         _kill(details.qemu)
         if given:
             self._change(Transition.WITHDRAW, host=self._by)

@@ -17,7 +17,14 @@ import pytest
 
 from snapchain.errors import InvalidInput, NotFound, SnapchainError, ToolFailed, Unavailable
 from snapchain.host.process_channel import ProcessChannel
-from snapchain.host.ssh import RemoteAddress, SshProgram, command_line, open_ssh
+from snapchain.host.ssh import (
+    RemoteAddress,
+    SshProgram,
+    command_line,
+    forwarding_line,
+    open_ssh,
+    parse_remote_address,
+)
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
 from tests.waiting import gone, wait_until
@@ -59,6 +66,15 @@ def fault(host: SshHost, remote: str, *options: str) -> SnapchainError:
 def test_the_remote_command_is_one_constant(there: SshHost) -> None:
     with opened(there, "printf '%s\\n' the-shell-here:$0", user=pwd.getpwuid(os.geteuid()).pw_name) as channel:
         assert everything(channel).decode().splitlines()[1:] == ["serve-replica", "--stdio"]
+
+
+def test_the_login_that_forwards_runs_a_command() -> None:
+    """sshd sets TCP_NODELAY for no other: with -N, small answers through it wait 40 ms for an acknowledgement."""
+    address = parse_remote_address("ssh://root@kvm2:2222/srv")
+    words = forwarding_line(address, [(Path("/run/a"), Path("/run/b"))], SshProgram())
+    assert "-N" not in words
+    assert words[-3:] == ["--", "kvm2", "snapchain serve-replica --stdio"]
+    assert words[words.index("-L") + 1] == "/run/a:/run/b"
 
 
 def test_nothing_of_an_address_but_the_host_is_on_the_command_line() -> None:

@@ -17,6 +17,7 @@ from snapchain.host.virsh import Virsh
 from snapchain.host.virsh_session import VirshSession
 from tests.guest.agent_guest import Console, formatted, parts
 from tests.guest.counting_guest import check_numbers, make_disks
+from tests.guest.libvirt import definition
 from tests.net.domains import Side, Spy, domain_hosts
 from tests.net.namespaces import Cable
 from tests.net.test_live_migration_over_ssh import children
@@ -117,6 +118,36 @@ def test_there_and_back(hosts: Hosts, tmp_path: Path) -> None:
     check_stopped(near)
     near.host.virsh("start", NAME)  # by the definition that lasts
     assert runs_on(near)
+
+
+@pytest.mark.soak
+def test_what_is_refused_beforehand(hosts: Hosts, tmp_path: Path) -> None:
+    """The guest is not touched, and nothing is left on either host."""
+    near, far, _ = hosts
+    address = far.way.url(tmp_path / "b")
+    status, plan = near.snapchain("migrate", "--domain", NAME, address, "--dry-run")
+    assert (status, len(plan["plan"]["disks"])) == (0, 2)
+
+    def refused(*words: object) -> str:
+        status, said = near.snapchain("migrate", "--domain", NAME, *words)
+        assert status != 0
+        assert near.state_of(NAME) == "running"
+        check_clean(near, far)
+        return str(said["error"]["message"])
+
+    assert "to another host only" in refused(f"dir:{tmp_path}/b")
+    assert "the switch alone takes about" in refused(address, "--max-downtime", "0.05")
+    other = tmp_path / "other.xml"
+    other.write_text(definition(NAME, {}))
+    far.host.virsh("define", other)
+    assert "already has a domain with this name" in refused(address)
+    far.host.virsh("undefine", NAME)
+    assert "this is not the libvirt of the replica's host" in refused(address, "--dest-uri", near.host.uri)
+    near.host.virsh("snapshot-create-as", NAME, "s1", "--disk-only")
+    assert "cannot take its snapshots along: s1" in refused(address)
+    near.host.virsh("snapshot-delete", NAME, "s1", "--metadata")
+    near.migrate(NAME, tmp_path / "b")
+    assert where(near, far) == "far"
 
 
 def where(near: Side, far: Side) -> str:
@@ -299,7 +330,7 @@ def test_whoever_dies(hosts: Hosts, tmp_path: Path, who: str, event: str) -> Non
     with never_both(near, far), spied(near, far, tmp_path, trap) as connect:
         started.append(near.begin_migration(NAME, tmp_path / "b", "--connect", connect))
         with started[0] as child:
-            out, error = child.communicate(timeout=400)
+            out, error = child.communicate(timeout=900)
         assert trap.happened.is_set(), out + error
         assert (child.returncode == 0) <= (who in ("qemu", "snapchain there", "ssh")), out + error
         cable.set(cut=0)

@@ -50,7 +50,7 @@ class World:
 
     def tops(self) -> dict[str, Path]:
         """The active layers on host a."""
-        return {name: max(self.images.glob(f"{name}*.qcow2"), key=lambda path: path.stat().st_ino) for name in DISKS}
+        return {name: self.images / f"{name}.1.qcow2" for name in DISKS}
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def world(pair: Sites, folder: Path, kind: str) -> Iterator[World]:
     away, here = pair.b.url, f"dir:{pair.b.replica}"
     if kind == "repository":
         away = here = str(folder / "repository")
-        a.report("init", away, "--encryption", "none")
+        a.report("init", away, "--no-encryption")
     with AgentGuest(folder / "m", disks=disks) as guest:
         guest.sh(
             f"for i in $(seq {FILES}); do head -c 300000 /dev/urandom > /mnt/vda/f$i; done; "
@@ -162,13 +162,10 @@ def check_returns(found: World, folder: Path) -> None:
         assert started.returncode == 1, f"{case}: libvirt would start it: {started.stderr}"
         # On a busy machine the destination may not answer in time, which is a reason as well.
         assert REFUSED in started.stderr or "not known whether another host runs it" in started.stderr, case
-        for command in ("ship", "sync"):
-            for name, top in found.tops().items():
-                status, out, error = a.snapchain(command, top, f"{found.away}::web1/{name}")
-                if command == "sync" and found.here == found.away:
-                    continue  # a repository runs no guest
-                assert status != 0, f"{case}: {command}: {out}"
-                assert REFUSED in error, f"{case}: {command}: {error}"
+        for name, top in found.tops().items():
+            status, out, error = a.snapchain("ship", top, f"{found.away}::web1/{name}")
+            assert status != 0, f"{case}: {out}"
+            assert REFUSED in error, f"{case}: {error}"
 
 
 def hooked(found: World, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -205,7 +202,8 @@ def test_the_way_back_moves_what_changed(pair: Sites, tmp_path: Path) -> None:
         report = taken_over(found, tmp_path)
         overlays = paths(report)
         with AgentGuest(pair.b.folder / "m", disks=overlays) as guest:
-            guest.sh("echo 43 > /mnt/vdb/counter; head -c 12000000 /dev/urandom > /mnt/vda/new; sync")
+            # Bytes that cannot be compressed, and that the guest need not make once more.
+            guest.sh("echo 43 > /mnt/vdb/counter; for i in 1 2 3 4; do cat /mnt/vda/f*; done > /mnt/vda/new; sync")
             guest.sh("umount /mnt/vda /mnt/vdb")
         changed = sum(map(written, overlays.values()))
         tops = found.tops()

@@ -74,8 +74,8 @@ def test_a_whole_move(pair: Sites, guest: Counting, options: tuple[str, ...]) ->
 
 
 def test_a_bound_that_the_latency_forbids(pair: Sites, guest: Counting) -> None:
-    """Four round trips of 80 ms are more than 0.3 s."""
-    with begin(pair, guest, "--max-downtime", "0.3") as child:
+    """Three round trips of 80 ms are more than 0.2 s."""
+    with begin(pair, guest, "--max-downtime", "0.2") as child:
         status, report, _ = ended(child)
     assert status == 4, report
     assert "the switch alone takes about" in report["error"]["message"]

@@ -44,10 +44,12 @@ def left(place: Path) -> list[str]:
 
 @pytest.mark.parametrize("merges", [False, True])
 def test_a_disk_goes_forth_and_back(image: Path, tmp_path: Path, merges: bool) -> None:
-    """Also where a merge has mixed what came from the other host with what was written here."""
+    """Also where a merge has mixed what came from the other host with what was written here, and without a write."""
     for turn in range(5):
         place = tmp_path / "ba"[turn % 2]
         image = moved(image, place)
+        if turn == 3:
+            image = moved(moved(image, tmp_path / "b"), place)
         write(image, f"write -P {turn + 2} {turn * 512}k 512k")
         if merges:
             assert main(["snapshot", str(image)]) == 0

@@ -385,14 +385,9 @@ def test_there_and_back_again(host: Host, tmp_path: Path) -> None:
     assert back.disks[0].epoch == 3
     assert same(Path(back.disks[0].overlay), truth)
     assert not host.may_write(host.overlay(VDA))
-    # And a third time, from there to the second host's replica, which knows most of it.
+    # And a third time, from there to the second host's replica, which knows most of it, and still has the old overlay.
     write(Path(back.disks[0].overlay), "write -P 5 512k 64k")
     truth = flat(Path(back.disks[0].overlay), tmp_path / "truth2.raw")
-    with pytest.raises(Conflict, match="it is no empty overlay on this disk: a guest may have written to it") as caught:
-        migrate(MigrateRequest(moves=[Move(Path(back.disks[0].overlay), VDA)]), host.endpoint)
-    assert str(caught.value.subject).endswith(str(host.overlay(VDA)))
-    old = host.overlay(VDA)
-    old.rename(tmp_path / "old.qcow2")
     third = migrate(MigrateRequest(moves=[Move(Path(back.disks[0].overlay), VDA)]), host.endpoint)
     assert third.disks[0].epoch == 4
     assert same(Path(third.disks[0].overlay), truth)

@@ -83,7 +83,7 @@ def test_one_that_was_overtaken_starts_nothing(host: Host, tmp_path: Path) -> No
     word = Vouched(how="person", who="root@kvm2")
     change(host, Transition.PROMOTE, vouched=word, disks=taken)
     ran = tmp_path / "ran"
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="has gone on from there since"):
         host.migrate(start_hook=["touch", str(ran)])
     assert not ran.exists()
 
@@ -132,7 +132,7 @@ def test_a_failover_under_way_is(host: Host) -> None:
     host.take_back()
     taken = tuple(TakenDisk(disk=move.disk, point=1) for move in host.moves)
     change(host, Transition.PROMOTE, vouched=Vouched(how="person", who="root@kvm2"), disks=taken)
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match=r"another handover|kvm3 has taken the guest web1 over"):
         host.migrate()
     assert standing(host).state is GuestState.PROMOTING
 
@@ -193,7 +193,7 @@ def test_it_is_cut_off_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
             host.migrate()
         with monkeypatch.context() as patch:
             count = cut_off(patch, step)
-            with pytest.raises(Unavailable):
+            with pytest.raises(Unavailable, match="the receiver died"):
                 host.migrate() if goes == "there" else host.take_back()
         assert count == [step + 1]
         try:

@@ -39,6 +39,7 @@ from snapchain.model.events import Progress
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_check import (
     MemoryWatch,
+    MirrorWatch,
     check_cpu,
     check_guest,
     check_pause,
@@ -277,10 +278,13 @@ class LibvirtKind:
             subject=self._guest.name,
         )
 
+        mirrors = MirrorWatch(subject=self._guest.name)
+
         def on_look(look: DomainLook) -> None:
             there.keep_alive()
             if not look.round:
-                self._on_event(Progress("mirror", look.disk_total - look.disk_left, look.disk_total))
+                self._on_event(Progress("mirror", look.disk_done, look.disk_total))
+                mirrors.look(look.disk_done, look.disk_total)
                 return
             total = look.memory_sent + look.memory_left
             self._on_event(Progress(f"memory, round {look.round}", look.memory_sent, total))

@@ -269,7 +269,8 @@ class _End:
                 end_source(self._monitor, self._found.record.process, self._record)
                 self._monitor.close()
             there = move.step(MoveStep.LOOK)
-            if there.directory and not there.ran and there.alive:
+            if there.directory and there.alive:
+                # Also where it may have run: "ran" is recorded before `cont`, and the record goes after it.
                 there = move.step(MoveStep.RUN)
             is_lost = bool(there.directory) and not there.alive and not there.ran
             move.stop()

@@ -55,9 +55,9 @@ def prepare(request: MigrateRequest, move: Move, endpoint: Endpoint, on_event: O
         sealer = ImageAtRest(move.image, format=request.format, image_dirs=request.image_dirs, on_event=on_event)
         sealed = sealer.seal()
         look = look_at(request, move)
-    request = replace(request, divergence=request.divergence.of_epoch(look.epoch))
     scope = Scope.SEALED if seals(request, look) else whole(request)
-    sent = run(request.send(move, scope), ReplicaWriting(endpoint, policy=RetryPolicy()), on_event=on_event)
+    follows = replace(request, divergence=request.divergence.of_epoch(look.epoch))
+    sent = run(follows.send(move, scope), ReplicaWriting(endpoint, policy=RetryPolicy()), on_event=on_event)
     # A disk that was at another host before may find its overlay of that time at this one.
     name = overlay_name(move.disk.rpartition("/")[2], look.epoch) if look.epoch > 1 else None
     overlay, epoch = make_overlay(request, move, look, scope, endpoint, on_event, name=name)

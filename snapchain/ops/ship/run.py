@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from snapchain.destination.guest_record import record_disk
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.writing import DiskLook, HeldLayer, LayerWriter, NewLayer, Opening, TakesLayers, Writing
-from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.channel import Channel
 from snapchain.image import ImageChain
 from snapchain.model.content import Sum
@@ -122,8 +122,23 @@ def layers_lacking(
     Sends nothing. Raises Diverged, and Corrupt as `run`.
     """
     sums = CountedSums(None if there.believed else request.remembered_by, on_event)
-    work = _Work(request, chain, there, destination, sums, on_event)
-    layers = work.planned()
+    if request.divergence is Divergence.COMPARE:
+        # Where both show the same, the comparison has made no layer by which the image would be known again.
+        with suppress(Diverged):
+            plain = replace(request, divergence=Divergence.REFUSE)
+            return _planned(plain, chain, there, destination, sums, on_event)
+    return _planned(request, chain, there, destination, sums, on_event)
+
+
+def _planned(
+    request: ShipRequest,
+    chain: ImageChain,
+    there: DiskLook,
+    destination: str,
+    sums: CountedSums,
+    on_event: OnEvent,
+) -> tuple[LayerPlan, ...]:
+    layers = _Work(request, chain, there, destination, sums, on_event).planned()
     sums.flush()
     return layers
 
