@@ -19,7 +19,7 @@ from tests.guest.counting_guest import Counting, run_directory
 from tests.guest.machine import Monitor
 from tests.guest.one_master import OneMaster
 from tests.guest.spy import Fault, Place, Spy, call, changing
-from tests.guest.test_live_migration import FIRST, LAST, check_settled, unfinished
+from tests.guest.test_live_migration import FIRST, LAST, SWITCH, check_settled, unfinished
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
 from tests.net.test_live_migration_over_ssh import Moving, children, far_server
@@ -116,7 +116,7 @@ def test_a_process_dies(
         wait_until(lambda: not unfinished())
     where = check_settled(guest, run, tmp_path / "b")
     assert (child.returncode == 0) <= (where == "there"), out + error
-    if number < 20 and who != "the login that forwards":
+    if number < SWITCH and who != "the login that forwards":
         assert where == "here", out + error
     if number == LAST:
         assert where == "there", out + error
@@ -158,7 +158,7 @@ def test_the_link_is_cut(
     where = check_settled(guest, run, tmp_path / "b")
     if child.returncode == 0:
         assert where == "there", out + error
-    elif number < 20:
+    elif number < SWITCH:
         assert where == "here", out + error
     if number == LAST:
         assert where == "there"
