@@ -24,6 +24,8 @@ from snapchain.ops.guest_doctor import left_behind, treat
 from snapchain.ops.ship import guest_bitmap, run as at_rest
 from snapchain.ops.ship.guest import GuestShipReport, GuestShipRequest
 from snapchain.ops.ship.request import CapturedBy, ShipRequest
+from snapchain.replica.destination import ReplicaDestination
+from snapchain.replica.endpoint import DirectoryEndpoint
 from tests.exhaustive import some
 from tests.guest.captures import bitmaps, left_in
 from tests.guest.spy import KILL, Spy, changing, every
@@ -106,6 +108,15 @@ def test_points_without_overlays_of_a_guest_that_writes_all_the_time(running: Ca
     running.settled()
     assert [len(bitmaps(running.machine, f"{name}-top")) for name in NAMES] == [1, 1, 1]
     running.check([2])
+
+
+def test_the_destinations_of_a_captured_guest_know_of_each_other(running: Captured) -> None:
+    """Before the first point is at the second one: a failover there asks the first."""
+    running.ship()
+    other = ReplicaDestination(DirectoryEndpoint(running.folder / "other"))
+    with open_guest(GuestAddress(qmp=running.machine.qmp)) as guest:
+        guest_bitmap.run(guest, GuestShipRequest(), CaptureRequest(), other)
+    assert [each.url for each in other.guest_state("web1").others] == [running.open().url]
 
 
 def test_bitmap_comparison_and_rest_agree_on_the_content_id(running: Captured) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from pydantic import BaseModel, ConfigDict
@@ -29,6 +29,7 @@ from snapchain.image import scan
 from snapchain.model.consistency import Consistency
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.ops.guest_places import introduced
 from snapchain.ops.ship import captured
 from snapchain.ops.ship.guest import (
     At,
@@ -126,7 +127,12 @@ def run(
         with destination.look(record, on_event=on_event):
             pass  # whatever stands in the way is known before anything is done to the guest
         freeze = partial(_quiesced, guest, request.snapshot, on_event)
-        with capture_of(guest, capture, freeze=freeze, on_event=on_event) as found:
+        with ExitStack() as stack:
+            for disk in chosen:
+                if disk.active.path is not None:
+                    shown = f"{name}/{disk.name}"
+                    stack.enter_context(introduced(disk.active.path, shown, destination, on_event=on_event))
+            found = stack.enter_context(capture_of(guest, capture, freeze=freeze, on_event=on_event))
             _check_reached(found, request.snapshot, guest)
             at = At(
                 instant=secrets.token_hex(16),
