@@ -54,6 +54,7 @@ OTHERWISE = {
     "migrate web1.qcow2 ssh://kvm2/srv/replica::web1/vda --take-back": 3,
     "failover dir:/srv/replica::web1 --dry-run": 3,
     "failover dir:/srv/replica --from kvm1 --dry-run": 3,
+    "failover dir:/srv/replica::web1 --fence ipmi-off kvm1 --": 3,
     "failover /backup::web1 --test --into /var/tmp": 3,
     "failback --prepare /images/web1.qcow2 dir:/srv/back::web1/vda": 3,
     "failback vda-epoch2.qcow2 ssh://root@kvm1/srv/back::web1/vda --dry-run": 3,
