@@ -1,4 +1,4 @@
-"""The table of mutations names lines and tests that are there; `make mutate` shows that each test notices its change."""
+"""The table of mutations names lines and tests that are there. `make mutate` shows that the tests notice each change."""
 
 from __future__ import annotations
 
