@@ -1,4 +1,4 @@
-"""The table of mutations names lines and tests that are there. `make mutate` shows that the tests notice each change."""
+"""The table of mutations names lines and tests that are there; `make mutate` shows that they notice the changes."""
 
 from __future__ import annotations
 
