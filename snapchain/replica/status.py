@@ -49,7 +49,12 @@ def answer(receiver: Receiver, request: Ask) -> None:
     disks = replica.disks() if request.disk is None else [replica.disk(request.disk)]
     if request.want == "points":
         for disk in disks:
-            for page in _pages(_settled(disk), session.features):
+            found = _settled(disk)
+            if found is None:
+                if request.disk is not None:
+                    raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)
+                continue  # its first layer was on its way when they were listed: that keeps nobody from the others
+            for page in _pages(found, session.features):
                 session.reply(Kind.DISK, page)
         session.done()
         return
@@ -65,13 +70,10 @@ def answer(receiver: Receiver, request: Ask) -> None:
     session.done()
 
 
-def _settled(disk: ReplicaDisk) -> Catalogue:
+def _settled(disk: ReplicaDisk) -> Catalogue | None:
     with suppress(Busy, InvalidInput, Unsupported):  # its points are listed all the same
         wait_for_merge(disk, patience=0)
-    found = disk.read()
-    if found is None:
-        raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)
-    return found
+    return disk.read()
 
 
 def held_point(point: Point, layers: int, features: Collection[str]) -> HeldPoint:

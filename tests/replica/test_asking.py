@@ -18,7 +18,7 @@ from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.permissions import chosen
 from snapchain.replica.status import verify_disk
-from snapchain.replica.store import open_replica
+from snapchain.replica.store import Replica, ReplicaDisk, open_replica
 from snapchain.replica.stream.frames import FrameReader
 from snapchain.replica.stream.messages import (
     FROM_RECEIVER,
@@ -62,6 +62,20 @@ def test_points_are_told(sent: Place, chain: list[Path]) -> None:
     ]
     assert [point.content_id for point in points] == [point["content_id"] for point in sent.catalogue()["points"]]
     assert log(ReplicaDestination(DirectoryEndpoint(sent.root)), DISK).disks == (found.disks[1],)
+
+
+def test_a_disk_that_is_just_being_made_hides_no_other(sent: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was listed by the file of a layer that has another name by now."""
+    listed = Replica.disks
+
+    def with_another(self: Replica) -> list[ReplicaDisk]:
+        return [ReplicaDisk(self.root, "db"), *listed(self)]
+
+    monkeypatch.setattr(Replica, "disks", with_another)
+    replica = ReplicaDestination(DirectoryEndpoint(sent.root))
+    assert [disk.name for disk in log(replica).disks] == [DISK]
+    with pytest.raises(NotFound, match="there is no disk 'db' here"):
+        log(replica, "db")
 
 
 def test_many_points_come_in_several_frames(sent: Place) -> None:
