@@ -133,7 +133,10 @@ def _words(world: World, held: Conversation) -> list[str]:
 
 
 def _set_up(world: World, held: Conversation) -> None:
-    world.set_up(held.stage, ("images",) if held.empty else PARTS)
+    parts = ("images",) if held.empty else PARTS
+    if held.words.startswith("migrate"):  # it asks the guest's other destinations
+        parts += ("enc", "plain")
+    world.set_up(held.stage, parts)
 
 
 def plan(world: World, draw: Draw) -> Plan:
