@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import time
@@ -29,6 +28,7 @@ from snapchain.errors import Busy, SnapchainError, Unavailable, Unsupported
 from snapchain.guest.agent import ConnectedAgent, NoReply, open_agent
 from snapchain.host import files
 from snapchain.host.process_identity import identity, still_runs
+from snapchain.host.readable import is_readable
 
 THAW_SECONDS = 5.0
 """Deadline of one try to thaw; a thaw takes a tenth of a second."""
@@ -209,7 +209,7 @@ class _Guard:
         if b"\n" in self._read:
             return True
         left = None if self._until is None else max(self._until - time.monotonic(), 0.0)
-        if not select.select([self._client], [], [], left)[0]:
+        if not is_readable(self._client, left):
             return False
         try:
             data = self._client.recv(_LINE)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import select
 import stat
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from snapchain.errors import InvalidInput
 from snapchain.host.processes import run
+from snapchain.host.readable import is_readable
 from snapchain.host.terminal import shell_word
 
 _SECONDS = 60.0
@@ -92,11 +92,9 @@ def _arriving(fd: int, path: Path) -> bytes:
     """What comes through a pipe or a terminal, up to the end of a line."""
     text = b""
     deadline = time.monotonic() + _SECONDS
-    waiting = select.poll()
-    waiting.register(fd, select.POLLIN)
     while b"\n" not in text and len(text) < _LIMIT:
         left = deadline - time.monotonic()
-        if left <= 0 or not waiting.poll(left * 1000):
+        if left <= 0 or not is_readable(fd, left):
             raise InvalidInput(f"no passphrase has come within {_SECONDS:g} seconds", subject=path)
         piece = os.read(fd, _LIMIT)
         if not piece:

@@ -133,7 +133,7 @@ def _words(world: World, held: Conversation) -> list[str]:
 
 
 def _set_up(world: World, held: Conversation) -> None:
-    parts = ("images",) if held.empty else PARTS
+    parts: tuple[str, ...] = ("images",) if held.empty else PARTS
     if held.words.startswith("migrate"):  # it asks the guest's other destinations
         parts += ("enc", "plain")
     world.set_up(held.stage, parts)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import select
 import signal
 import stat
 import time
@@ -33,6 +32,7 @@ from snapchain.host.files import make_directories
 from snapchain.host.hooks import missing, run_hook
 from snapchain.host.os_errors import os_errors
 from snapchain.host.qemu_processes import qemu_process, qemu_processes
+from snapchain.host.readable import is_readable
 from snapchain.host.virsh import Virsh
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.guest_checks import CheckKind
@@ -125,7 +125,7 @@ def _end(pid: int) -> None:
         fd = os.pidfd_open(pid)
         try:
             signal.pidfd_send_signal(fd, signal.SIGKILL)
-            select.select([fd], [], [], _END_SECONDS)
+            is_readable(fd, _END_SECONDS)
         finally:
             os.close(fd)
 
