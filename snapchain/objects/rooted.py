@@ -59,9 +59,10 @@ class Rooted:
         self._lock = threading.Lock()
         self._synced: set[str] = set()  # directories whose entry in their parent is known to be on disk
         self._tmp: int | None = None
+        self._fd: int | None = None
         try:
             # The path that the user named may be or hold a link; what lies below must not.
-            self._fd: int | None = _opened(root, make=make)
+            self._fd = _opened(root, make=make)
             found = os.fstat(self._fd)
             self.is_shared, self._group = _is_shared(found.st_mode), found.st_gid
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -82,6 +83,10 @@ class Rooted:
             self._tmp = self._fd = None
         for fd in held:
             os.close(fd)
+
+    def __del__(self) -> None:
+        """A command may open the destinations of many guests, and does not end in between."""
+        self.close()
 
     @contextmanager
     def folder(self, name: str, *, make: bool) -> Iterator[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import gc
 import os
 import socket
 import stat
@@ -35,6 +36,15 @@ def local(tmp_path: Path) -> LocalStore:
 
 def unfinished(store: LocalStore) -> list[Path]:
     return list((store.root / "tmp").iterdir())
+
+
+def test_a_store_that_nobody_closes_leaves_no_descriptor(tmp_path: Path) -> None:
+    """Descriptors of that directory: others may open and close theirs meanwhile."""
+    root = tmp_path / "root"
+    LocalStore(root, make=True).put("x", b"y")
+    gc.collect()
+    links = [entry.readlink() for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    assert not [link for link in links if link.is_relative_to(root)]
 
 
 def test_a_missing_directory_is_not_made_by_itself(tmp_path: Path) -> None:
