@@ -181,7 +181,7 @@ def failover(
 
     The guest's other destinations are asked first: the guest may have been moved or taken over there, and then that
     host must be down. One that does not answer stops the failover, unless you vouch for it, or it is on the old host.
-    Each of the others is told, and refuses the old host from then on, too.
+    The other destinations are told, too, and refuse the old host from then on.
 
     At a replica (dir:/path) each disk gets a writable overlay on its point, and nothing is copied. From a repository
     the disks are restored into --into DIR first. Newer layers and points stay where they are.
