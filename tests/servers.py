@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.waiting import HANG
+from tests.waiting import HANG, wait_until
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -89,6 +89,44 @@ def moto_s3(folder: Path) -> Iterator[S3Server]:
     argv = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
     with _running(argv, port, folder / "moto.log", "moto") as server:
         yield server
+
+
+@contextmanager
+def qemu_nbd(image: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A qemu-nbd that exports the qcow2 image on `nbd.sock` beside it, and has opened its whole chain."""
+    path = image.with_name("nbd.sock")
+    words: list[str | Path] = [
+        *DIE_WITH_PARENT,
+        "qemu-nbd",
+        "-f",
+        "qcow2",
+        "-k",
+        path,
+        "-t",
+        "-e",
+        "2",
+        *options,
+        image,
+    ]
+    process = subprocess.Popen(words)
+    try:
+        wait_until(lambda: greets(path), alive=lambda: process.poll() is None)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(HANG)
+        path.unlink(missing_ok=True)
+
+
+def greets(path: Path) -> bool:
+    """Whether an NBD server speaks. Its socket is there before its image is open: connecting to it proves nothing."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        try:
+            client.settimeout(HANG)
+            client.connect(str(path))
+            return client.recv(8) == b"NBDMAGIC"
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
 
 
 @cache

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,9 @@ def explained(error: ToolFailed, words: Sequence[str], *, uri: str, name: str | 
         )
     if _FORBIDDEN.search(said):
         return Unavailable(f"libvirt refused access: {said}", subject=uri, hint="run it as root")
-    if _NO_DAEMON.search(said):
+    if error.status == -signal.SIGPIPE:  # it wrote to a daemon that had just ended, and has no words for that
+        said = "the connection was closed"
+    if error.status == -signal.SIGPIPE or _NO_DAEMON.search(said):
         return Unavailable(f"libvirt is not reachable: {said}", subject=uri, hint="see `systemctl status libvirtd`")
     if _NOT_THERE.search(said):
         return NotFound("libvirt has no such domain", subject=name, hint="`snapchain guests` lists them")

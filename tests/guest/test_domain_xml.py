@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -160,6 +161,7 @@ LOCKED = "error: Timed out during operation: cannot acquire state change lock (h
         ("error: End of file while reading data: Input/output error", 1, Unavailable),
         ("error: authentication unavailable: no polkit agent available", 1, Unavailable),
         ("error: unsupported configuration: something else", 1, ToolFailed),
+        ("", -signal.SIGPIPE, Unavailable),
         ("", 127, ToolFailed),
     ],
 )  # fmt: skip

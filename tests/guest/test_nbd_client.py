@@ -17,15 +17,10 @@ import pytest
 
 from snapchain.errors import Corrupt, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.guest.nbd_client import ALLOCATION, DIRTY, ZERO, Connection, NbdExport
-from tests.servers import DIE_WITH_PARENT
+from tests.servers import DIE_WITH_PARENT, greets
 from tests.waiting import wait_until
 
 MiB = 1 << 20
-
-
-def listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(str(path)) == 0
 
 
 @contextmanager
@@ -35,7 +30,7 @@ def served(image: Path, *options: str) -> Iterator[Path]:
     words = ["qemu-nbd", "--read-only", "--persistent", "--shared=0", "-x", "disk", "-k", str(path), *options]
     process = subprocess.Popen([*DIE_WITH_PARENT, *words, str(image)])
     try:
-        wait_until(lambda: listens(path), alive=lambda: process.poll() is None)
+        wait_until(lambda: greets(path), alive=lambda: process.poll() is None)
         yield path
     finally:
         process.kill()
@@ -119,7 +114,7 @@ def test_an_error_names_the_range_and_the_next_read_has_a_new_connection(tmp_pat
     ]
     process = subprocess.Popen([*DIE_WITH_PARENT, *words])
     try:
-        wait_until(lambda: listens(path), alive=lambda: process.poll() is None)
+        wait_until(lambda: greets(path), alive=lambda: process.poll() is None)
         with NbdExport(path, "disk", unit=65536, connections=1) as export:
             with pytest.raises(Unavailable, match=r"bytes \d+ to 3145728 cannot be read: "):
                 export.read_into(MiB, memoryview(bytearray(2 * MiB)))

@@ -24,7 +24,7 @@ from snapchain.guest.qmp_guest import QmpGuest
 from tests.exhaustive import some
 from tests.guest.machine import QEMU, Machine
 from tests.guest.spy import DROP, KILL, LOSE, Fault, Place, Spy, every
-from tests.servers import DIE_WITH_PARENT
+from tests.servers import DIE_WITH_PARENT, greets
 from tests.waiting import wait_until
 
 MiB = 1 << 20
@@ -171,7 +171,7 @@ def test_a_chain_on_a_network_and_one_on_a_block_device(tmp_path: Path) -> None:
     loop = subprocess.run(["losetup", "-f", "--show", raw(tmp_path / "dev.raw")],
                           capture_output=True, text=True, check=False)  # fmt: skip
     try:
-        wait_until((tmp_path / "nbd").exists, alive=lambda: serving.poll() is None)
+        wait_until(lambda: greets(tmp_path / "nbd"), alive=lambda: serving.poll() is None)
         url = f"nbd+unix:///e?socket={tmp_path / 'nbd'}"
         remote = tmp_path / "remote.qcow2"
         subprocess.run(
@@ -369,6 +369,8 @@ def test_the_state_of_a_tpm_is_a_secret(tmp_path: Path) -> None:
     )
     unreadable: list[str] = []
     try:
+        # exec closes the pipe on which Popen waits a moment before the kernel shows the new command line
+        wait_until(Path(f"/proc/{swtpm.pid}/cmdline").read_bytes)
         found = list(_tpm(monitor, QemuFiles(swtpm.pid), unreadable, with_secrets=True))
         assert [(each.role, each.name, each.data, each.secret) for each in found] == [
             ("tpm", "tpm2-00.permall", b"secret", True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import pytest
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
-from tests.waiting import HANG, wait_until
+from tests.servers import qemu_nbd
 
 
 @pytest.fixture
@@ -42,30 +41,6 @@ def qemu_io(image: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         process.communicate(b"quit\n")
-
-
-@contextmanager
-def qemu_nbd(image: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A qemu-nbd that exports the image on a socket beside it."""
-    path = image.with_name("nbd.sock")
-    process = subprocess.Popen(["qemu-nbd", "-f", "qcow2", "-k", path, "-t", "-e", "2", *options, image])
-    try:
-        wait_until(lambda: _greets(path), alive=lambda: process.poll() is None)
-        yield process
-    finally:
-        process.terminate()
-        process.wait(HANG)
-
-
-def _greets(path: Path) -> bool:
-    """The socket is there before the image is open; the server speaks when it has opened it."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        try:
-            client.settimeout(HANG)
-            client.connect(str(path))
-            return client.recv(8) == b"NBDMAGIC"
-        except (FileNotFoundError, ConnectionRefusedError):
-            return False
 
 
 def qemu_can(image: Path, *, write: bool) -> bool:

@@ -22,6 +22,7 @@ from snapchain.testing import qemu_img
 from snapchain.testing.qemu_img import Qcow2Options
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import names, standing
+from tests.servers import qemu_nbd
 
 MiB = 1 << 20
 
@@ -89,27 +90,25 @@ def test_planning_changes_nothing(image: Path) -> None:
     assert names(image.parent) == ["disk.qcow2"]
 
 
-@pytest.mark.parametrize("program", [["qemu-io", "-r"], ["qemu-io"], ["qemu-nbd"]])
-def test_refused_while_somebody_has_it_open(image: Path, program: list[str]) -> None:
-    command: list[str | Path]
-    if program == ["qemu-nbd"]:
-        command = ["qemu-nbd", "-t", "-f", "qcow2", "-k", image.with_name("s"), image]
-    else:
-        command = [*program, "-f", "qcow2", str(image)]
+@pytest.mark.parametrize("options", [["-r"], []])
+def test_refused_while_somebody_has_it_open(image: Path, options: list[str]) -> None:
+    command = ["qemu-io", *options, "-f", "qcow2", str(image)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
         assert user.stdin is not None
         assert user.stdout is not None
-        if program == ["qemu-nbd"]:
-            while not image.with_name("s").exists():
-                assert user.poll() is None
-        else:
-            user.stdin.write(b"length\n")
-            user.stdin.flush()
-            user.stdout.readline()
-        with pytest.raises(Busy, match=rf"{program[0]} \(pid {user.pid}\)"):
+        user.stdin.write(b"length\n")
+        user.stdin.flush()
+        user.stdout.readline()
+        with pytest.raises(Busy, match=rf"qemu-io \(pid {user.pid}\)"):
             take(image)
         user.terminate()
-    image.with_name("s").unlink(missing_ok=True)
+    assert names(image.parent) == ["disk.qcow2"]
+    take(image)
+
+
+def test_refused_while_a_server_has_it_open(image: Path) -> None:
+    with qemu_nbd(image) as user, pytest.raises(Busy, match=rf"qemu-nbd \(pid {user.pid}\)"):
+        take(image)
     assert names(image.parent) == ["disk.qcow2"]
     take(image)
 

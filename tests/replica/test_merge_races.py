@@ -34,6 +34,7 @@ from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, endpoint, merged_by
 from tests.replica.sending import send_to_replica
 from tests.replica.test_merge_replica import seal
+from tests.servers import qemu_nbd
 from tests.waiting import HANG, wait_until
 
 LAYERS = [Layer(4 * MiB, [f"write -P {n} {n * 64}k 512k"]) for n in range(1, 6)]
@@ -253,10 +254,8 @@ def test_the_doctor_was_there_first(sent: Pointed, chain: list[Path], strategy: 
 
 
 def test_somebody_opens_a_layer_before_a_killed_merge_is_settled(sent: Pointed, chain: list[Path]) -> None:
-    from tests.replica.test_merge_replica import reading
-
     killed(sent, Strategy.COMMIT)
-    with reading(sent.place.directory / "disk.qcow2"), pytest.raises(Busy, match="qemu-nbd"):
+    with qemu_nbd(sent.place.directory / "disk.qcow2", "-r"), pytest.raises(Busy, match="qemu-nbd"):
         sent.send(chain[-1])
     sent.send(chain[-1])
     sent.check(kept=[5, 6])

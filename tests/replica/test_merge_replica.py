@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, endpoint
 from tests.replica.sending import send_to_replica
+from tests.servers import qemu_nbd
 
 NOBODY = 65534
 
@@ -328,23 +327,8 @@ def test_other_geometries(pointed: Pointed, tmp_path: Path) -> None:
 # ---- what others use
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """A reader by qemu-nbd, that has the whole chain open."""
-    argv = ["qemu-nbd", "-r", "-t", "-f", "qcow2", "-k", str(path.parent / "nbd.socket"), str(path)]
-    with subprocess.Popen(argv) as server:
-        try:
-            while not (path.parent / "nbd.socket").exists():
-                assert server.poll() is None
-            yield
-        finally:
-            server.terminate()
-            server.wait()
-            (path.parent / "nbd.socket").unlink(missing_ok=True)
-
-
 def test_layers_that_are_open_stay(there: Pointed) -> None:
-    with reading(there.place.directory / "2.qcow2"):
+    with qemu_nbd(there.place.directory / "2.qcow2", "-r"):
         report = there.merge(last=1)
         assert report.merges == (("3.qcow2", "4.qcow2", "disk.qcow2"),)
         assert [each.file for each in report.staying] == ["0.qcow2", "1.qcow2", "2.qcow2"]
@@ -363,7 +347,7 @@ def test_a_lock_on_one_layer(there: Pointed) -> None:
 
 
 def test_a_reader_of_the_newest_layer_stops_it_all(there: Pointed) -> None:
-    with reading(there.place.directory / "disk.qcow2"):
+    with qemu_nbd(there.place.directory / "disk.qcow2", "-r"):
         report = there.merge(last=1)
         assert (report.merges, report.strategy, report.points_dropped) == ((), "nothing", (1, 2, 3, 4, 5))
         assert len(report.staying) == 5
