@@ -88,7 +88,8 @@ class Elsewhere:
         url = self._target.url if standing.here is None else standing.here.url
         dirs = self._request.image_dirs
         for move in self._request.moves:
-            with suppress(SnapchainError), scan(move.image, format=self._request.format, image_dirs=dirs) as chain:
+            kind = move.format or self._request.format
+            with suppress(SnapchainError), scan(move.image, format=kind, image_dirs=dirs) as chain:
                 mark_taken_over(chain, standing, destination=url, disk=move.disk, image_dirs=dirs)
 
     def tell(self, token: str, epoch: int) -> None:

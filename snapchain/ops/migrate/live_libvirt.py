@@ -50,7 +50,6 @@ from snapchain.ops.migrate.live_prepare import check_same_layers, link_rate
 from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.live_settle import LeavingRecord, MoveRecord
 from snapchain.ops.migrate.look import opened
-from snapchain.ops.migrate.request import Move as MovedImage
 from snapchain.ops.restore import domain_xml
 from snapchain.ops.restore.changed_definition import NewDisk
 from snapchain.ops.sync.request import SetReport
@@ -116,6 +115,7 @@ class LibvirtKind:
             uuid=self._guest.uuid,
             is_lasting=self._definition.inactive is not None,
             max_downtime=self._leaving.max_downtime(),
+            starts_with_host=self._leaving.starts_with_host(),
         )
         run_directory.make_for_libvirt(self._token)
         directory = run_directory.make(f"{self._guest.name}-out", self._token)
@@ -148,7 +148,7 @@ class LibvirtKind:
                 self._leaving.set_max_downtime(int(limit * 1000))
                 found = live_settle.restaged(found, "switching")
                 for each in record.disks:
-                    with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
+                    with opened(record.request, each.moved) as chain:
                         ownership.fence(chain, each.mark, top_only=True, stays_writable=True)
                 last = self._migrate(route, record, there, limit)
                 moved.memory_rate = last.rate
