@@ -19,7 +19,7 @@ def guest(tmp_path: Path) -> Iterator[Machine]:
     folder = tmp_path / "source"
     base = make_disks(folder, ["vda"])["vda"]
     overlay = folder / "vda.before-update"
-    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay]
+    words: list[str | Path] = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay]
     subprocess.run(words, check=True)
     with Machine(folder, disks={"vda": overlay}) as machine:
         assert counts_on(machine.monitor)
