@@ -312,7 +312,7 @@ def strike(who: str, hosts: Hosts, migrating: int) -> None:
     pids = {
         "snapchain": lambda: [migrating],
         "virsh": lambda: with_words(children(migrating), b"migrate"),
-        "ssh": lambda: with_words(children(migrating), b"ssh"),
+        "ssh": lambda: [pid for pid in children(migrating) if Path(f"/proc/{pid}/comm").read_text() == "ssh\n"],
         "snapchain there": lambda: serving(far),
         "libvirtd": lambda: [near.host.pid],
         "libvirtd there": lambda: [far.host.pid],
