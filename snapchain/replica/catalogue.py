@@ -32,19 +32,8 @@ from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.fingerprint import SHORT_KEY_BYTES, Fingerprint, ShortKey, short_key
 from snapchain.model.inventory import MAX_LAYERS
 from snapchain.replica.access import Access
-from snapchain.replica.stream.messages import (
-    MOST_HOLDS,
-    MOST_OLDER,
-    POINT_OPTIONS,
-    Digest,
-    HeldLayer,
-    Hold,
-    Instant,
-    Label,
-    LayerId,
-    PointNumber,
-    without_unset,
-)
+from snapchain.replica.stream.fields import MOST_HOLDS, MOST_OLDER, Digest, Instant, Label, LayerId, PointNumber
+from snapchain.replica.stream.messages import POINT_OPTIONS, HeldLayer, Hold, without_unset
 from snapchain.source.handed_over import HandedOver, read_checked
 
 LARGEST_FILE = 16 << 20

@@ -26,7 +26,7 @@ from snapchain.host.virsh import Virsh, is_installed, socket_of
 from snapchain.model.guest_state import Transition
 from snapchain.replica.guest_server import GuestArrival, details_of, remove_overlay
 from snapchain.replica.handover import Case
-from snapchain.replica.stream.messages import DomainPresence, Move, MoveStep, Moving, MovingDomain
+from snapchain.replica.stream.guest_messages import DomainPresence, Move, MoveStep, Moving, MovingDomain
 
 _WAIT_SECONDS = 60.0
 """For a QEMU that waits for its memory to be let run or ended by libvirt, which notices a lost client within 30."""

@@ -26,7 +26,8 @@ from snapchain.replica.guest_states import look
 from snapchain.replica.guest_store import alone_with, disks_of, guest_of, read_standing, write_standing
 from snapchain.replica.handover import Case, cases_of, give, standing_of, take_back
 from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_replica
-from snapchain.replica.stream.messages import Handed, Handover, Kind, Step
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import Handed, Handover, Step
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver

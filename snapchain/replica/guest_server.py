@@ -46,7 +46,9 @@ from snapchain.replica.guest_store import alone_with, disks_of, make_nvram, writ
 from snapchain.replica.handover import Case, cases_of, check_may_be_given, record_given, revoke_given
 from snapchain.replica.left_behind import remove_left_behind
 from snapchain.replica.store import Work, in_turn, open_replica
-from snapchain.replica.stream.messages import ActiveState, HandedDisk, Kind, Move, MoveStep, Moving, MovingDomain
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import HandedDisk, Move, MoveStep, Moving, MovingDomain
+from snapchain.replica.stream.messages import ActiveState
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver

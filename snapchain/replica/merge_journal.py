@@ -32,7 +32,7 @@ from snapchain.model.inventory import MAX_LAYERS
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, joined
 from snapchain.replica.store import ReplicaDisk, Work
-from snapchain.replica.stream.messages import LayerId
+from snapchain.replica.stream.fields import LayerId
 
 _PATIENCE = 60.0
 _POLL_SECONDS = 0.1

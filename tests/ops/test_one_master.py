@@ -25,7 +25,8 @@ from snapchain.ops.sync.run import SyncRequest, sealed_request, sync
 from snapchain.replica import guest_handover
 from snapchain.replica.client import ask_for_handover
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.replica.stream.messages import Active, Handed, HandedDisk, Step
+from snapchain.replica.stream.guest_messages import Handed, HandedDisk, Step
+from snapchain.replica.stream.messages import Active
 from snapchain.source import ownership, sealing as snapshot
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import epoch_of
