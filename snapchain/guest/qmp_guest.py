@@ -37,6 +37,7 @@ from snapchain.guest.qemu_files import Located, QemuFiles, drive_options, with_t
 from snapchain.guest.qmp import Monitor, Refused, not_understood
 from snapchain.guest.qmp_definition import definition, socket_of
 from snapchain.guest.qmp_jobs import QmpJob, begin, in_the_way
+from snapchain.host.files import identity_of
 from snapchain.host.process_identity import identity
 from snapchain.host.terminal import printable, shell_word
 from snapchain.image.backing import Place
@@ -370,12 +371,12 @@ class QmpGuest:
         A merged layer that QEMU opened under a name, such as the image of its command line, stays open until then.
         """
         self.close_orphans()
-        files = {_identity(each) for each in unused} - {None}
+        files = {identity_of(each) for each in unused} - {None}
         used = self.nodes_in_use()
         # A format node before the node of its file, which it uses.
         for node in sorted(self._nodes() or (), key=lambda each: each.get("drv") in {"file", "host_device"}):
             name, path = _word(node, "node-name"), graph.source_of(_word(node, "file")).path
-            if name not in used and path is not None and _identity(Path(path)) in files:
+            if name not in used and path is not None and identity_of(Path(path)) in files:
                 self._close(name)
 
     def _close(self, node: str) -> None:
@@ -518,7 +519,7 @@ def _check_overlay(overlay: NewOverlay, disk: GuestDisk) -> tuple[int, int]:
             subject=overlay.path,
             hint="rename the image while the guest is off",
         ) from error
-    if _identity(overlay.backing) != active.identity or active.identity is None:
+    if identity_of(overlay.backing) != active.identity or active.identity is None:
         raise Conflict(
             f"the active layer of {disk.name} is {active.path}, not {overlay.backing}",
             subject=overlay.path,
@@ -534,7 +535,7 @@ def _check_overlay(overlay: NewOverlay, disk: GuestDisk) -> tuple[int, int]:
             )
         if backing is None or ":" in backing.name.split("/", 1)[0]:
             raise Conflict("the overlay names no backing file", subject=overlay.path)
-        if _identity(overlay.path.parent / backing.name) != active.identity or backing.format != active.image_format:
+        if identity_of(overlay.path.parent / backing.name) != active.identity or backing.format != active.image_format:
             raise Conflict(
                 f"the overlay is based on {backing.name} ({backing.format}), not on {active.path}"
                 f" ({active.image_format})",
@@ -550,15 +551,8 @@ def _not_opened(refused: Refused, path: Path) -> SnapchainError:
     return Unavailable(f"QEMU cannot open the new overlay: {refused.words}", subject=path, hint=hint)
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    with suppress(OSError):
-        status = path.stat()
-        return status.st_dev, status.st_ino
-    return None
-
-
 def _place(chain: Sequence[Layer], path: Path, label: str) -> int:
-    identity = _identity(path)
+    identity = identity_of(path)
     for number, layer in enumerate(chain):
         if identity is not None and layer.identity == identity:
             return number

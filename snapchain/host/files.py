@@ -284,6 +284,17 @@ def _copy_attribute(source: int, target: int, name: str) -> None:
             raise
 
 
+def identity_of(path: Path | None) -> tuple[int, int] | None:
+    """(device, inode) of the file that a path leads to; None where there is none, or it cannot be seen."""
+    if path is None:
+        return None
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def free_bytes(directory: Path) -> int:
     """Bytes that this user may still write to the directory's filesystem."""
     with os_errors(directory), Directory.open(directory) as opened:
