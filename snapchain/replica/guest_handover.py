@@ -131,7 +131,7 @@ def _raise_epochs(others: Sequence[ReplicaDisk], request: Handover) -> None:
 def _is_awaited(token: str | None) -> bool:
     """Whether a QEMU of this host awaits the guest of a move."""
     from snapchain.guest import journal  # inside: few handovers find a guest that is being moved
-    from snapchain.replica.guest_server import OPERATION
+    from snapchain.replica.move_record import OPERATION
 
     records, _ = journal.find(operation=OPERATION)
     return token is not None and any(each.record.details.get("token") == token for each in records)

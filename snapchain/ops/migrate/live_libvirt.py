@@ -48,7 +48,7 @@ from snapchain.ops.restore import domain_xml
 from snapchain.ops.restore.changed_definition import NewDisk
 from snapchain.ops.sync.request import SetReport
 from snapchain.replica.guest_client import GuestMove, moving
-from snapchain.replica.guest_server import cpu_digest
+from snapchain.replica.incoming_qemu import cpu_digest
 from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.guest_messages import DomainPresence, MoveStep, Moving
 from snapchain.source import ownership
