@@ -23,9 +23,10 @@ from snapchain.guest import journal
 from snapchain.guest.protocol import Guest
 from snapchain.guest.quiesce import THAW, settle_thaw
 from snapchain.host import files
-from snapchain.host.directory import Directory, open_behind, real_path
+from snapchain.host.directory import Directory, open_behind
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import real_path
 from snapchain.host.temporary_names import SNAPSHOT, temporary_beside
 from snapchain.image import ImageFile
 from snapchain.image.backing import Allowed, Place

@@ -31,8 +31,9 @@ from snapchain.guest.disks import no_such_disk
 from snapchain.guest.protocol import Guest, GuestDisk, JobKind, NewOverlay, Outcome, State
 from snapchain.guest.quiesce import Quiesced, frozen, with_hooks
 from snapchain.host import files, hooks
-from snapchain.host.directory import open_behind, place_to_change
+from snapchain.host.directory import open_behind
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import place_to_change
 from snapchain.image.file import Format
 from snapchain.image.qcow2.header import Qcow2Header, read_header
 from snapchain.model.consistency import Consistency

@@ -21,10 +21,10 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError
-from snapchain.host.directory import place_to_change, resolve
 from snapchain.host.files import directory_of, remove, set_mode
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import place_to_change, resolve
 from snapchain.image import scan
 from snapchain.image.dependents import Dependents, search
 from snapchain.model.events import ignore

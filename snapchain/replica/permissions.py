@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
-from snapchain.host.directory import place_to_change
+from snapchain.host.path_resolution import place_to_change
 from snapchain.model.guest_state import Transition
 from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.guest_messages import AskGuest

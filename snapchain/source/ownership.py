@@ -17,9 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, Unsupported
-from snapchain.host.directory import MOST_MODE, Resolved, place_to_change, resolve
+from snapchain.host.directory import MOST_MODE
 from snapchain.host.files import directory_of, set_mode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import Resolved, place_to_change, resolve
 from snapchain.host.replica_layout import is_disk
 from snapchain.host.terminal import shell_line
 from snapchain.image import ImageChain, ImageFile

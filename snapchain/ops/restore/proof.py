@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from snapchain.errors import Corrupt
-from snapchain.host.directory import real_path
+from snapchain.host.path_resolution import real_path
 from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.image.backing import Place
 from snapchain.image.leaves import counted
