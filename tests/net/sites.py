@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.guest.counting_guest import arrived
+from tests.net.commands import started
 from tests.net.namespaces import Cable, Host, two_hosts
 from tests.net.sshd import SshHost, sshd
 from tests.waiting import started_with, wait_until
@@ -71,16 +72,8 @@ class Site:
         """A snapchain on this host. more: of its environment"""
         peer = self.peer
         there = {"SNAPCHAIN_SSH": shlex.join(peer.sshd.ssh), "SNAPCHAIN_REMOTE": peer.served} if peer else {}
-        argv = [*self.host.inside, "unshare", "--uts", "sh", "-c", _AS, self.name]
-        return subprocess.Popen(
-            [*argv, sys.executable, "-m", "snapchain", *map(str, words)],
-            env={**os.environ, **self.environment, **there, **more},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        inside = [*self.host.inside, "unshare", "--uts", "sh", "-c", _AS, self.name]
+        return started(words, environment={**os.environ, **self.environment, **there, **more}, inside=inside)
 
     def snapchain(self, *words: object, **more: str) -> tuple[int, str, str]:
         """Its exit code, and what it said on both streams."""
