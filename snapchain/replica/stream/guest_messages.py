@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.guest_checks import GuestCheck, GuestChecks
@@ -47,19 +47,13 @@ class Handover(Message):
     by: the host that gives them, for the record of the guest's state; only for a receiver that keeps one
     """
 
+    newer = frozenset({"by"})
+
     step: Step
     token: LayerId
     disks: tuple[HandedDisk, ...] = Field(min_length=1, max_length=MOST_DISKS)
     replica: str | None = Field(default=None, max_length=4096)
     by: str | None = Field(default=None, min_length=1, max_length=250)
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A receiver without the feature does not know the field.
-        fields: dict[str, Any] = handler(self)
-        if fields.get("by") is None:
-            fields.pop("by", None)
-        return fields
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:

@@ -7,9 +7,8 @@ bound.
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection
 from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -52,20 +51,32 @@ VERSION = 1
 """The one version of the stream that this program speaks."""
 
 
-POINT_OPTIONS = "holds", "instant", "consistency"
-"""Fields of a point that are only written where they say something: programs from before them refuse them."""
+class Terse(BaseModel):
+    """A model some of whose fields are only written where they differ from their defaults.
+
+    newer: their names; programs from before them refuse them
+    """
+
+    newer: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        for name in self.newer:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                fields.pop(name, None)
+        return fields
 
 
-def without_unset(fields: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """The fields of a message, those of `names` that are empty or None left out."""
-    return {name: value for name, value in fields.items() if value or name not in names}
-
-
-class Message(BaseModel):
+class Message(Terse):
     """One message: exactly these fields."""
 
     # Built when they are needed: one stream speaks few of these.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+
+OF_GUEST_POINTS = frozenset({"holds", "instant", "consistency"})
+"""Newer fields of a point."""
 
 
 class Hello(Message):
@@ -91,21 +102,13 @@ class Open(Message):
     by_name: a human has named the epoch: it may skip some, and end a handover that nobody has used
     """
 
+    newer = frozenset({"epoch", "by_name"})
+
     disk: str = Field(min_length=1, max_length=250)
     replica: str | None = Field(default=None, max_length=4096)
     look: bool = False
     epoch: Epoch = 1
     by_name: bool = False
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A receiver without the feature does not know the field.
-        fields: dict[str, Any] = handler(self)
-        if fields.get("epoch") == 1:
-            del fields["epoch"]
-        if not fields.get("by_name"):
-            fields.pop("by_name", None)
-        return fields
 
 
 class LayerOffer(Message):
@@ -137,6 +140,8 @@ class PointOffer(Message):
     instant, consistency: of the guest point that it belongs to; only to a receiver with `guest-point`
     """
 
+    newer = frozenset({"instant", "consistency"})
+
     time: Moment
     labels: tuple[Label, ...] = Field(default=(), max_length=100)
     size: int = Field(ge=0, le=LARGEST_DISK)
@@ -144,13 +149,11 @@ class PointOffer(Message):
     instant: Instant | None = None
     consistency: Consistency | None = None
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_unset(handler(self), POINT_OPTIONS)
-
 
 class HeldLayer(Message):
     """A layer that is there. older: the files that it was made of below its `sources` (replica/catalogue.py)."""
+
+    newer = frozenset({"older"})
 
     id: LayerId
     file: FileName
@@ -159,14 +162,6 @@ class HeldLayer(Message):
     content_sum: SumText
     sources: tuple[Fingerprint, ...] = Field(max_length=2 * MAX_LAYERS)
     older: ShortKeys = ""
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Programs from before there was this know no such field, and it is seldom needed.
-        fields: dict[str, Any] = handler(self)
-        if not fields.get("older"):
-            fields.pop("older", None)
-        return fields
 
 
 class Partial(Message):
@@ -254,18 +249,12 @@ class Ask(Message):
     share: with `data`, the probability with which each layer is read; only for a receiver with the feature `sample`
     """
 
+    newer = frozenset({"share"})
+
     want: Literal["points", "records", "data"]
     disk: str | None = Field(default=None, min_length=1, max_length=250)
     replica: str | None = Field(default=None, max_length=4096)
     share: float = Field(default=1.0, gt=0, le=1)
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A receiver without the feature does not know the field.
-        fields: dict[str, Any] = handler(self)
-        if fields.get("share") == 1.0:
-            del fields["share"]
-        return fields
 
 
 class Hold(Message):
@@ -282,6 +271,8 @@ class HeldPoint(Message):
     holds: only if the sender has `hold`; instant, consistency: only if it has `guest-point`
     """
 
+    newer = OF_GUEST_POINTS
+
     point: PointNumber
     time: Moment
     labels: tuple[Label, ...] = Field(default=(), max_length=100)
@@ -291,10 +282,6 @@ class HeldPoint(Message):
     holds: tuple[Hold, ...] = Field(default=(), max_length=MOST_HOLDS)
     instant: Instant | None = None
     consistency: Consistency | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_unset(handler(self), POINT_OPTIONS)
 
 
 class HeldDisk(Message):
@@ -408,18 +395,12 @@ class Merge(Policy, _OfDisk):
     zone: whose calendar says what a day is; epoch: an older one than the disk's is refused, none is in all
     """
 
+    newer = frozenset({*Policy.model_fields, "drop"}) - _FIRST_RULES
+
     zone: str = Field(min_length=1, max_length=100)
     epoch: int | None = Field(default=None, ge=1, le=LARGEST_EPOCH)
     dry_run: bool = False
     drop: tuple[PointNumber, ...] | None = Field(default=None, max_length=MOST_POINTS)
-
-    @model_serializer(mode="wrap")
-    def _without_newer_rules_that_are_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A peer that does not know such a rule would refuse its field.
-        fields: dict[str, Any] = handler(self)
-        unset = {name for name, rule in Policy.model_fields.items() if getattr(self, name) == rule.default}
-        unset |= {"drop"} if self.drop is None else set()
-        return {name: value for name, value in fields.items() if name in _FIRST_RULES or name not in unset}
 
     @field_validator("labels")
     @classmethod
