@@ -38,7 +38,6 @@ from snapchain.host.qemu_processes import open_images, qemu_processes
 from snapchain.host.terminal import shell_word
 from snapchain.host.virsh import Virsh, is_not_running, parsed
 from snapchain.host.virsh_session import VirshSession
-from snapchain.model.events import OnEvent, ignore
 
 _OFF = {"shut off", "no state"}
 _MIGRATING = re.compile(r"\((?:migrating|post-copy|post-copy failed)\)")
@@ -52,12 +51,11 @@ class LibvirtGuest:
     kind: Literal["libvirt"] = "libvirt"
     streams = False
 
-    def __init__(self, address: GuestAddress, *, on_event: OnEvent = ignore) -> None:
+    def __init__(self, address: GuestAddress) -> None:
         """Find the domain. Raises NotFound, Unavailable where libvirt does not answer, Unsupported for another host."""
         assert address.domain is not None
         self.address = address
         self._virsh = Virsh(address.connect)
-        self._on_event = on_event
         self.uuid, self.name = _found(self._virsh, address.domain)
         self._disks = DomainDisks(self._virsh, self.name)
 
@@ -248,9 +246,7 @@ class LibvirtGuest:
         return libvirt_jobs.LibvirtJob(self, job_id, kind, disk, record)
 
 
-_COUNTERS = (
-    "rd.reqs", "wr.reqs", "fl.reqs", "rd.bytes", "wr.bytes", "rd.times", "wr.times", "fl.times",
-)  # fmt: skip
+_COUNTERS = ("rd.reqs", "wr.reqs", "fl.reqs", "rd.times", "wr.times", "fl.times")
 """In the order of DiskStatistics."""
 
 

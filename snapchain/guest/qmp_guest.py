@@ -247,8 +247,8 @@ def _place(chain: Sequence[Layer], path: Path, label: str) -> int:
 
 def _statistics(stats: object, path: Path) -> DiskStatistics:
     names = (
-        "rd_operations", "wr_operations", "flush_operations", "rd_bytes", "wr_bytes", "rd_total_time_ns",
-        "wr_total_time_ns", "flush_total_time_ns",
+        "rd_operations", "wr_operations", "flush_operations",
+        "rd_total_time_ns", "wr_total_time_ns", "flush_total_time_ns",
     )  # fmt: skip
     values = [stats.get(name) for name in names] if isinstance(stats, Mapping) else []
     numbers = [value for value in values if isinstance(value, int)]

@@ -84,7 +84,7 @@ class QmpOverlays:
         identity = _check_overlay(overlay, view.disk)
         options = drive_options(process.argv, {text for layer in view.disk.chain for text in _mentions(layer)})
         node = f"{OURS}{os.getpid():x}-{secrets.token_hex(6)}"
-        switch.add(_Opened(node, view.disk.active.node, view.disk.name, overlay.path, identity))
+        switch.add(_Opened(node, view.disk.active.node, identity))
         self._opened.add(node)
         description = overlay_node(node, overlay.path, view, options)
         try:
@@ -149,8 +149,6 @@ class _Opened:
 
     node: str
     under: str
-    disk: str
-    path: Path
     identity: tuple[int, int]
 
 

@@ -110,10 +110,10 @@ class Directory:
         with acting_as(self._naming):
             os.chmod(f"/proc/self/fd/{self.fd}", mode & 0o777)  # noqa: PTH101 - fchmod refuses an O_PATH descriptor
 
-    def create_unnamed(self, *, mode: int = 0o600) -> int:
+    def create_unnamed(self) -> int:
         """Create a file without a name; a descriptor for reading and writing."""
         with acting_as(self._naming):
-            return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode & MOST_MODE, dir_fd=self.fd)
+            return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
 
     def open_file(
         self,

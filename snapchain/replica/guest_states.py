@@ -56,8 +56,6 @@ from snapchain.source.ownership import note_epoch
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver
 
-_SECTOR = 512
-
 
 def answer(receiver: Receiver, request: AskGuest) -> None:
     """GUEST. Raises as `look` and `change`."""
