@@ -30,7 +30,7 @@ class GuestStatus(_Shown):
     lag_seconds: since its time; lag_bytes: what the guest wrote since, by the rate between its last two points, or None
     ahead_bytes: DATA that the destination has beyond it
     taken_at: the other destination at which the master took the guest over; others: all other destinations that are
-    known; silent: those of them that did not answer, and why
+    known; silent: those of them that did not answer, and why; gone: those that never come back, and who said so
     verified, booted: what came of the last verification of the guest, and of the last boot of a clone (failover --test)
     owed: what must still be done about it, sentences; fault: why it could not be asked
     """
@@ -53,6 +53,7 @@ class GuestStatus(_Shown):
     taken_at: str | None = None
     others: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
     verified: GuestCheck | None = None
     booted: GuestCheck | None = None
     owed: tuple[str, ...] = ()
@@ -147,11 +148,12 @@ def _with_others(row: GuestStatus, place: Destination, reach: Reach) -> GuestSta
         return row
     known = [*standing.others, *([] if standing.at is None else [standing.at])]
     own = [Place(url=place.url), *([] if standing.here is None else [standing.here])]
-    others = OtherDestinations(row.guest, known, reach, own=own)
+    others = OtherDestinations(row.guest, known, reach, own=own, gone=standing.gone)
     newest = others.newest(standing)
     found: dict[str, object] = {
         "taken_at": None if standing.at is None else str(standing.at),
         "others": tuple(map(str, others.places)),
+        "gone": tuple(f"{each.place}: {each}" for each in others.gone),
         "silent": tuple(f"{each.place}: {each.fault}" for each in others.answers if each.standing is None),
     }
     if newest.epoch > standing.epoch:
