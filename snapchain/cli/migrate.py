@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
-from snapchain.cli import options, quantities, render
+from snapchain.cli import guest_options, options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.options import disk_pairs
 from snapchain.cli.output import Output
@@ -54,7 +54,7 @@ MovedDisks = Annotated[
     "undoes that as long as no guest has written there. A running guest goes on here, unless its move was done",
 )
 @options.takes_output(passphrase=True)
-@options.takes_guest()
+@guest_options.takes_guest()
 def migrate(
     disks: MovedDisks = None,
     *,

@@ -234,13 +234,11 @@ class Job(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DiskStatistics:
-    """Counters of one disk since the guest's start: operations, bytes, and nanoseconds spent in them."""
+    """Counters of one disk since the guest's start: operations, and nanoseconds spent in them."""
 
     reads: int
     writes: int
     flushes: int
-    read_bytes: int
-    written_bytes: int
     read_ns: int
     write_ns: int
     flush_ns: int

@@ -32,9 +32,10 @@ from snapchain.guest.libvirt_migration import (
 from snapchain.host import run_directory
 from snapchain.host.virsh import Virsh, is_installed, socket_of
 from snapchain.model.guest_state import Transition
-from snapchain.replica.guest_server import GuestArrival, details_of, remove_overlay
+from snapchain.replica.guest_server import GuestArrival
 from snapchain.replica.handover import Case
-from snapchain.replica.stream.messages import DomainPresence, Move, MoveStep, Moving, MovingDomain
+from snapchain.replica.move_record import details_of, remove_made
+from snapchain.replica.stream.guest_messages import DomainPresence, Move, MoveStep, Moving, MovingDomain
 
 _WAIT_SECONDS = 60.0
 """For a QEMU that waits for its memory to be let run or ended by libvirt, which notices a lost client within 30."""
@@ -140,7 +141,7 @@ class DomainArrival(GuestArrival):
         details = details_of(self._found)
         self._change(Transition.ABORT, host=self._by)
         for made in details.overlays:
-            remove_overlay(made)
+            remove_made(made)
         run_directory.remove(details.directory)
         journal.remove(self._found.path)
         self._found = None

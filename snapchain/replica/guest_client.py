@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from snapchain.errors import Corrupt
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.stream.messages import HandedDisk, Kind, Move, MoveStep, Moving, MovingDomain
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import HandedDisk, Move, MoveStep, Moving, MovingDomain
 from snapchain.replica.stream.session import ClientSession, printable
 
 _ALIVE_SECONDS = 5.0

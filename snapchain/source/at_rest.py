@@ -19,7 +19,7 @@ from snapchain.model.fingerprint import Fingerprint
 from snapchain.source import sealing
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import check_not_given, epoch_of, note_epoch
-from snapchain.source.protocol import Scope, Sealer
+from snapchain.source.protocol import Scope
 
 
 class ImageAtRest:
@@ -84,17 +84,6 @@ class ImageAtRest:
     def note_epoch(self, epoch: int) -> None:
         """See `Source`. Raises as `ownership.note_epoch`."""
         note_epoch(self.image, epoch)
-
-
-class SealerOfOne:
-    """Adapts a Sealer to the SetSealer protocol for single-disk guests."""
-
-    def __init__(self, sealer: Sealer) -> None:
-        self._sealer = sealer
-
-    def seal(self) -> Sequence[Path]:
-        """As the sealer."""
-        return [self._sealer.seal()]
 
 
 class OfflineSet:

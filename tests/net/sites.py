@@ -23,6 +23,7 @@ from typing import Any
 
 from tests.guest.counting_guest import arrived
 from tests.libvirtd import LibvirtHost
+from tests.net.commands import started
 from tests.net.libvirt_host import libvirt_host
 from tests.net.namespaces import Cable, Host, two_hosts
 from tests.net.sshd import SshHost, sshd
@@ -79,16 +80,8 @@ class Site:
         """A snapchain on this host. more: of its environment"""
         peer = self.peer
         there = {"SNAPCHAIN_SSH": shlex.join(peer.sshd.ssh), "SNAPCHAIN_REMOTE": peer.served} if peer else {}
-        argv = [*self.inside, "unshare", "--uts", "sh", "-c", _AS, self.name]
-        return subprocess.Popen(
-            [*argv, sys.executable, "-m", "snapchain", *map(str, words)],
-            env={**os.environ, **self.environment, **there, **more},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        inside = [*self.inside, "unshare", "--uts", "sh", "-c", _AS, self.name]
+        return started(words, environment={**os.environ, **self.environment, **there, **more}, inside=inside)
 
     def snapchain(self, *words: object, **more: str) -> tuple[int, str, str]:
         """Its exit code, and what it said on both streams."""

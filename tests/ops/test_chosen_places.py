@@ -14,7 +14,7 @@ import pytest
 
 from snapchain.cli.verbs import VERBS
 from snapchain.errors import InvalidInput, SnapchainError, Unsupported
-from snapchain.host.directory import Resolved, resolve
+from snapchain.host.path_resolution import Resolved, resolve
 from snapchain.host.rights import Rights
 from snapchain.ops import doctor, hold
 from snapchain.source.notes import Notes

@@ -11,7 +11,9 @@ from snapchain.model.guest_state import Gone, GuestChange, Place, Transition, af
 from snapchain.ops.guest_status import status
 from snapchain.ops.retire import RetireReport, RetireRequest, retire
 from snapchain.replica.permissions import Permissions
-from snapchain.replica.stream.messages import AskGuest, Kind, Right
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import AskGuest
+from snapchain.replica.stream.requests import Right
 from tests.ops.guest_points import GUEST
 from tests.ops.test_masters_model import NONE, WORD, Everything, Masters, told
 from tests.ops.test_other_destinations import REPOSITORY, B, C, failover, migrate, refused, ship, standing

@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.writing import Writing
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unavailable
-from snapchain.host.directory import Directory, resolve
+from snapchain.host.directory import Directory
 from snapchain.host.files import make_directories, read_small, remove, write_in
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import resolve
 from snapchain.host.terminal import shell_line
 from snapchain.image import scan
 from snapchain.model.guest_state import GuestStanding, describe_takeover

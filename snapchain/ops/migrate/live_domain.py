@@ -25,7 +25,7 @@ from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.live_settle import MoveRecord, Verdict
 from snapchain.ops.migrate.look import opened
 from snapchain.replica.guest_client import moving
-from snapchain.replica.stream.messages import DomainPresence, MoveStep, Moving
+from snapchain.replica.stream.guest_messages import DomainPresence, MoveStep, Moving
 from snapchain.source import ownership
 
 _ABORT_SECONDS = 60.0

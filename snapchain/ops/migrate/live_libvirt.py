@@ -38,14 +38,7 @@ from snapchain.host.virsh import Virsh, socket_of
 from snapchain.host.virsh_session import VirshSession
 from snapchain.model.events import Progress
 from snapchain.ops.migrate import live_settle
-from snapchain.ops.migrate.live_check import (
-    MemoryWatch,
-    MirrorWatch,
-    check_cpu,
-    check_guest,
-    check_pause,
-    check_room,
-)
+from snapchain.ops.migrate.live_check import MemoryWatch, MirrorWatch, check_cpu, check_guest, check_pause, check_room
 from snapchain.ops.migrate.live_kind import Asked, Moved
 from snapchain.ops.migrate.live_prepare import check_same_layers, link_rate
 from snapchain.ops.migrate.live_request import SettledMove
@@ -55,9 +48,9 @@ from snapchain.ops.restore import domain_xml
 from snapchain.ops.restore.changed_definition import NewDisk
 from snapchain.ops.sync.request import SetReport
 from snapchain.replica.guest_client import GuestMove, moving
-from snapchain.replica.guest_server import cpu_digest
+from snapchain.replica.incoming_qemu import cpu_digest
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.messages import DomainPresence, MoveStep, Moving
+from snapchain.replica.stream.guest_messages import DomainPresence, MoveStep, Moving
 from snapchain.source import ownership
 
 _LOOK_SECONDS = 0.5

@@ -27,7 +27,7 @@ from snapchain.ops.sync.request import SetReport
 from snapchain.ops.sync.run import sync_set
 from snapchain.replica.client import guest_at
 from snapchain.replica.endpoint import GuestEndpoint
-from snapchain.replica.stream.messages import HandedDisk
+from snapchain.replica.stream.guest_messages import HandedDisk
 from snapchain.source import ownership
 from snapchain.source.notes import Given
 from snapchain.source.protocol import Scope

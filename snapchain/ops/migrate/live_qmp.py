@@ -52,8 +52,8 @@ from snapchain.ops.restore.changed_definition import Changes, NewDisk
 from snapchain.ops.restore.qemu_argv import change_for_incoming
 from snapchain.ops.sync.request import SetReport
 from snapchain.replica.guest_client import GuestMove, moving
-from snapchain.replica.guest_server import NBD, RAM, cpu_digest
-from snapchain.replica.stream.messages import MoveStep, Moving
+from snapchain.replica.incoming_qemu import NBD, RAM, cpu_digest
+from snapchain.replica.stream.guest_messages import MoveStep, Moving
 from snapchain.source import ownership
 
 _GIVE_UP_SECONDS = 3.0

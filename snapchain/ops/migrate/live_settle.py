@@ -35,7 +35,7 @@ from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.look import opened
 from snapchain.ops.migrate.request import MigrateRequest, Move as MovedImage
 from snapchain.replica.guest_client import MovingGuest, moving
-from snapchain.replica.stream.messages import HandedDisk, MoveStep, Moving, MovingDomain
+from snapchain.replica.stream.guest_messages import HandedDisk, MoveStep, Moving, MovingDomain
 from snapchain.source import ownership
 from snapchain.source.notes import Given
 

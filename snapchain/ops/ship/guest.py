@@ -37,8 +37,8 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, U
 from snapchain.guest import overlays, snapshot
 from snapchain.guest.protocol import Definition, DefinitionFile, Guest, Layer
 from snapchain.guest.snapshot import DiskToSeal, GuestSnapshot, GuestSnapshotPlan, LeftOut, SnapshotRequest
-from snapchain.host.directory import resolve
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import resolve
 from snapchain.host.private import PrivateDirectory
 from snapchain.host.records import key_directory
 from snapchain.host.terminal import encodable
