@@ -64,6 +64,10 @@ class MemoryLook:
         return self.status in _OVER
 
 
+def _milliseconds(seconds: float) -> int:
+    return max(1, int(seconds * 1000))
+
+
 def job_of(token: str, number: int) -> str:
     """The id of a mirror."""
     return f"{_PREFIX}{token[:8]}-{number}"
@@ -222,9 +226,13 @@ class Outgoing:
         """Begin to send the memory. pause_limit: seconds that its last part may take; bandwidth: bytes a second."""
         wanted = dict.fromkeys(CAPABILITIES, True) | {AUTO_CONVERGE: auto_converge}
         _set_capabilities(self._monitor, wanted)
-        limits = {"downtime-limit": max(1, int(pause_limit * 1000)), "max-bandwidth": bandwidth or _UNLIMITED}
+        limits = {"downtime-limit": _milliseconds(pause_limit), "max-bandwidth": bandwidth or _UNLIMITED}
         self._monitor.execute("migrate-set-parameters", limits)
         self._monitor.execute("migrate", {"uri": f"unix:{ram}"})
+
+    def allow_pause(self, seconds: float) -> None:
+        """From now on the last part of the memory may take so long."""
+        self._monitor.execute("migrate-set-parameters", {"downtime-limit": _milliseconds(seconds)})
 
     def wait_for_switchover(self, on_look: Callable[[MemoryLook], None]) -> MemoryLook:
         """Until the guest is paused at pre-switchover. on_look: called at each look; what it raises ends the wait.

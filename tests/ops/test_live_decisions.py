@@ -10,7 +10,14 @@ import pytest
 
 from snapchain.errors import Conflict, Unsupported
 from snapchain.guest.protocol import Definition
-from snapchain.ops.migrate.live_check import MirrorWatch, check_destination, check_pause, uses_host_cpu
+from snapchain.ops.migrate.live_check import (
+    MemoryWatch,
+    MirrorWatch,
+    check_destination,
+    check_pause,
+    first_pause,
+    uses_host_cpu,
+)
 from snapchain.ops.migrate.live_settle import Verdict, judge
 from snapchain.ops.restore.changed_definition import Changes, NewDisk
 from snapchain.ops.restore.qemu_argv import change_for_incoming
@@ -18,6 +25,7 @@ from snapchain.ops.ship.request import ShipRequest
 from snapchain.ops.sync.request import SyncRequest
 from snapchain.replica.stream.guest_messages import Moving
 
+MIB = 1 << 20
 THERE = Moving(directory="/run/snapchain/web1", alive=True, given=False, ran=False, clock=0.0)
 
 
@@ -154,3 +162,28 @@ def test_a_small_rest_is_enough_whatever_the_rate(left: int, predicted: float | 
     send = ShipRequest(image=Path("web1.qcow2"), disk="web1/vda")
     assert SyncRequest(send=send, target_downtime=10, rest=100).is_met(left, predicted) is met
     assert SyncRequest(send=send, rest=100).is_met(left, predicted) is None
+
+
+def test_the_pause_is_as_short_as_the_guest_allows() -> None:
+    """The last part of the memory may take more only when a round has left hardly less than the one before."""
+    allowed: list[float] = []
+    watch = MemoryWatch(limit=2.0, max_downtime=2.5, auto_converge=False, subject="web1", allow=allowed.append)
+    assert watch.allowed == first_pause(2.0) == 0.1
+    assert first_pause(0.03) == 0.03
+    for number, left in enumerate((800 * MIB, 400 * MIB, 200 * MIB, 100 * MIB), 1):
+        watch.look(round=number, left=left, dirty_rate=0, rate=100 * MIB)
+    assert allowed == [], "each round leaves half"
+    watch.look(round=5, left=90 * MIB, dirty_rate=0, rate=100 * MIB)
+    assert allowed == [pytest.approx(1.2 * 0.9)]
+    watch.look(round=5, left=90 * MIB, dirty_rate=0, rate=100 * MIB)
+    watch.look(round=6, left=89 * MIB, dirty_rate=0, rate=100 * MIB)
+    watch.look(round=7, left=89 * MIB, dirty_rate=0, rate=100 * MIB)
+    assert allowed[1:] == [2.0], "never over the limit, and told once"
+
+
+def test_a_pause_is_allowed_soon_where_no_rate_is_known() -> None:
+    allowed: list[float] = []
+    watch = MemoryWatch(limit=0.5, max_downtime=1, auto_converge=True, subject="web1", allow=allowed.append)
+    for number in range(2, 9):
+        watch.look(round=number, left=50 * MIB, dirty_rate=0, rate=0)
+    assert allowed == [0.2, 0.4, 0.5]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from snapchain.errors import Busy, Conflict, Unsupported
@@ -14,6 +14,10 @@ _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
 """Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
 _THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
 _MIRROR_RULES = Rules(rounds=200, stalled=5, growth=4.0, grace=3)
+_FIRST_PAUSE = 0.1
+"""Seconds."""
+_SHRINKS, _MARGIN = 0.7, 1.2
+"""A round that leaves more than this share of the one before brings little; what is allowed then, beside the need."""
 SMALL_REST = 1 << 20
 """Bytes, whatever the rate: that of a few pages of memory, or of a few clusters, says little."""
 _OFFLINE = "shut the guest down, and migrate it with --offline"
@@ -160,13 +164,22 @@ def check_pause(
 
 
 class MemoryWatch:
-    """Whether rounds over the memory bring the pause nearer. limit: seconds that are left for the last of it"""
+    """Whether rounds over the memory bring the pause nearer, and how long it may be now.
 
-    def __init__(self, *, limit: float, max_downtime: float, auto_converge: bool, subject: str) -> None:
-        self._limit, self._max_downtime, self._subject = limit, max_downtime, subject
+    QEMU pauses the guest as soon as the rest fits into what it may take.  So it may take little at first, and more
+    only when another round has left hardly less: the pause is as short as the guest allows, and never over the limit.
+
+    limit: seconds that are left for the last of the memory; allow: told how many of them QEMU may take, once it is more
+    """
+
+    def __init__(
+        self, *, limit: float, max_downtime: float, auto_converge: bool, subject: str, allow: Callable[[float], None]
+    ) -> None:
+        self._limit, self._max_downtime, self._subject, self._allow = limit, max_downtime, subject, allow
         self._rules = _THROTTLED_RULES if auto_converge else _MEMORY_RULES
         self._left: list[int] = []
         self._seen = 0
+        self.allowed = first_pause(limit)
 
     def look(self, *, round: int, left: int, dirty_rate: float, rate: float) -> None:
         """Take the bytes that a round has left; the rates are bytes a second. Raises Conflict, with the figures."""
@@ -174,6 +187,10 @@ class MemoryWatch:
             return
         self._seen = round
         self._left.append(left)
+        if self.allowed < self._limit and len(self._left) > 1 and left > _SHRINKS * self._left[-2]:
+            needed = left / rate if rate else 0.0
+            self.allowed = min(self._limit, max(2 * self.allowed, _MARGIN * needed))
+            self._allow(self.allowed)
         verdict = judge(self._left, int(self._limit * rate), self._rules)
         if verdict.ends and left > self._limit * rate:
             raise Conflict(
@@ -183,6 +200,11 @@ class MemoryWatch:
                 subject=self._subject,
                 hint="--auto-converge slows the guest down until it is; or allow a longer pause",
             )
+
+
+def first_pause(limit: float) -> float:
+    """Seconds that the last of the memory may take at first, of those that it may take at most."""
+    return min(limit, _FIRST_PAUSE)
 
 
 class MirrorWatch:

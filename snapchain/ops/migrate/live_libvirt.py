@@ -38,7 +38,15 @@ from snapchain.host.virsh import Virsh, socket_of
 from snapchain.host.virsh_session import VirshSession
 from snapchain.model.events import Progress
 from snapchain.ops.migrate import live_settle
-from snapchain.ops.migrate.live_check import MemoryWatch, MirrorWatch, check_cpu, check_guest, check_pause, check_room
+from snapchain.ops.migrate.live_check import (
+    MemoryWatch,
+    MirrorWatch,
+    check_cpu,
+    check_guest,
+    check_pause,
+    check_room,
+    first_pause,
+)
 from snapchain.ops.migrate.live_kind import Asked, Moved
 from snapchain.ops.migrate.live_prepare import check_same_layers, link_rate
 from snapchain.ops.migrate.live_request import SettledMove
@@ -141,7 +149,7 @@ class LibvirtKind:
                     auto_converge=self._request.auto_converge,
                     subject=self._guest.name,
                 )
-                self._leaving.set_max_downtime(int(limit * 1000))
+                self._leaving.set_max_downtime(int(first_pause(limit) * 1000))
                 found = live_settle.restaged(found, "switching")
                 for each in record.disks:
                     with opened(record.request, each.moved) as chain:
@@ -272,6 +280,7 @@ class LibvirtKind:
             max_downtime=self._request.max_downtime,
             auto_converge=self._request.auto_converge,
             subject=self._guest.name,
+            allow=lambda seconds: self._leaving.set_max_downtime(int(seconds * 1000)),
         )
 
         mirrors = MirrorWatch(subject=self._guest.name)

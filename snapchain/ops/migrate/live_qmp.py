@@ -41,6 +41,7 @@ from snapchain.ops.migrate.live_check import (
     check_files,
     check_guest,
     check_pause,
+    first_pause,
     per_second,
 )
 from snapchain.ops.migrate.live_kind import Asked, Moved
@@ -134,7 +135,7 @@ class QmpKind:
             self._outgoing.wait_until_mirrored(self._report_mirrors(there))
             self._outgoing.send_memory(
                 ram,
-                pause_limit=limit,
+                pause_limit=first_pause(limit),
                 bandwidth=self._request.bandwidth,
                 auto_converge=self._request.auto_converge,
             )
@@ -238,6 +239,7 @@ class QmpKind:
             max_downtime=self._request.max_downtime,
             auto_converge=self._request.auto_converge,
             subject=self._guest.name,
+            allow=self._outgoing.allow_pause,
         )
         furthest = 0
 
