@@ -40,7 +40,15 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.priority import urgent
 from snapchain.host.process_identity import Identity, boot_id, identity, own_identity, still_runs
 from snapchain.host.site_hooks import run_site_hooks
-from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Transition, after, is_done
+from snapchain.model.guest_state import (
+    GuestChange,
+    GuestStanding,
+    GuestState,
+    Transition,
+    after,
+    describe_takeover,
+    is_done,
+)
 from snapchain.replica.guest_states import look
 from snapchain.replica.guest_store import alone_with, disks_of, make_nvram, write_standing
 from snapchain.replica.handover import Case, cases_of, check_may_be_given, record_given, revoke_given
@@ -310,6 +318,8 @@ class GuestArrival:
 
     def _give(self) -> None:
         self._at("started")
+        if (fault := self._overtaken()) is not None:
+            raise fault
         if not self._alive():
             raise Conflict("the QEMU that had got the guest has ended here", subject=self._guest)
         try:
@@ -374,10 +384,17 @@ class GuestArrival:
         self._has_run = True
 
     def end(self) -> None:
-        """Give it up. Raises Conflict where the guest may have run here, or has come whole and is this host's."""
+        """Give it up.
+
+        Raises Conflict where the guest may have run here, or has come whole and is this host's; and where it was taken
+        over by another decision: then no sender may think that it is its own again.
+        """
+        fault = self._overtaken()
         if self._found is None:
             if self._is_given():
                 raise Conflict("the guest was given to this host, and may have run here", subject=self._guest)
+            if fault is not None:
+                raise fault
             return
         details, given = details_of(self._found), self._is_given()
         if details.stage == "ran" or (given and self._alive()):
@@ -390,14 +407,21 @@ class GuestArrival:
         if given:
             self._change(Transition.WITHDRAW, host=self._by)
             self._cases = [revoke_given(case, self._token) for case in self._cases]
-        else:
+        elif fault is None:
             self._change(Transition.ABORT, host=self._by)
-        for made in (*details.overlays, *details.nvram):
+        self._forget(details, fault)
+
+    def _forget(self, details: _Details, fault: Conflict | None) -> None:
+        """Remove what was made for the guest. fault: raised then; what the files are that decision has to say."""
+        for made in (*details.overlays, *details.nvram) if fault is None else ():
             remove_overlay(made)
         run_directory.remove(details.directory)
+        assert self._found is not None
         journal.remove(self._found.path)
         self._found = None
         self._tell_hooks("aborted")
+        if fault is not None:
+            raise fault
 
     def _run_hooks(self, when: str) -> None:
         """Those of this host's administrator. Raises as `run_site_hooks`."""
@@ -420,7 +444,16 @@ class GuestArrival:
     def _is_given(self) -> bool:
         """Whether this host is the guest's master by this move."""
         now = self._standing_now()
-        return now.token == self._token and now.state in (GuestState.SWITCHED, GuestState.ACTIVE)
+        return now.token == self._token and now.has_begun
+
+    def _overtaken(self) -> Conflict | None:
+        """The error where another decision than this move has made a host the guest's master since."""
+        now = self._standing_now()
+        if not now.overtakes(token=self._token, epoch=self._epoch):
+            return None
+        return Conflict(
+            describe_takeover(now), subject=f"{self._root}: {self._guest}", hint="start it on that host only"
+        )
 
     def _change(self, transition: Transition, *, host: str, token: str | None = None) -> None:
         """Take the guest to its next state here, unless it is there already. Raises Conflict."""

@@ -21,13 +21,18 @@ from snapchain.errors import Conflict, InvalidInput, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.qmp_migration import AUTO_CONVERGE, CAPABILITIES, Incoming, Outgoing
 from snapchain.host import site_hooks
+from snapchain.model import guest_state
+from snapchain.model.guest_state import GuestChange, Transition
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_request import AbortReport, LiveDisk, LiveDiskPlan, LivePlan, LiveReport, SettledMove
+from snapchain.replica.client import guest_at
+from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.guest_client import GuestMove
 from snapchain.replica.guest_server import GuestArrival
 from snapchain.replica.guest_store import read_standing
 from snapchain.replica.stream.messages import MoveStep
 from snapchain.source import ownership
+from snapchain.source.notes import Notes
 from tests.exhaustive import EXHAUSTIVE
 from tests.guest.counting_guest import Counting, arrived, check_numbers, counts_on, run_directory
 from tests.guest.machine import Monitor
@@ -518,6 +523,7 @@ def test_a_destination_that_is_away_is_no_answer(
     assert guest.machine.status() == "postmigrate"
     if given:
         (tmp_path / "away").rename(tmp_path / "b")
+        change_guest(tmp_path / "b", Transition.RETURN)  # as `fence` records here: its destination has it all the same
         assert [each["moved"] for each in json.loads(snapchain(*abort).stdout)["settled"]] == [True]
         assert check_settled(guest, run, tmp_path / "b") == "there"
         return
@@ -527,6 +533,51 @@ def test_a_destination_that_is_away_is_no_answer(
     assert all(top.stat().st_mode & 0o200 for top in guest.tops)
     guest.machine.quit()
     check_numbers(guest.tops)
+
+
+def change_guest(replica: Path, transition: Transition, **fields: Any) -> None:
+    """As another command that is run meanwhile."""
+    endpoint = DirectoryEndpoint(replica)
+    now, _ = guest_at(endpoint, "web1")
+    step = {"transition": transition, "seen": now.number, "seen_epoch": now.epoch, "by": "kvm3", "host": "kvm3"}
+    guest_at(endpoint, "web1", GuestChange.model_validate({"guest": "web1", "token": now.token, **step, **fields}))
+
+
+@pytest.mark.soak
+def test_a_guest_that_was_taken_over_meanwhile_goes_on_nowhere_here(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is paused here, undecided, when a failover elsewhere takes it over: only its end is left to it here."""
+
+    def dying(_move: GuestMove, step: MoveStep, **named: Any) -> Any:
+        if step is MoveStep.GIVE_AND_RUN:
+            kill_watchdog()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(_move, step, **named)
+
+    real = GuestMove.step
+    with monkeypatch.context() as patch:
+        patch.setattr(GuestMove, "step", dying)
+        assert os.WTERMSIG(migrating(guest.machine.qmp, tmp_path / "b")) == signal.SIGKILL
+    there = guest_state.Place(id="of-kvm3", url="ssh://kvm3/srv/replica")
+    change_guest(tmp_path / "b", Transition.FOLLOW, token="3" * 32, epoch=2, former="kvm1", at=there)
+    abort = ["migrate", "--qmp", guest.machine.qmp, "--abort", "--json"]
+    done = snapchain(*abort)
+    assert done.returncode == Conflict.exit_code, done.stdout
+    error = json.loads(done.stdout)["error"]
+    assert re.search("kvm3 has taken the guest web1 over .*; here it is still paused", error["message"])
+    assert guest.machine.status() == "postmigrate"
+    guest.machine.quit()
+    (settled,) = json.loads(snapchain(*abort).stdout)["settled"]
+    assert settled["moved"]
+    assert "kvm3 has taken the guest web1 over" in settled["says"]
+    for top in guest.tops:
+        given = Notes().of(top).given
+        assert given is not None
+        assert given.taken_over
+        assert not top.stat().st_mode & 0o222
+    assert arrived(run) == []
+    assert not unfinished()
 
 
 # --- What goes along.

@@ -60,6 +60,13 @@ def test_who_has_the_domain(stage: str, here: Presence, there: Moving | None, is
         assert verdict is Verdict.UNKNOWN
 
 
+@pytest.mark.parametrize("here", Presence)
+@pytest.mark.parametrize("there", answers())
+def test_a_domain_that_was_taken_over_goes_on_nowhere_here(here: Presence, there: Moving | None) -> None:
+    verdict = judge_domain("switching", here, there, is_lasting=True, subject="web1", is_taken=True)
+    assert verdict is Verdict.TAKEN
+
+
 @pytest.mark.parametrize(
     ("said", "state"),
     [

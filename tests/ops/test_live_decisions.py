@@ -48,6 +48,14 @@ def test_who_has_the_guest(stage: str, there: Moving | None, runs_here: bool) ->
         assert verdict is (Verdict.COMPLETE if there.alive else Verdict.STAY)
 
 
+@pytest.mark.parametrize(("stage", "there", "runs_here"), everything())
+def test_who_has_a_guest_that_was_taken_over(stage: str, there: Moving | None, runs_here: bool) -> None:
+    """Where the destination was never asked, the guest has run here all the time."""
+    verdict = judge(stage, there, runs_here=runs_here, is_taken=True)
+    plain = judge(stage, there, runs_here=runs_here)
+    assert verdict is (Verdict.TAKEN if stage == "switching" and there is not None else plain)
+
+
 def pause(**numbers: float | bool | None) -> float:
     given: dict[str, object] = {
         "max_downtime": 1.0, "switch": 0.16, "round_trip": 0.01,
