@@ -177,6 +177,8 @@ def check_here(guest: Counting, run: Path, replica: Path) -> None:
     nodes = [node["node-name"] for node in machine.ask("query-named-block-nodes", flat=True)]
     assert not [name for name in nodes if name.startswith("sc-move-")]
     assert not [row for row in machine.ask("query-migrate-capabilities") if row["state"] and row["capability"] in OURS]
+    limits = machine.ask("query-migrate-parameters")
+    assert (limits["max-bandwidth"], limits["downtime-limit"]) == (128 << 20, 300), "QEMU's own"
     assert arrived(run) == []
     assert list(run.glob("snapchain/*")) == []
     assert list(replica.glob("*/active/*.qcow2")) == []

@@ -96,7 +96,8 @@ class QmpKind:
     def begin(self, record: MoveRecord) -> MoveRecord:
         """See `LiveKind`."""
         directory = run_directory.make(f"{self._guest.name}-out", self._token)
-        return record.model_copy(update={"directory": directory, "capabilities": self._outgoing.capabilities()})
+        before = {"capabilities": self._outgoing.capabilities(), "limits": self._outgoing.limits()}
+        return record.model_copy(update={"directory": directory, **before})
 
     def move(self, found: journal.Found, moved: Moved, shipped: SetReport) -> None:
         """See `LiveKind`."""
@@ -157,7 +158,7 @@ class QmpKind:
         except BaseException:
             if live_settle.record_of(self._found).stage == "moving":
                 with held_back(), suppress(SnapchainError):  # it is done again, and reported, by `_settle`
-                    self._outgoing.undo(record.capabilities, seconds=_GIVE_UP_SECONDS)
+                    self._outgoing.undo(record.capabilities, record.limits, seconds=_GIVE_UP_SECONDS)
             raise
 
     def _measure(self, there: GuestMove) -> Measured:

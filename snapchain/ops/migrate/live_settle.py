@@ -82,7 +82,8 @@ class LeavingRecord(BaseModel):
 class MoveRecord(BaseModel):
     """What the journal records of a move.
 
-    name: of the guest at the destination; directory: of the sockets here; capabilities: of the source, as before
+    name: of the guest at the destination; directory: of the sockets here
+    capabilities, limits: of QEMU's migration here, as before
     domain: of libvirt, None for a bare QEMU
     """
 
@@ -95,6 +96,7 @@ class MoveRecord(BaseModel):
     stage: Literal["moving", "switching", "switched"]
     directory: Path
     capabilities: dict[str, bool] = {}
+    limits: dict[str, int] = {}
     domain: LeavingRecord | None = None
     image_dirs: tuple[Path, ...] = ()
 
@@ -308,7 +310,7 @@ class _End:
     def _go_on(self) -> None:
         assert self._monitor is not None
         outgoing = Outgoing(self._monitor, self._record.token, self._record.names)
-        outgoing.undo(self._record.capabilities)
+        outgoing.undo(self._record.capabilities, self._record.limits)
 
     def _tell_end(self) -> None:
         try:
