@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import itertools
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from snapchain.errors import Conflict, Corrupt
+from snapchain.errors import Conflict, Corrupt, Unavailable
+from snapchain.guest import journal
 from snapchain.guest.libvirt_guest import state_of
 from snapchain.guest.libvirt_migration import DomainLook, Presence, look_of
 from snapchain.guest.protocol import State
+from snapchain.host.process_identity import boot_id, own_identity
+from snapchain.image import scan
+from snapchain.ops.migrate import live_domain, live_settle
 from snapchain.ops.migrate.live_domain import judge_domain
-from snapchain.ops.migrate.live_settle import Verdict
+from snapchain.ops.migrate.live_settle import LeavingRecord, MoveRecord, MovingDisk, Verdict
+from snapchain.ops.migrate.ready import active_of
 from snapchain.ops.restore.changed_definition import NewDisk
 from snapchain.ops.restore.domain_xml import change_for_migration
-from snapchain.replica.stream.messages import DomainPresence, Moving
+from snapchain.replica.stream.messages import DomainPresence, HandedDisk, Moving
+from snapchain.source import ownership
+from snapchain.source.notes import Given, Notes, Overlay
+from tests.ops.stacks import Layer, MiB, build
 
 THERE = Moving(alive=False, given=False, ran=False, clock=0.0)
 
@@ -125,3 +135,84 @@ def test_the_definition_there() -> None:
 def test_no_definition_with_entities() -> None:
     with pytest.raises(Corrupt, match=r"^web1: .*a document type"):
         change_for_migration(f"<!DOCTYPE x [<!ENTITY a 'b'>]>{XML}", {}, subject="web1")
+
+
+UUID = "0" * 8 + "-0000" * 3 + "-" + "0" * 12
+
+
+class _Libvirt:
+    """libvirt here, and what it was told. The domain is paused by a migration."""
+
+    told: ClassVar[list[str]] = []
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def abort(self, **_: float) -> None:
+        self.told.append("abort")
+
+    def presence(self) -> Presence:
+        return Presence.WAITING
+
+    def resume(self) -> None:
+        self.told.append("resume")
+
+    def set_max_downtime(self, _milliseconds: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("by", ["this move", "another move"])
+def test_a_domain_that_another_move_has_paused_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Two operators at the same time: the second one finds the marks of the first, and gives up."""
+    (image,) = build(tmp_path, [Layer(MiB, [])])
+    overlay = Overlay(name="vda-2.qcow2", layer="1" * 32, virtual_size=MiB, cluster_size=65536, extended_l2=False)
+    mark = Given(
+        destination="dir:/nowhere", disk="web1/vda", epoch=2, token="a" * 32, time=datetime.now(UTC), overlay=overlay,
+        together=("web1/vda",),
+    )  # fmt: skip
+    with scan(image) as chain:
+        theirs = mark.model_copy(update={"token": "b" * 32})
+        ownership.fence(chain, mark if by == "this move" else theirs, top_only=True, stays_writable=True)
+    handed = HandedDisk(disk="web1/vda", epoch=2, overlay=active_of(overlay))
+    record = MoveRecord(
+        token="a" * 32,
+        destination="dir:/nowhere",
+        name="web1",
+        disks=(MovingDisk(name="vda", image=image, handed=handed, mark=mark),),
+        stage="switching",
+        directory=tmp_path / "none",
+        domain=LeavingRecord(name="web1", uuid=UUID, is_lasting=True, max_downtime=300),
+    )
+    monkeypatch.setattr(live_domain, "LeavingDomain", _Libvirt)
+    monkeypatch.setattr(live_settle, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(live_settle, "TELL_SECONDS", 0.0)
+    monkeypatch.setattr(_Libvirt, "told", [])
+    found = journal.Found(tmp_path / "record.json", in_flight(record))
+    if by == "this move":
+        with pytest.raises(Unavailable, match="it is not known which host has the guest"):
+            live_domain.settle_domain(found, is_gone=False)
+        assert _Libvirt.told == ["abort"]
+        return
+    assert not live_domain.settle_domain(found, is_gone=False).moved
+    assert _Libvirt.told == []
+    with scan(image) as chain:
+        found_mark = ownership.given(chain, Notes())
+        assert found_mark is not None
+        assert found_mark.token == "b" * 32
+
+
+def in_flight(record: MoveRecord) -> journal.InFlight:
+    return journal.InFlight(
+        operation=live_settle.OPERATION,
+        guest="web1",
+        domain="web1",
+        boot=boot_id(),
+        writer=own_identity(),
+        time=datetime.now(UTC),
+        details=record.model_dump(mode="json"),
+    )

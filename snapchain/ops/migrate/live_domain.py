@@ -25,12 +25,13 @@ from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.guest_state import GuestStanding, describe_takeover
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_request import SettledMove
-from snapchain.ops.migrate.live_settle import MoveRecord, Verdict
+from snapchain.ops.migrate.live_settle import MoveRecord, MovingDisk, Verdict
 from snapchain.ops.migrate.look import opened
 from snapchain.ops.migrate.request import Move as MovedImage
 from snapchain.replica.guest_client import moving
 from snapchain.replica.stream.messages import DomainPresence, MoveStep, Moving
 from snapchain.source import ownership
+from snapchain.source.notes import Given, Notes
 
 _ABORT_SECONDS = 60.0
 _AGAIN_SECONDS = 1.0
@@ -88,6 +89,8 @@ class _End:
 
     def run(self, *, is_gone: bool) -> SettledMove:
         stage = self._record.stage
+        if stage == "switching" and not self._was_asked():
+            stage = "moving"
         if stage != "moving":
             self._leaving.abort(seconds=_ABORT_SECONDS)
         here = self._leaving.presence()
@@ -113,6 +116,18 @@ class _End:
                 return self._stay(here, is_gone=is_gone, was_asked=stage == "switching")
             case _:
                 return self._moved()
+
+    def _was_asked(self) -> bool:
+        """Whether libvirt may have been asked to move it: all tops were marked by this move before that.
+
+        Where another move has marked one of them, it is at work, or has paused the guest: that is left to it.
+        """
+        marks = [self._mark_of(each) for each in self._record.disks]
+        return all(mark is not None and (mark.token == self._record.token or mark.taken_over) for mark in marks)
+
+    def _mark_of(self, disk: MovingDisk) -> Given | None:
+        with opened(self._record.request, MovedImage(disk.image, disk.mark.disk)) as chain:
+            return ownership.given(chain, Notes())
 
     def _judge(self, stage: str, here: Presence, there: Moving | None) -> Verdict:
         return judge_domain(
@@ -152,12 +167,12 @@ class _End:
 
     def _stay(self, here: Presence, *, is_gone: bool, was_asked: bool) -> SettledMove:
         record = self._record
-        if was_asked:
+        if here is Presence.WAITING and was_asked:  # else somebody has paused it
+            self._leaving.resume()
+        if record.stage == "switching":  # after `resume`: by the marks it is known who has paused the guest
             for each in record.disks:
                 with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
                     ownership.unfence(chain, record.token, epoch=each.mark.epoch + 1 if is_gone else 1)
-        if here is Presence.WAITING and was_asked:  # else somebody has paused it
-            self._leaving.resume()
         if here not in (Presence.ABSENT, Presence.DEFINED) and self._domain.max_downtime:
             with suppress(SnapchainError):  # a bound that nobody but the next migration heeds
                 self._leaving.set_max_downtime(self._domain.max_downtime)

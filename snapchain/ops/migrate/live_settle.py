@@ -383,13 +383,13 @@ def mark_overtaken(record: MoveRecord, standing: GuestStanding) -> None:
     """Mark the images as taken over, in the place of the marks of the move. May be repeated."""
     for each in record.disks:
         with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
-            ownership.unfence(chain, record.token)
             ownership.mark_taken_over(
                 chain,
                 standing,
                 destination=record.destination,
                 disk=each.mark.disk,
                 image_dirs=record.image_dirs,
+                replaces=record.token,
             )
 
 
