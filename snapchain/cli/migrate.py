@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.guest.protocol import Guest
-    from snapchain.ops.migrate.live_request import AbortReport, LivePlan, LiveReport
+    from snapchain.ops.migrate.live_request import AbortPlan, AbortReport, LivePlan, LiveReport
     from snapchain.ops.migrate.run import MigratePlan, MigrateReport, TakeBackPlan, TakeBackReport
     from snapchain.ops.other_destinations import Reach
     from snapchain.ops.ship.request import Divergence
@@ -300,11 +300,14 @@ def _migrate_guest(
     address: GuestAddress, words: Sequence[str], asked: _Live, *, abort: bool, is_gone: bool, out: Output
 ) -> None:
     from snapchain.guest.address import open_guest
-    from snapchain.ops.migrate.live import abort as end
+    from snapchain.ops.migrate.live import abort as end, plan_abort
 
     if abort:
         if words:
             raise InvalidInput("--abort needs no destination: it is recorded", subject=words[0])
+        if out.dry_run:
+            out.plan(plan_abort(address), _draw_abort_plan)
+            return
         out.report(end(address, is_gone=is_gone, on_event=out.on_event), _draw_settled)
         return
     with open_guest(address, on_event=out.on_event) as guest:
@@ -411,6 +414,17 @@ def _draw_live(console: Console, report: LiveReport) -> None:
             ("took", quantities.duration(report.seconds)),
         ],
     )
+
+
+def _draw_abort_plan(console: Console, plan: AbortPlan) -> None:
+    if not plan.interrupted:
+        render.headline(console, "no migration was left")
+    for each in plan.interrupted:
+        render.headline(console, f"would end the migration of {each.guest} to {render.place(each.destination)}")
+        asked = "the guest goes on here" if each.stage == "moving" else "the destination says who has the guest"
+        if each.stage == "switched":
+            asked = "the guest is the destination's, and its QEMU here ends"
+        render.line(console, f"begun at {quantities.moment(each.time)}: {asked}", indent=2)
 
 
 def _draw_settled(console: Console, report: AbortReport) -> None:

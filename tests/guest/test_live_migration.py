@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,16 @@ from snapchain.host import site_hooks
 from snapchain.model import guest_state
 from snapchain.model.guest_state import GuestChange, Transition
 from snapchain.ops.migrate import live_settle
-from snapchain.ops.migrate.live_request import AbortReport, LiveDisk, LiveDiskPlan, LivePlan, LiveReport, SettledMove
+from snapchain.ops.migrate.live_request import (
+    AbortPlan,
+    AbortReport,
+    InterruptedMove,
+    LiveDisk,
+    LiveDiskPlan,
+    LivePlan,
+    LiveReport,
+    SettledMove,
+)
 from snapchain.replica.client import guest_at
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.guest_client import GuestMove
@@ -133,17 +142,21 @@ def cases(sampled: set[tuple[int, Place]]) -> list[ParameterSet]:
     ]
 
 
-def migrating(qmp: Path, replica: Path, *options: object) -> int:
-    """The command in a child that can be killed; its status as `os.waitpid` has it. A fork saves it the loading."""
+def main_in_child(words: Sequence[object]) -> int:
+    """A command in a child that can be killed; its status as `os.waitpid` has it. A fork saves it the loading."""
     pid = os.fork()
     if pid == 0:
         try:
             os.setsid()
-            words = ["migrate", "--qmp", str(qmp), f"dir:{replica}", "--json", *PATIENT, *map(str, options)]
-            os._exit(main(words))
+            os._exit(main([str(word) for word in words]))
         finally:
             os._exit(99)
     return os.waitpid(pid, 0)[1]
+
+
+def migrating(qmp: Path, replica: Path, *options: object) -> int:
+    """See `main_in_child`."""
+    return main_in_child(["migrate", "--qmp", qmp, f"dir:{replica}", "--json", *PATIENT, *options])
 
 
 def refused(qmp: Path, replica: Path, *options: object) -> dict[str, Any]:
@@ -492,7 +505,14 @@ def test_the_record_is_enough(guest: Counting, run: Path, tmp_path: Path, how: s
         assert os.WTERMSIG(migrating(spy.path, tmp_path / "b")) == signal.SIGKILL
         assert sorted(unfinished()) == ["incoming", "migration"]
         wait_until(lambda: guest.machine.status() == "postmigrate")
-        words = ["migrate", "--qmp", spy.path, "--abort"] if how == "abort" else ["doctor", "--qmp", spy.path]
+        alias = tmp_path / "alias"
+        alias.symlink_to(spy.path.parent)
+        words = ["migrate", "--qmp", alias / spy.path.name, "--abort"]
+        if how == "abort":
+            assert os.waitstatus_to_exitcode(main_in_child([*words, "--dry-run"])) == 0
+            assert sorted(unfinished()) == ["incoming", "migration"]
+            assert guest.machine.status() == "postmigrate"
+        words = words if how == "abort" else ["doctor", "--qmp", spy.path]
         done = snapchain(*words, "--json")
         assert done.returncode == 0, done.stdout
         if how == "abort":
@@ -716,7 +736,9 @@ def test_the_json_fields_are_those_that_are_documented() -> None:
     assert told == fields
     plan, _, aborted = rest.partition("Of `--abort`")
     assert set(re.findall(r"`([a-z_]+)`", plan)) == {*LivePlan.model_fields, *LiveDiskPlan.model_fields}
-    assert set(re.findall(r"`([a-z_]+)`", aborted)) == {*AbortReport.model_fields, *SettledMove.model_fields}
+    reported = {*AbortReport.model_fields, *SettledMove.model_fields}
+    planned = {*AbortPlan.model_fields, *InterruptedMove.model_fields}
+    assert set(re.findall(r"`([a-z_]+)`", aborted)) == reported | planned
 
 
 def _first_columns(table: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
@@ -10,14 +11,16 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from snapchain.errors import Conflict, Corrupt, Unavailable
+from snapchain.errors import Busy, Conflict, Corrupt, Unavailable
 from snapchain.guest import journal
+from snapchain.guest.address import GuestAddress
 from snapchain.guest.libvirt_guest import state_of
 from snapchain.guest.libvirt_migration import DomainLook, Presence, look_of
 from snapchain.guest.protocol import State
 from snapchain.host.process_identity import boot_id, own_identity
 from snapchain.image import scan
 from snapchain.ops.migrate import live_domain, live_settle
+from snapchain.ops.migrate.live import abort, plan_abort
 from snapchain.ops.migrate.live_domain import judge_domain
 from snapchain.ops.migrate.live_settle import LeavingRecord, MoveRecord, MovingDisk, Verdict
 from snapchain.ops.migrate.ready import active_of
@@ -137,6 +140,16 @@ def test_no_definition_with_entities() -> None:
         change_for_migration(f"<!DOCTYPE x [<!ENTITY a 'b'>]>{XML}", {}, subject="web1")
 
 
+OVERLAY = Overlay(name="vda-2.qcow2", layer="1" * 32, virtual_size=MiB, cluster_size=65536, extended_l2=False)
+MARK = Given(
+    destination="dir:/nowhere",
+    disk="web1/vda",
+    epoch=2,
+    token="a" * 32,
+    time=datetime.now(UTC),
+    overlay=OVERLAY,
+    together=("web1/vda",),
+)
 UUID = "0" * 8 + "-0000" * 3 + "-" + "0" * 12
 
 
@@ -170,24 +183,10 @@ def test_a_domain_that_another_move_has_paused_is_left_to_it(
 ) -> None:
     """Two operators at the same time: the second one finds the marks of the first, and gives up."""
     (image,) = build(tmp_path, [Layer(MiB, [])])
-    overlay = Overlay(name="vda-2.qcow2", layer="1" * 32, virtual_size=MiB, cluster_size=65536, extended_l2=False)
-    mark = Given(
-        destination="dir:/nowhere", disk="web1/vda", epoch=2, token="a" * 32, time=datetime.now(UTC), overlay=overlay,
-        together=("web1/vda",),
-    )  # fmt: skip
     with scan(image) as chain:
-        theirs = mark.model_copy(update={"token": "b" * 32})
-        ownership.fence(chain, mark if by == "this move" else theirs, top_only=True, stays_writable=True)
-    handed = HandedDisk(disk="web1/vda", epoch=2, overlay=active_of(overlay))
-    record = MoveRecord(
-        token="a" * 32,
-        destination="dir:/nowhere",
-        name="web1",
-        disks=(MovingDisk(name="vda", image=image, handed=handed, mark=mark),),
-        stage="switching",
-        directory=tmp_path / "none",
-        domain=LeavingRecord(name="web1", uuid=UUID, is_lasting=True, max_downtime=300),
-    )
+        theirs = MARK.model_copy(update={"token": "b" * 32})
+        ownership.fence(chain, MARK if by == "this move" else theirs, top_only=True, stays_writable=True)
+    record = record_of(image, MARK)
     monkeypatch.setattr(live_domain, "LeavingDomain", _Libvirt)
     monkeypatch.setattr(live_settle, "ASK_SECONDS", 0.0)
     monkeypatch.setattr(live_settle, "TELL_SECONDS", 0.0)
@@ -216,3 +215,28 @@ def in_flight(record: MoveRecord) -> journal.InFlight:
         time=datetime.now(UTC),
         details=record.model_dump(mode="json"),
     )
+
+
+def record_of(image: Path, mark: Given) -> MoveRecord:
+    handed = HandedDisk(disk=mark.disk, epoch=mark.epoch, overlay=active_of(mark.overlay))
+    return MoveRecord(
+        token=mark.token,
+        destination=mark.destination,
+        name="web1",
+        disks=(MovingDisk(name="vda", image=image, handed=handed, mark=mark),),
+        stage="switching",
+        directory=image.parent / "none",
+        domain=LeavingRecord(name="web1", uuid=UUID, is_lasting=True, max_downtime=300),
+    )
+
+
+def test_a_migration_that_is_under_way_is_not_aborted_from_elsewhere(tmp_path: Path) -> None:
+    """Whoever is told that none was left would think that the guest stays."""
+    record = record_of(tmp_path / "vda.qcow2", MARK)
+    path = journal.write(in_flight(record))
+    for end in (abort, plan_abort):
+        with pytest.raises(Busy, match="its migration is under way") as caught:
+            end(GuestAddress(domain="web1"))
+        assert f"kill -INT {os.getpid()}" in str(caught.value.hint)
+        assert not end(GuestAddress(domain="web2")).model_dump().popitem()[1]
+    journal.remove(path)

@@ -210,17 +210,22 @@ class Failover:
             seconds=time.monotonic() - self._begun,
         )
 
-    def withdraw(self) -> GuestStanding:
-        """Undo a failover that was begun, as long as its guest is not active and has written to no overlay.
-
-        Raises NotFound where none is under way, Conflict and Busy as `Destination.change_guest`.
-        """
+    def plan_withdraw(self) -> GuestStanding:
+        """The failover that `withdraw` would undo; changes nothing. Raises NotFound where none is under way."""
         if self._standing.state is not GuestState.PROMOTING:
             raise NotFound(
                 f"no failover of it is under way: it is {describe(self._standing)}",
                 subject=self._subject,
                 hint="once it is active, only `snapchain failback` moves it back",
             )
+        return self._standing
+
+    def withdraw(self) -> GuestStanding:
+        """Undo a failover that was begun, as long as its guest is not active and has written to no overlay.
+
+        Raises NotFound where none is under way, Conflict and Busy as `Destination.change_guest`.
+        """
+        self.plan_withdraw()
         self._change(Transition.WITHDRAW)
         self._note_file.remove()
         try:
