@@ -195,6 +195,8 @@ def failover(
 
     if reason is not None and not source_is_gone:
         raise InvalidInput("--reason belongs to --source-is-gone")
+    if check is not None and not test:
+        raise InvalidInput("--check is for --test")
     if test:
         _test(guests, into, out, to=to, prove=prove, check=check, timeout=timeout, connect=connect)
         return

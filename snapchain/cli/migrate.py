@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from snapchain.ops.other_destinations import Reach
     from snapchain.ops.ship.request import Divergence
 
+_MAX_DOWNTIME = 1.0
+"""Seconds, as of `LiveRequest`."""
+_INSTEAD = {
+    "--limit-rate": "--bandwidth limits all that a running guest sends",
+    "--bandwidth": "--limit-rate limits what disks send",
+    "--start-hook": "snapchain starts a running guest there; --after runs a program once it runs",
+    "--after": "--start-hook runs a program once the destination has the disks",
+}
 _BACK = "To go back"
 _LIVE = "For a running guest"
 MovedDisks = Annotated[
@@ -66,7 +74,7 @@ def migrate(
             help="How long the guest may be paused. Refused beforehand where that cannot be met.",
             rich_help_panel=_LIVE,
         ),
-    ] = 1.0,
+    ] = _MAX_DOWNTIME,
     bandwidth: Annotated[
         str | None,
         typer.Option(
@@ -204,6 +212,28 @@ def migrate(
 
     If it is interrupted, run the same command again: it continues.
     """
+    of_disks = {
+        "--start-hook": start_hook,
+        "--prove": prove,
+        "--format": image_format,
+        "--limit-rate": limit_rate,
+        "--connections": connections != 1,
+    }
+    of_guests = {
+        "--max-downtime": max_downtime != _MAX_DOWNTIME,
+        "--bandwidth": bandwidth,
+        "--auto-converge": auto_converge,
+        "--rounds": rounds,
+        "--dest-uri": dest_uri,
+        "--start-command": start_command,
+        "--before": before,
+        "--after": after,
+    }
+    for option in (each for each, given in (of_disks if guest is not None else of_guests).items() if given):
+        raise InvalidInput(
+            f"{option} is for {'disks' if guest is not None else 'a running guest'}",
+            hint=_INSTEAD.get(option, f"leave out {option}"),
+        )
     if guest is not None:
         _check_live(offline=offline or paused or take_back, unasked=destination_is_gone, abort=abort)
         live = _Live(
