@@ -14,7 +14,7 @@ import pytest
 
 from snapchain.cli import main
 from snapchain.destination.protocol import Destination
-from snapchain.errors import Conflict, Corrupt, NotFound, ToolFailed
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, ToolFailed
 from snapchain.model.guest_state import GuestState, Vouched
 from snapchain.ops.failover.request import FailoverReport, FailoverRequest
 from snapchain.ops.failover.run import Failover
@@ -162,6 +162,19 @@ def test_what_was_begun_can_be_withdrawn(place: Open, guest: Guest, tmp_path: Pa
     assert failover(place, tmp_path / "out").run().epoch == 4
     with pytest.raises(NotFound, match="no failover of it is under way: it is active on kvm2"):
         failover(place, tmp_path / "out").withdraw()
+
+
+def test_a_continued_failover_starts_no_domain_that_it_did_not_define(
+    replica: Open, guest: Guest, tmp_path: Path
+) -> None:
+    """libvirt may have one of that name, on older files of the guest."""
+    guest.point(replica(), 1)
+    fence = program(tmp_path / "fence", "test $SNAPCHAIN_ROUND = 1")
+    with pytest.raises(Conflict, match="did not prove"):
+        failover(replica, tmp_path / "out", vouched=None, fence=[str(fence)]).run()
+    with pytest.raises(InvalidInput, match="libvirt starts only what it has defined"):
+        failover(replica, tmp_path / "out", starts=True).run()
+    assert replica().guest_state(GUEST).state is GuestState.PROMOTING
 
 
 def test_a_guest_that_has_written_is_not_withdrawn(replica: Open, guest: Guest, tmp_path: Path) -> None:

@@ -167,6 +167,7 @@ class Failover:
         fence.check(request.fence, request.vouched, subject=self._subject)
         self._check_others()
         is_done = self._note is not None and bool(self._note.files) and self._standing.state in _RUNS
+        self._check_start()
         if not self.resumes:
             self._check_new()
         vouched = self._proven(1)
@@ -289,7 +290,11 @@ class Failover:
             definition = self._definition(placeholder)
             definition.check_definable()
             define.check_new(*definition.domain(), connect=self._request.connect)
-        if self._request.starts and self._chosen.record.kind == "libvirt" and not self._request.defines:
+
+    def _check_start(self) -> None:
+        """Raises InvalidInput where libvirt would start a domain of this name that is another guest, or an old one."""
+        is_defined = self._request.defines or (self._note is not None and self._note.defined)
+        if self._request.starts and self._chosen.record.kind == "libvirt" and not is_defined:
             raise InvalidInput(
                 "libvirt starts only what it has defined", subject=self._subject, hint="say --define too"
             )
