@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snapchain.errors import Conflict, Unsupported
-from snapchain.guest.protocol import Definition
+from snapchain.guest.protocol import Definition, GuestDisk, Layer
 from snapchain.ops.migrate.live_check import MirrorWatch, check_destination, check_pause, uses_host_cpu
+from snapchain.ops.migrate.live_qmp import named_path
 from snapchain.ops.migrate.live_settle import Verdict, judge
 from snapchain.ops.restore.changed_definition import Changes, NewDisk
-from snapchain.ops.restore.qemu_argv import change_for_incoming
+from snapchain.ops.restore.qemu_argv import IncomingCommand, change_for_incoming
 from snapchain.ops.ship.request import ShipRequest
 from snapchain.ops.sync.request import SyncRequest
 from snapchain.replica.stream.messages import Moving
@@ -151,6 +153,76 @@ def test_the_command_line_over_there(tmp_path: Path) -> None:
     assert change_for_incoming(argv, changes, monitor=Path("/a/proxy"), subject="web1").qmp == Path("/run/b/ops")
     with pytest.raises(Unsupported, match="no QMP socket"):
         change_for_incoming([argv[0]], changes, monitor=Path("/run/a/mine"), subject="web1")
+
+
+def incoming(*words: str, **changes: Any) -> IncomingCommand:
+    """The command over there of a guest with a monitor and these words."""
+    argv = ["qemu-system-x86_64", "-qmp", "unix:/run/a/qmp,server=on,wait=off", *words]
+    given = Changes(**{"disks": {}, "directory": Path("/run/b"), **changes})
+    return change_for_incoming(argv, given, monitor=Path("/run/a/qmp"), subject="web1")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-add-fd", "fd=3,set=2"),
+        ("-netdev", "tap,id=n,fd=3"),
+        ("-netdev", "tap,id=n,vhost=on,vhostfds=4:5"),
+        ("-chardev", "socket,id=c,fd=7"),
+    ],
+)
+def test_a_descriptor_that_qemu_has_got_is_nothing_over_there(words: tuple[str, str]) -> None:
+    assert f"an open descriptor, which QEMU got at its start: {' '.join(words)}" in incoming(*words).lacking
+
+
+def test_sockets_of_one_name_stay_apart_over_there() -> None:
+    """The later one would take the monitor's place, and nobody could reach the guest."""
+    made = incoming("-chardev", "socket,id=c,path=/run/c/qmp,server=on", "-serial", "unix:/run/d/qmp,server")
+    assert made.qmp == Path("/run/b/qmp")
+    assert [word for word in made.argv if "/run/b/" in word] == [
+        "unix:/run/b/qmp,server=on,wait=off",
+        "backend=socket,id=c,path=/run/b/2-qmp,server=on,wait=off",
+        "unix:/run/b/3-qmp,server,wait=off",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tcp", "telnet"])
+def test_no_socket_over_there_waits_for_a_client(kind: str) -> None:
+    assert incoming("-serial", f"{kind}:localhost:4321,server").argv[4] == f"{kind}:localhost:4321,server,wait=off"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-pflash", "/fw/vars.fd"),
+        ("-drive", "if=pflash,format=raw,file=/fw/vars.fd"),
+        ("-blockdev", "driver=file,node-name=pflash0,filename=/fw/vars.fd"),
+    ],
+)
+def test_firmware_variables_over_there(words: tuple[str, str]) -> None:
+    """Else the guest would write those of another guest, which has them under that path."""
+    new = {"vars.fd": Path("/srv/web1.0.nvram")}
+    made = incoming(*words, nvram=new)
+    assert made.lacking == ()
+    assert "/fw/" not in " ".join(made.argv)
+    assert "/srv/web1.0.nvram" in made.argv[4]
+    assert incoming(nvram=new).lacking == ("vars.fd is not in the command line; its file is /srv/web1.0.nvram",)
+
+
+def test_a_disk_without_a_name_is_found_below_its_snapshots(tmp_path: Path) -> None:
+    """QEMU was started on a layer that has become a lower one since."""
+    argv = ("qemu", "-blockdev", "driver=qcow2,node-name=top,file.driver=file,file.filename=/img/web1.qcow2")
+    chain = tuple(
+        Layer(node, Path(f"/img/{name}"), None, "qcow2", 1 << 20)
+        for node, name in (("base", "base.qcow2"), ("top", "web1.qcow2"), ("sc-1", "web1.1.qcow2"))
+    )
+    disk = GuestDisk("disk0", "sc-1", (), chain, read_only=False)
+    assert named_path(argv, disk) == "/img/web1.qcow2"
+    made = incoming(
+        *argv[1:], disks={"disk0": NewDisk(Path("/b/2.qcow2"), "qcow2")}, old_paths={"disk0": "/img/web1.qcow2"}
+    )
+    assert made.lacking == ()
+    assert "filename=/b/2.qcow2" in " ".join(made.argv)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ Up to GIVE_AND_RUN anything that fails, and Ctrl-C, ends with the guest running 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -49,7 +49,7 @@ from snapchain.ops.migrate.live_settle import MoveRecord
 from snapchain.ops.migrate.look import opened
 from snapchain.ops.migrate.request import Move as MovedImage
 from snapchain.ops.restore.changed_definition import Changes, NewDisk
-from snapchain.ops.restore.qemu_argv import change_for_incoming
+from snapchain.ops.restore.qemu_argv import IncomingCommand, change_for_incoming
 from snapchain.ops.sync.request import SetReport
 from snapchain.replica.guest_client import GuestMove, moving
 from snapchain.replica.guest_server import NBD, RAM, cpu_digest
@@ -81,10 +81,12 @@ class QmpKind:
         self._definition = check_guest(self._guest, disks)
         check_files(self._guest, self._definition)
         self._outgoing.check()
-        if self._definition.argv is None and not self._request.command:
-            words = "; ".join(self._definition.unreadable)
-            raise Unsupported(words, subject=self._guest.name, hint="or give --start-command")
-
+        if not self._request.command:
+            if self._definition.argv is None:
+                words = "; ".join(self._definition.unreadable)
+                raise Unsupported(words, subject=self._guest.name, hint="or give --start-command")
+            overlays = {disk.name: Path(f"/{disk.name}") for disk in disks}
+            self._command(overlays, [Path(f"/{file.name}") for file in self._definition.files], Path("/run"))
         if bitmaps := sorted(self._outgoing.named_bitmaps()):
             words = f"its dirty bitmaps ({', '.join(bitmaps)}) stay with the layers that are sealed now"
             self._on_event(Notice.of(self._guest.name, f"{words}: the next `ship --bitmap` there reads all disks once"))
@@ -189,24 +191,8 @@ class QmpKind:
             argv = ["env", *_facts(record, overlays, prepared, qmp), *self._request.command]
             started_in = None
         else:
-            changes = Changes(
-                disks={name: NewDisk(Path(path), "qcow2") for name, path in overlays.items()},
-                old_paths={each.name: str(each.image) for each in record.disks},
-                nvram={
-                    file.name: Path(path) for file, path in zip(self._definition.files, prepared.nvram, strict=True)
-                },
-                directory=directory,
-            )
-            assert self._definition.argv is not None
-            assert self._guest.address.qmp is not None
-            made = change_for_incoming(
-                self._definition.argv,
-                changes,
-                monitor=self._guest.address.qmp.absolute(),
-                subject=self._guest.name,
-            )
-            if made.lacking:
-                raise Unsupported("; ".join(made.lacking), subject=self._guest.name, hint="give --start-command")
+            files = {name: Path(path) for name, path in overlays.items()}
+            made = self._command(files, [Path(path) for path in prepared.nvram], directory)
             argv, qmp = list(made.argv), made.qmp
             place = QemuFiles(self._process[0]).directory if self._process is not None else None
             started_in = None if place is None else str(place)
@@ -220,6 +206,22 @@ class QmpKind:
             bytes_left=shipped.bytes_left,
             subject=self._endpoint.url,
         )
+
+    def _command(self, overlays: Mapping[str, Path], nvram: Sequence[Path], directory: Path) -> IncomingCommand:
+        """That of the QEMU there, from the one here. Raises Unsupported for what it cannot have there."""
+        argv, qmp = self._definition.argv, self._guest.address.qmp
+        assert argv is not None
+        assert qmp is not None
+        changes = Changes(
+            disks={name: NewDisk(path, "qcow2") for name, path in overlays.items()},
+            old_paths={disk.name: named_path(argv, disk) for disk in self._guest.disks() if disk.name in overlays},
+            nvram={file.name: path for file, path in zip(self._definition.files, nvram, strict=True)},
+            directory=directory,
+        )
+        made = change_for_incoming(argv, changes, monitor=qmp.absolute(), subject=self._guest.name)
+        if made.lacking:
+            raise Unsupported("; ".join(made.lacking), subject=self._guest.name, hint="give --start-command")
+        return made
 
     def _report_mirrors(self, there: GuestMove) -> Callable[[int, int], None]:
         watch = MirrorWatch(subject=self._guest.name)
@@ -304,6 +306,12 @@ class QmpKind:
         """It was not asked, so the guest can go on here without its answer."""
         live_settle.unfence_all(record)
         self._found = live_settle.restaged(self._found, "moving")
+
+
+def named_path(argv: Sequence[str], disk: GuestDisk) -> str:
+    """The path of the layer that a command line names; QEMU was started on it, and snapshots lie on it since."""
+    paths = [str(layer.path) for layer in reversed(disk.chain) if layer.path is not None]
+    return next((path for path in paths if any(path in word for word in argv)), "")
 
 
 def give_access(directory: Path, process: tuple[int, int] | None) -> None:
