@@ -21,6 +21,7 @@ from snapchain.guest import graph
 from snapchain.guest.address import GuestAddress
 from snapchain.guest.disks import no_such_disk
 from snapchain.guest.graph import DiskView
+from snapchain.guest.machine_view import devices_of
 from snapchain.guest.protocol import (
     Activity,
     Agent,
@@ -164,14 +165,7 @@ class QmpGuest:
             return self._monitor.rows("query-named-block-nodes")  # QEMU before 5.0
 
     def _devices(self) -> dict[str, str]:
-        """QOM path -> type, of the devices of the command line and those plugged in later."""
-        found = {}
-        for folder in ("/machine/peripheral", "/machine/peripheral-anon"):
-            for each in self._monitor.rows("qom-list", {"path": folder}):
-                kind = re.fullmatch(r"child<(.*)>", str(each.get("type")))
-                if kind is not None:
-                    found[f"{folder}/{each.get('name')}"] = kind[1]
-        return found
+        return devices_of(self._monitor)
 
     def _check_not_libvirts(self, name: str) -> None:
         """Raises InvalidInput. A change behind libvirt's back makes its next start lose what was written since."""

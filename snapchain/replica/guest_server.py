@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable
 from snapchain.guest import journal
+from snapchain.guest.machine_view import machine_view
 from snapchain.guest.qmp import Monitor
 from snapchain.guest.qmp_migration import Incoming, version_of
 from snapchain.host import files, run_directory, site_hooks
@@ -54,7 +55,18 @@ from snapchain.replica.guest_store import alone_with, disks_of, make_nvram, writ
 from snapchain.replica.handover import Case, cases_of, check_may_be_given, record_given, revoke_given
 from snapchain.replica.left_behind import remove_left_behind
 from snapchain.replica.store import Work, in_turn, open_replica
-from snapchain.replica.stream.messages import ActiveState, HandedDisk, Kind, Move, MoveStep, Moving, MovingDomain
+from snapchain.replica.stream.messages import (
+    LONGEST_KEY,
+    LONGEST_VALUE,
+    MOST_ENTRIES,
+    ActiveState,
+    HandedDisk,
+    Kind,
+    Move,
+    MoveStep,
+    Moving,
+    MovingDomain,
+)
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver
@@ -171,6 +183,7 @@ class GuestArrival:
         self._resumed: float | None = None
         self._version: str | None = None
         self._machine: str | None = None
+        self._view: dict[str, str] = {}
         self._wrote = 0.0
         self._urgent = ExitStack()
         self._domain: MovingDomain | None = request.domain
@@ -199,7 +212,9 @@ class GuestArrival:
                 before = time.monotonic()
                 self._write(details_of(self._found))
                 self._wrote = time.monotonic() - before
-        return self._standing(begun)
+        answer = self._standing(begun)
+        self._view = {}  # told once: a guest waits for later answers
+        return answer
 
     def close(self) -> None:
         """Settle what is unfinished, where this stream has begun it."""
@@ -297,6 +312,8 @@ class GuestArrival:
         self._version = ".".join(map(str, version_of(self._monitor)))
         machine = self._monitor.execute("qom-get", {"path": "/machine", "property": "type"})
         self._machine = str(machine).removesuffix("-machine")
+        view = list(machine_view(self._monitor).items())[:MOST_ENTRIES]
+        self._view = {key[:LONGEST_KEY]: value[:LONGEST_VALUE] for key, value in view}
         incoming.listen(details.directory / RAM, details.directory / NBD, self._exports)
 
     def _wait_for_monitor(self, qmp: Path, details: _Details) -> Monitor:
@@ -522,6 +539,7 @@ class GuestArrival:
             ran=details is not None and details.stage == "ran",
             version=self._version,
             machine=self._machine,
+            view=self._view,
             cpu=cpu_digest(),
             free=files.free_bytes(self._root),
             clock=(begun + time.time()) / 2,

@@ -364,6 +364,30 @@ def test_a_destination_that_cannot_start_it(guest: Counting, run: Path, tmp_path
     assert check_settled(guest, run, tmp_path / "b") == "here"
 
 
+@pytest.mark.soak
+def test_a_machine_that_was_changed_since_its_start(run: Path, tmp_path: Path) -> None:
+    """A device was plugged in, one unplugged, and the processors there lack a feature: found before any memory goes."""
+    guest = Counting(tmp_path / "source", argv=["-device", "pcie-root-port,id=rp", "-device", "virtio-rng-pci"])
+    with guest.machine:
+        guest.machine.ask("device_add", driver="virtio-rng-pci", id="rng0", bus="rp")
+        words = [word for word in guest.machine.argv[3:] if "qmp" not in word and word != "-qmp"]
+        line = " ".join(f"'{word}'" for word in [*words, "-device", "virtio-serial-pci,id=ser", "-cpu", "qemu64,-cx16"])
+        for disk, number in (("vda", 1), ("vdb", 2), ("vdc", 3)):
+            line = line.replace(str(guest.disks[disk]), f"'\"$SNAPCHAIN_OVERLAY_{number}\"'")
+        script = tmp_path / "start"
+        script.write_text(f'#!/bin/sh\nexec {line} -qmp "unix:$SNAPCHAIN_QMP,server=on,wait=off" -S -incoming defer\n')
+        script.chmod(0o755)
+        error = refused(guest.machine.qmp, tmp_path / "b", *PATIENT, "--start-command", script)
+        assert error["kind"] == "unsupported"
+        for found in (
+            r"the processors there lack features that the guest has here \(CPUID 0x1.0x0 ECX: 0x2000\)",
+            r"device rng0 \(virtio-rng-pci\) is not there",
+            r"device ser \(virtio-serial-pci\) is there, and was unplugged here",
+        ):
+            assert re.search(found, error["message"]), error["message"]
+        assert check_settled(guest, run, tmp_path / "b") == "here"
+
+
 def test_hooks_and_a_command_of_ones_own(guest: Counting, run: Path, tmp_path: Path) -> None:
     """The command gets the overlays and the monitor in its environment."""
     words = [word for word in guest.machine.argv[3:] if "qmp" not in word and word != "-qmp"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from snapchain.errors import Conflict, Unsupported
+from snapchain.guest.machine_view import differences
 from snapchain.guest.protocol import Definition, GuestDisk, Layer
 from snapchain.ops.migrate.live_check import MirrorWatch, check_destination, check_pause, uses_host_cpu
 from snapchain.ops.migrate.live_qmp import named_path
@@ -21,6 +23,35 @@ from snapchain.ops.sync.request import SyncRequest
 from snapchain.replica.stream.messages import Moving
 
 THERE = Moving(directory="/run/snapchain/web1", alive=True, given=False, ran=False, clock=0.0)
+
+
+VIEW = {
+    "device vda": "virtio-blk-pci",
+    "number of processors": "2",
+    "CPUID 0x1.0x0 ECX": "0x6",
+    "medium in ide2-cd0": "/iso/a.iso",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ""),
+        ({"CPUID 0x1.0x0 ECX": "0xf", "CPUID 0x7.0x0 EBX": "0x1", "medium in floppy0": "/b.img"}, ""),
+        ({"CPUID 0x1.0x0 ECX": "0x5"}, r"the processors there lack features .*\(CPUID 0x1.0x0 ECX: 0x2\)"),
+        ({"device vda": "virtio-scsi-pci"}, "device vda: virtio-scsi-pci there, and virtio-blk-pci here"),
+        ({"device nic": "e1000"}, r"device nic \(e1000\) is there, and was unplugged here"),
+        ({"number of processors": "4"}, "number of processors: 4 there, and 2 here"),
+        ({"medium in ide2-cd0": "/iso/b.iso"}, "medium in ide2-cd0: /iso/b.iso there, and /iso/a.iso here"),
+    ],
+)
+def test_what_a_guest_would_find_changed(change: dict[str, str], words: str) -> None:
+    found = differences(VIEW, VIEW | change)
+    assert len(found) == bool(words)
+    assert not words or re.fullmatch(words, found[0])
+    assert differences(VIEW, {key: value for key, value in VIEW.items() if key != "device vda"}) == [
+        "device vda (virtio-blk-pci) is not there"
+    ]
 
 
 def everything() -> list[tuple[str, Moving | None, bool]]:
@@ -103,10 +134,11 @@ def test_mirrors_that_never_come_to_an_end_are_given_up() -> None:
 def test_a_host_with_another_machine() -> None:
     argv = ("qemu-system-x86_64", "-accel", "kvm", "-cpu", "host,+x", "-m", "64")
     here = Definition("qmp", "web1", None, "pc-q35-7.2", (), argv=argv)
-    there = THERE.model_copy(update={"machine": "pc-q35-7.2", "version": "7.2", "cpu": "a", "free": 1000})
+    known = {"machine": "pc-q35-7.2", "version": "7.2", "view": VIEW, "cpu": "a", "free": 1000}
+    there = THERE.model_copy(update=known)
 
     def check(there: Moving, here: Definition = here) -> None:
-        check_destination(there, here, version=(7, 2), cpu="a", bytes_left=1000, subject="ssh://kvm2/r")
+        check_destination(there, here, version=(7, 2), view=VIEW, cpu="a", bytes_left=1000, subject="ssh://kvm2/r")
 
     check(there)
     check(there.model_copy(update={"version": "10.0"}))
@@ -114,6 +146,7 @@ def test_a_host_with_another_machine() -> None:
         ({"machine": "pc-q35-10.0"}, r"the machine type there is pc-q35-10\.0"),
         ({"version": "7.1"}, r"older than here \(7\.2\)"),
         ({"cpu": "b"}, "the other host has another one"),
+        ({"view": {}}, "the guest would find another machine: .*device vda .virtio-blk-pci. is not there"),
     ):
         with pytest.raises(Unsupported, match=words):
             check(there.model_copy(update=change))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from snapchain.errors import Conflict, SnapchainError, Unsupported
 from snapchain.guest import journal
+from snapchain.guest.machine_view import machine_view
 from snapchain.guest.protocol import GuestDisk
 from snapchain.guest.qemu_files import QemuFiles
 from snapchain.guest.qmp_guest import QmpGuest
@@ -202,6 +203,7 @@ class QmpKind:
             started,
             self._definition,
             version=version_of(self._outgoing.monitor),
+            view=machine_view(self._outgoing.monitor),
             cpu=cpu_digest(),
             bytes_left=shipped.bytes_left,
             subject=self._endpoint.url,
