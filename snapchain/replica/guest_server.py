@@ -40,6 +40,7 @@ from snapchain.host.detached import start_program
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.priority import urgent
 from snapchain.host.process_identity import Identity, boot_id, identity, own_identity, still_runs
+from snapchain.host.qemu_processes import qemu_processes
 from snapchain.host.site_hooks import run_site_hooks
 from snapchain.model.guest_state import (
     GuestChange,
@@ -420,7 +421,10 @@ class GuestArrival:
             self._monitor.close()
             self._monitor = None
         self._urgent.close()
-        _kill(details.qemu)
+        _kill(details.qemu, boot=self._found.record.boot)
+        for process in qemu_processes():  # one of which a snapchain that was killed had no time to make a note
+            if any(f"{details.directory}/" in word for word in process.argv):
+                _kill((process.pid, process.started), boot=boot_id())
         if given:
             self._change(Transition.WITHDRAW, host=self._by)
             self._cases = [revoke_given(case, self._token) for case in self._cases]
@@ -628,6 +632,7 @@ def _program(argv: tuple[str, ...], directory: str | None) -> list[str]:
 
 
 def _alive(process: Identity | None, *, boot: str | None = None) -> bool:
+    """boot: in which the process ran, None for this one"""
     if process is None:
         return False
     with suppress(ChildProcessError, OSError):  # a child of ours that has ended
@@ -635,13 +640,13 @@ def _alive(process: Identity | None, *, boot: str | None = None) -> bool:
     return still_runs(process, boot=boot_id() if boot is None else boot)
 
 
-def _kill(process: Identity | None) -> None:
-    if process is None or not _alive(process):
+def _kill(process: Identity | None, *, boot: str) -> None:
+    if process is None or not _alive(process, boot=boot):
         return
     with suppress(ProcessLookupError):
         os.kill(process[0], signal.SIGKILL)
     until = time.monotonic() + _END_SECONDS
-    while _alive(process):
+    while _alive(process, boot=boot):
         if time.monotonic() >= until:
             raise Unavailable("the QEMU of the guest does not end", subject=f"process {process[0]}")
         time.sleep(_POLL_SECONDS)

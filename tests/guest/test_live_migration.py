@@ -34,6 +34,7 @@ from snapchain.ops.migrate.live_request import (
     LiveReport,
     SettledMove,
 )
+from snapchain.replica import guest_server
 from snapchain.replica.client import guest_at
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.guest_client import GuestMove
@@ -292,6 +293,7 @@ def test_qemu_dies_here(guest: Counting, run: Path, tmp_path: Path, number: int,
 
 
 POINTS: dict[str, tuple[Any, str, Any]] = {
+    "spawned": (guest_server, "start_program", 1),
     "marked": (ownership, "fence", 2),
     "given": (GuestMove, "step", MoveStep.GIVE_AND_RUN),
     "switching": (live_settle, "restaged", "switching"),
@@ -328,7 +330,7 @@ def test_snapchain_is_killed_around_the_decision(
     with monkeypatch.context() as patch:
         patch.setattr(place, name, dying)
         assert os.WTERMSIG(migrating(guest.machine.qmp, tmp_path / "b")) == signal.SIGKILL
-    stays = point in ("switching", "marked") or (point == "given" and not after)
+    stays = point in ("spawned", "switching", "marked") or (point == "given" and not after)
     assert check_settled(guest, run, tmp_path / "b") == ("here" if stays else "there")
 
 
