@@ -39,7 +39,7 @@ from snapchain.replica.client import guest_at
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.guest_client import GuestMove
 from snapchain.replica.guest_server import GuestArrival
-from snapchain.replica.guest_store import read_standing
+from snapchain.replica.guest_store import read_standing, write_standing
 from snapchain.replica.stream.messages import MoveStep
 from snapchain.source import ownership
 from snapchain.source.notes import Notes
@@ -626,6 +626,21 @@ def test_a_guest_that_was_taken_over_meanwhile_goes_on_nowhere_here(
         assert not top.stat().st_mode & 0o222
     assert arrived(run) == []
     assert not unfinished()
+
+
+@pytest.mark.soak
+def test_a_destination_that_has_just_heard_of_a_failover_takes_no_guest(
+    guest: Counting, run: Path, tmp_path: Path
+) -> None:
+    """It was killed between its record and its disks, which still are in the epoch before."""
+    refused(guest.machine.qmp, tmp_path / "b", "--max-downtime", "0.005")
+    now, _ = guest_at(DirectoryEndpoint(tmp_path / "b"), "web1")
+    there = guest_state.Place(id="of-kvm3", url="ssh://kvm3/srv/replica")
+    taken = {"number": now.number + 1, "epoch": 2, "master": "kvm3", "token": "3" * 32, "at": there}
+    write_standing(tmp_path / "b", now.model_copy(update=taken))
+    error = refused(guest.machine.qmp, tmp_path / "b", *PATIENT, "--without", there.url)
+    assert "kvm3 has taken the guest web1 over" in error["message"]
+    assert counts_on(guest.machine.monitor)
 
 
 # --- What goes along.
