@@ -14,8 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 from pydantic import BaseModel, ConfigDict
 
@@ -41,6 +43,8 @@ _OURS = "# snapchain: refuses the start of a guest that another host has taken o
 REFUSALS = "|".join(str(each.exit_code) for each in (Conflict, Corrupt, Unavailable))
 _LARGEST_XML = 4 << 20
 _CAP = 64 << 10
+_POOLS = Path("/run/libvirt/storage"), Path("/etc/libvirt/storage")
+"""Of those that are active, and of those that are defined."""
 
 
 class HookReport(BaseModel):
@@ -130,9 +134,11 @@ def check(guest: str, xml: str, places: Sequence[Callable[[], Writing]], *, requ
     required and a destination gives none in time.
     """
     notes: list[str] = []
-    images = _images(xml, guest)
+    sources = _sources(xml, guest)
+    images = [image for source in sources if (image := _image(source, notes)) is not None]
     epochs = [epoch for image in images if (epoch := _looked_at(image, notes)) is not None]
-    if not places or not images:
+    # A block device is written in the first epoch, as only files are handed over; of other sources nothing is known.
+    if not places or not (images or any(source.get("dev") for source in sources)):
         return notes
     answers, silent = _asked(guest, places)
     notes += silent
@@ -153,16 +159,32 @@ def check(guest: str, xml: str, places: Sequence[Callable[[], Writing]], *, requ
     return notes
 
 
-def _images(xml: str, guest: str) -> list[Path]:
-    """The files of all disks that the guest may write to."""
+def _sources(xml: str, guest: str) -> list[ET.Element]:
+    """Where the disks are that the guest may write to."""
     root = domain_xml.parse(xml[:_LARGEST_XML], subject=guest)
-    found = []
-    for disk in root.iterfind("devices/disk"):
-        source = disk.find("source")
-        path = None if source is None else source.get("file")
-        if path and disk.get("device", "disk") == "disk" and disk.find("readonly") is None:
-            found.append(Path(path))
-    return found
+    return [
+        source
+        for disk in root.iterfind("devices/disk")
+        if disk.get("device", "disk") == "disk" and disk.find("readonly") is None
+        for source in disk.findall("source")
+    ]
+
+
+def _image(source: ET.Element, notes: list[str]) -> Path | None:
+    """The file of a disk, where it is one. libvirt names a volume by its pool still when it runs the hook."""
+    if path := source.get("file"):
+        return Path(path)
+    pool, volume = source.get("pool"), source.get("volume")
+    if not pool or not volume:
+        return None
+    for folder in _POOLS:  # libvirt's own records: it cannot be asked from its hook
+        with suppress(SnapchainError, ET.ParseError):
+            described = ET.fromstring(read_small(folder / f"{Path(pool).name}.xml", cap=_CAP))  # noqa: S314 - root's
+            directory = next((each.findtext("path") for each in described.iter("target")), None)
+            if directory and (image := Path(directory) / volume).is_file():
+                return image
+    notes.append(f"volume {volume} of pool {pool} was not looked at: it is no file that could be found")
+    return None
 
 
 def _looked_at(image: Path, notes: list[str]) -> int | None:
