@@ -149,9 +149,15 @@ class QmpGuest:
                 continue
             except graph.Misread as error:
                 raise not_understood("query-block", str(error), subject=self._path) from error
+            views = [graph.with_sharing(view) if self._is_shared(view) else view for view in views]
             self._keys = {view.disk.name: (view.qdev, view.device) for view in views}
             return views
         raise Busy("the block graph of the guest keeps changing", subject=self.name, hint="run the command again")
+
+    def _is_shared(self, view: DiskView) -> bool:
+        """Whether its device lets other processes write to the image."""
+        is_disk = view.disk.left_out is None and view.disk.obstacle is None
+        return is_disk and self._property(graph.device_path(view.qdev), "share-rw") is True
 
     def _nodes(self) -> list[Mapping[str, Any]] | None:
         """All nodes; None beside a stream job: a QEMU 7.2 might not survive it."""
