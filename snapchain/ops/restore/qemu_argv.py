@@ -36,6 +36,9 @@ _UNITS_OF_A_BUS = {"ide": 2, "scsi": 7}
 _SOCKETS = frozenset({"qmp", "qmp-pretty", "monitor", "serial", "parallel"})
 _SOCKET_KINDS = ("unix:", "tcp:", "telnet:", "websocket:")
 _WAITS = ("wait", "nowait")
+_CONSOLES = _SOCKETS | {"debugcon"}
+_SHARED_CONSOLES = ("tcp:", "telnet:", "websocket:", "udp:", "file:", "pipe:", "/dev/")
+_SHARED_BACKENDS = frozenset({"file", "pipe", "udp", "serial", "tty", "parallel", "parport"})
 _DESCRIPTORS = frozenset({"fd", "fds", "vhostfd", "vhostfds"})
 _MAC = {"device": "mac", "nic": "mac", "net": "macaddr"}
 _FILES_OF_THE_HOST = frozenset({"kernel", "initrd", "bios", "dtb", "readconfig"})
@@ -273,7 +276,9 @@ class _CommandLine:
         """Firmware variables, sockets, identity; and without what makes sense only where the guest came from."""
         kept = [_Option("-nic", "none")] if self._changes.without_network else []
         for option in self._options:
-            if option.name in ("incoming", "loadvm") or (self._changes.without_network and _is_network(option)):
+            if option.name in ("incoming", "loadvm"):
+                continue
+            if self._changes.without_network and not self._isolated(option):
                 continue
             if option.name == "device" and _OF_THE_HOST.match(option.values.get("driver", "")):
                 self.lacking.append(f"a device of the host that it ran on is left out: {option.value}")
@@ -292,6 +297,23 @@ class _CommandLine:
             for name, path in self._changes.nvram.items()
             if path not in self._variables
         ]
+
+    def _isolated(self, option: _Option) -> bool:
+        """Let an option share no port, log or device with the guest that may run here. False where it has to go."""
+        value = option.value or ""
+        if _is_network(option) or option.name in ("s", "gdb", "D"):
+            return False
+        if option.name == "vnc":
+            option.word, option.name, option.value = "-display", "display", "none"
+        elif option.name == "spice":
+            option.value = f"unix=on,addr={self._moved('spice').replace(',', ',,')},disable-ticketing=on"
+        elif option.name in _CONSOLES and value.startswith(_SHARED_CONSOLES):
+            option.value = "null"
+        elif option.name == "chardev":
+            values = option.values
+            if values.get("backend") in _SHARED_BACKENDS or values.keys() & {"host", "port"}:
+                option.parts = [("null", None), ("id", values.get("id", ""))]
+        return True
 
     def _source_of(self, name: str) -> tuple[_Option, str] | None:
         """The -drive, -blockdev or -hda of a disk, and the name of the node or drive.
