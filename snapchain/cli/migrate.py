@@ -36,6 +36,7 @@ _INSTEAD = {
 }
 _BACK = "To go back"
 _LIVE = "For a running guest"
+_WAY_BACK = "`snapchain failback --prepare` here makes a replica of these files, so that only what differs comes back"
 MovedDisks = Annotated[
     list[str] | None,
     options.address(
@@ -398,6 +399,7 @@ def _draw_report(console: Console, report: MigrateReport) -> None:
             ("on the wire", size(report.bytes_sent)),
             ("cutover", quantities.duration(report.cutover_seconds)),
             ("started", started[report.started]),
+            ("way back", _WAY_BACK),
         ],
     )
 
@@ -442,6 +444,7 @@ def _draw_live(console: Console, report: LiveReport) -> None:
             ("memory on the wire", f"{size(report.memory_bytes)} in {counted(report.memory_rounds, 'round')}"),
             ("pause", f"{pause}{bound}; predicted {report.predicted_pause:.2f} s"),
             ("took", quantities.duration(report.seconds)),
+            ("way back", _WAY_BACK),
         ],
     )
 

@@ -66,6 +66,11 @@ class Layer:
     bitmaps: tuple[Bitmap, ...] = ()
     is_block_device: bool = False
 
+    @property
+    def known_format(self) -> str | None:
+        """As `scan` takes it. QEMU knows it, whatever the name says: libvirt calls an overlay web1.before-update."""
+        return self.image_format if self.image_format in ("qcow2", "raw") else None
+
 
 @dataclass(frozen=True, slots=True)
 class GuestDisk:

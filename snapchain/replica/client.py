@@ -14,7 +14,7 @@ from snapchain.errors import Corrupt, InvalidInput
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.guest_checks import GuestCheck, GuestChecks
-from snapchain.model.guest_state import LEGAL, GuestChange, GuestStanding, Transition, apart_from
+from snapchain.model.guest_state import LEGAL, GuestChange, GuestStanding, Transition, knows
 from snapchain.model.retention import DropPoints, Rules
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.stream.messages import (
@@ -215,7 +215,7 @@ def guest_at(
 
 def _is_as_asked(standing: GuestStanding, change: GuestChange) -> bool:
     if change.transition is Transition.KNOW:
-        return not apart_from(change.others, standing.here, *standing.others)
+        return knows(standing, change)
     return (change.token, LEGAL[change.transition][1]) == (standing.token, standing.state)
 
 

@@ -18,9 +18,17 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from snapchain.errors import Busy, Conflict, NotFound, Unsupported
+from snapchain.errors import Busy, Conflict, NotFound, SnapchainError, Unsupported
 from snapchain.guest import journal
-from snapchain.guest.libvirt_migration import Arrived, Presence, arrival_of, host_uuid, names_taken, presence
+from snapchain.guest.libvirt_migration import (
+    Arrived,
+    Presence,
+    arrival_of,
+    host_uuid,
+    names_taken,
+    presence,
+    start_with_host,
+)
 from snapchain.host import run_directory
 from snapchain.host.virsh import Virsh, is_installed, socket_of
 from snapchain.model.guest_state import Transition
@@ -49,7 +57,7 @@ class DomainArrival(GuestArrival):
         self, root: Path, request: Move, cases: list[Case], found: journal.Found | None, domain: MovingDomain
     ) -> None:
         super().__init__(root, request, cases, found)
-        self._uuid, self._title = domain.uuid, domain.name
+        self._uuid, self._title, self._starts_with_host = domain.uuid, domain.name, domain.starts_with_host
         self._virsh = Virsh()
         self._arrived: Arrived | None = None
         self._host = ""
@@ -112,6 +120,9 @@ class DomainArrival(GuestArrival):
         self._change(Transition.START, host=socket.gethostname())
         self._has_run = True
         self._arrived = arrival_of(self._virsh, self._uuid)
+        if self._starts_with_host:
+            with suppress(SnapchainError):  # a guest without a definition that lasts cannot
+                start_with_host(self._virsh, self._uuid)
         if self._found is not None:
             run_directory.remove(details_of(self._found).directory)
             journal.remove(self._found.path)

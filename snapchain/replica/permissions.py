@@ -42,7 +42,8 @@ class Permissions:
         if kind is Kind.ACTIVE and isinstance(request, Active) and request.make:
             needed = frozenset({Right.HANDOVER})
         if kind is Kind.GUEST and isinstance(request, AskGuest) and request.change is not None:
-            only_adds = request.change.transition is Transition.KNOW
+            change = request.change
+            only_adds = change.transition is Transition.KNOW and not change.gone and not change.back
             needed = frozenset({Right.HANDOVER, Right.SEND} if only_adds else {Right.HANDOVER})
         if kind is Kind.OPEN and isinstance(request, Open) and request.by_name:
             self._check(frozenset({Right.EPOCHS}), "skip epochs, or end a handover", subject)

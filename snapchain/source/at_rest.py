@@ -32,7 +32,7 @@ class ImageAtRest:
         self, image: Path, *, format: str | None = None, image_dirs: Sequence[Path] = (), on_event: OnEvent = ignore
     ) -> None:
         self.image = image
-        self._format, self._image_dirs, self._on_event = format, image_dirs, on_event
+        self.image_format, self._image_dirs, self._on_event = format, image_dirs, on_event
 
     @contextmanager
     def opened(self, scope: Scope = Scope.ALL) -> Iterator[ImageChain]:
@@ -46,7 +46,7 @@ class ImageAtRest:
         with ExitStack() as stack:
             is_written = scope is Scope.SEALED
             chain = stack.enter_context(
-                scan(self.image, format=self._format, image_dirs=self._image_dirs, is_written=is_written)
+                scan(self.image, format=self.image_format, image_dirs=self._image_dirs, is_written=is_written)
             )
             count = len(chain.files)
             if scope is Scope.SEALED and count < 2:
@@ -63,7 +63,7 @@ class ImageAtRest:
 
     def plan(self) -> sealing.SnapshotPlan:
         """What `seal` would do. Raises as `sealing.plan`."""
-        return sealing.plan(self.image, image_format=self._format, image_dirs=self._image_dirs)
+        return sealing.plan(self.image, image_format=self.image_format, image_dirs=self._image_dirs)
 
     def seal(self) -> Path:
         """See `Sealer`. Raises Busy when somebody has the image open, and as `sealing.plan`."""

@@ -172,6 +172,7 @@ class Spy:
 
     def __init__(self, path: Path, daemon: Path, on: Callable[[str], bool]) -> None:
         self.events: list[str] = []
+        self.faults: list[Exception] = []
         self.uri = f"qemu+unix:///system?socket={path}"
         self._daemon, self._on = str(daemon), on
         self._listening = socket.socket(socket.AF_UNIX)
@@ -180,7 +181,10 @@ class Spy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
+        """Raises what `on` has raised."""
         self._listening.close()
+        if self.faults:
+            raise self.faults[0]
 
     def _accept(self) -> None:
         while True:
@@ -219,4 +223,8 @@ class Spy:
             return False
         event = f"{CALLS[procedure]} {('call', 'answer')[kind]}"
         self.events.append(event)
-        return self._on(event)
+        try:
+            return self._on(event)
+        except Exception as error:  # noqa: BLE001 - raised by `close`: a thread of ours would take it along
+            self.faults.append(error)
+            return True

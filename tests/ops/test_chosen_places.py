@@ -66,7 +66,7 @@ READS = (
     "verify {mine}/repo",
     "status {mine}/repo",
 )
-NO_IMAGE = {"receive", "serve-replica", "guests", "watch", "failover", "failback"}
+NO_IMAGE = {"receive", "serve-replica", "guests", "watch", "failover", "failback", "retire"}
 """They make files of a replica below a directory, as `send` does, or ask a guest for its images.
 
 failback takes only images that `fence` has marked.

@@ -254,7 +254,7 @@ class Failover:
         standing, reach = self._standing, self._request.reach
         places = [*standing.others, *([] if standing.at is None else [standing.at])]
         own = [self._place, Place(url=self._destination.url)]
-        return OtherDestinations(self._view.name, places, reach, own=own, on_event=self._on_event)
+        return OtherDestinations(self._view.name, places, reach, own=own, gone=standing.gone, on_event=self._on_event)
 
     @property
     def _place(self) -> Place:

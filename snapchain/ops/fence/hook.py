@@ -134,11 +134,11 @@ def check(guest: str, xml: str, places: Sequence[Callable[[], Writing]], *, requ
     required and a destination gives none in time.
     """
     notes: list[str] = []
-    sources = _sources(xml, guest)
-    images = [image for source in sources if (image := _image(source, notes)) is not None]
-    epochs = [epoch for image in images if (epoch := _looked_at(image, notes)) is not None]
+    disks = _disks(xml, guest)
+    images = [(image, kind) for source, kind in disks if (image := _image(source, notes)) is not None]
+    epochs = [epoch for image, kind in images if (epoch := _looked_at(image, kind, notes)) is not None]
     # A block device is written in the first epoch, as only files are handed over; of other sources nothing is known.
-    if not places or not (images or any(source.get("dev") for source in sources)):
+    if not places or not (images or any(source.get("dev") for source, _ in disks)):
         return notes
     answers, silent = _asked(guest, places)
     notes += silent
@@ -159,15 +159,16 @@ def check(guest: str, xml: str, places: Sequence[Callable[[], Writing]], *, requ
     return notes
 
 
-def _sources(xml: str, guest: str) -> list[ET.Element]:
-    """Where the disks are that the guest may write to."""
+def _disks(xml: str, guest: str) -> list[tuple[ET.Element, str | None]]:
+    """Where the disks are that the guest may write to, each with its format, None where the definition has none."""
     root = domain_xml.parse(xml[:_LARGEST_XML], subject=guest)
-    return [
-        source
-        for disk in root.iterfind("devices/disk")
-        if disk.get("device", "disk") == "disk" and disk.find("readonly") is None
-        for source in disk.findall("source")
-    ]
+    found = []
+    for disk in root.iterfind("devices/disk"):
+        source, driver = disk.find("source"), disk.find("driver")
+        if source is not None and disk.get("device", "disk") == "disk" and disk.find("readonly") is None:
+            kind = None if driver is None else driver.get("type")
+            found.append((source, kind if kind in ("qcow2", "raw") else None))
+    return found
 
 
 def _image(source: ET.Element, notes: list[str]) -> Path | None:
@@ -187,10 +188,10 @@ def _image(source: ET.Element, notes: list[str]) -> Path | None:
     return None
 
 
-def _looked_at(image: Path, notes: list[str]) -> int | None:
+def _looked_at(image: Path, image_format: str | None, notes: list[str]) -> int | None:
     """The epoch of an image. Raises Conflict where another host has it, Corrupt for a mark that cannot be read."""
     try:
-        with scan(image) as chain:
+        with scan(image, format=image_format) as chain:
             check_not_given(chain)
             return epoch_of(chain, Notes())
     except (Conflict, Corrupt):

@@ -27,7 +27,6 @@ from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.live_settle import MoveRecord, MovingDisk, Verdict
 from snapchain.ops.migrate.look import opened
-from snapchain.ops.migrate.request import Move as MovedImage
 from snapchain.replica.guest_client import moving
 from snapchain.replica.stream.messages import DomainPresence, MoveStep, Moving
 from snapchain.source import ownership
@@ -126,7 +125,7 @@ class _End:
         return all(mark is not None and (mark.token == self._record.token or mark.taken_over) for mark in marks)
 
     def _mark_of(self, disk: MovingDisk) -> Given | None:
-        with opened(self._record.request, MovedImage(disk.image, disk.mark.disk)) as chain:
+        with opened(self._record.request, disk.moved) as chain:
             return ownership.given(chain, Notes())
 
     def _judge(self, stage: str, here: Presence, there: Moving | None) -> Verdict:
@@ -171,7 +170,7 @@ class _End:
             self._leaving.resume()
         if record.stage == "switching":  # after `resume`: by the marks it is known who has paused the guest
             for each in record.disks:
-                with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
+                with opened(record.request, each.moved) as chain:
                     ownership.unfence(chain, record.token, epoch=each.mark.epoch + 1 if is_gone else 1)
         if here not in (Presence.ABSENT, Presence.DEFINED) and self._domain.max_downtime:
             with suppress(SnapchainError):  # a bound that nobody but the next migration heeds

@@ -602,10 +602,11 @@ class DomainPresence(StrEnum):
 
 
 class MovingDomain(Message):
-    """A domain of libvirt."""
+    """A domain of libvirt. starts_with_host: it is started when its host boots"""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=1000), AfterValidator(_printable)]
     uuid: str = Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+    starts_with_host: bool = False
 
 
 LARGEST_NVRAM = 64 << 20
