@@ -137,7 +137,7 @@ def test_a_second_move_that_is_refused_leaves_the_first_one_alone(pair: Pair) ->
         first.wait_until_mirrored(lambda _done, _total: None)
         first.send_memory(pair.ram, pause_limit=30, bandwidth=None, auto_converge=False)
         first.wait_for_switchover(lambda _look: None)
-        with pytest.raises(Refused):
+        with pytest.raises(Refused, match="QEMU refused blockdev-mirror"):
             second.mirror(pair.nbd, speed=0)
         second.undo({}, {})
         first.end_mirrors(seconds=60)
