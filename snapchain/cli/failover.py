@@ -195,6 +195,8 @@ def failover(
 
     if reason is not None and not source_is_gone:
         raise InvalidInput("--reason belongs to --source-is-gone")
+    if check is not None and not test:
+        raise InvalidInput("--check is for --test")
     if test:
         _test(guests, into, out, to=to, prove=prove, check=check, timeout=timeout, connect=connect)
         return
@@ -229,7 +231,11 @@ def failover(
     if withdraw:
         if many:
             raise InvalidInput("--withdraw is for one guest")
-        out.report(work[names[0]](out.on_event).withdraw(), _draw_withdrawn)
+        one = work[names[0]](out.on_event)
+        if out.dry_run:
+            out.plan(one.plan_withdraw(), _draw_withdraw_plan)
+        else:
+            out.report(one.withdraw(), _draw_withdrawn)
         return
     if not many:
         one = work[names[0]](out.on_event)
@@ -496,6 +502,12 @@ def _draw_plans(console: Console, plans: FailoversPlan) -> None:
     for plan in plans.guests:
         _draw_plan(console, plan)
     _draw_failed(console, plans)
+
+
+def _draw_withdraw_plan(console: Console, standing: GuestStanding) -> None:
+    from snapchain.model.guest_state import describe
+
+    render.headline(console, f"would withdraw the failover of {standing.guest}: it is {describe(standing)}")
 
 
 def _draw_withdrawn(console: Console, standing: GuestStanding) -> None:

@@ -21,11 +21,19 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.guest.protocol import Guest
-    from snapchain.ops.migrate.live_request import AbortReport, LivePlan, LiveReport
+    from snapchain.ops.migrate.live_request import AbortPlan, AbortReport, LivePlan, LiveReport
     from snapchain.ops.migrate.run import MigratePlan, MigrateReport, TakeBackPlan, TakeBackReport
     from snapchain.ops.other_destinations import Reach
     from snapchain.ops.ship.request import Divergence
 
+_MAX_DOWNTIME = 1.0
+"""Seconds, as of `LiveRequest`."""
+_INSTEAD = {
+    "--limit-rate": "--bandwidth limits all that a running guest sends",
+    "--bandwidth": "--limit-rate limits what disks send",
+    "--start-hook": "snapchain starts a running guest there; --after runs a program once it runs",
+    "--after": "--start-hook runs a program once the destination has the disks",
+}
 _BACK = "To go back"
 _LIVE = "For a running guest"
 _WAY_BACK = "`snapchain failback --prepare` here makes a replica of these files, so that only what differs comes back"
@@ -67,7 +75,7 @@ def migrate(
             help="How long the guest may be paused. Refused beforehand where that cannot be met.",
             rich_help_panel=_LIVE,
         ),
-    ] = 1.0,
+    ] = _MAX_DOWNTIME,
     bandwidth: Annotated[
         str | None,
         typer.Option(
@@ -205,6 +213,28 @@ def migrate(
 
     If it is interrupted, run the same command again: it continues.
     """
+    of_disks = {
+        "--start-hook": start_hook,
+        "--prove": prove,
+        "--format": image_format,
+        "--limit-rate": limit_rate,
+        "--connections": connections != 1,
+    }
+    of_guests = {
+        "--max-downtime": max_downtime != _MAX_DOWNTIME,
+        "--bandwidth": bandwidth,
+        "--auto-converge": auto_converge,
+        "--rounds": rounds,
+        "--dest-uri": dest_uri,
+        "--start-command": start_command,
+        "--before": before,
+        "--after": after,
+    }
+    for option in (each for each, given in (of_disks if guest is not None else of_guests).items() if given):
+        raise InvalidInput(
+            f"{option} is for {'disks' if guest is not None else 'a running guest'}",
+            hint=_INSTEAD.get(option, f"leave out {option}"),
+        )
     if guest is not None:
         _check_live(offline=offline or paused or take_back, unasked=destination_is_gone, abort=abort)
         live = _Live(
@@ -301,11 +331,14 @@ def _migrate_guest(
     address: GuestAddress, words: Sequence[str], asked: _Live, *, abort: bool, is_gone: bool, out: Output
 ) -> None:
     from snapchain.guest.address import open_guest
-    from snapchain.ops.migrate.live import abort as end
+    from snapchain.ops.migrate.live import abort as end, plan_abort
 
     if abort:
         if words:
             raise InvalidInput("--abort needs no destination: it is recorded", subject=words[0])
+        if out.dry_run:
+            out.plan(plan_abort(address), _draw_abort_plan)
+            return
         out.report(end(address, is_gone=is_gone, on_event=out.on_event), _draw_settled)
         return
     with open_guest(address, on_event=out.on_event) as guest:
@@ -414,6 +447,17 @@ def _draw_live(console: Console, report: LiveReport) -> None:
             ("way back", _WAY_BACK),
         ],
     )
+
+
+def _draw_abort_plan(console: Console, plan: AbortPlan) -> None:
+    if not plan.interrupted:
+        render.headline(console, "no migration was left")
+    for each in plan.interrupted:
+        render.headline(console, f"would end the migration of {each.guest} to {render.place(each.destination)}")
+        asked = "the guest goes on here" if each.stage == "moving" else "the destination says who has the guest"
+        if each.stage == "switched":
+            asked = "the guest is the destination's, and its QEMU here ends"
+        render.line(console, f"begun at {quantities.moment(each.time)}: {asked}", indent=2)
 
 
 def _draw_settled(console: Console, report: AbortReport) -> None:

@@ -164,8 +164,8 @@ def roots(block: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _kind(qdev: str, types: Mapping[str, str]) -> str:
-    """The type of a disk's device. qdev: its path or one below it, such as /machine/peripheral/vda/virtio-backend"""
-    return types.get("/".join(qdev.split("/")[:4]) if "/" in qdev else f"/machine/peripheral/{qdev}", "")
+    """The type of a disk's device."""
+    return types.get(device_path(qdev), "")
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -380,6 +380,16 @@ def _without_shared(views: Sequence[DiskView]) -> Iterator[DiskView]:
             others = users[view.disk.active.identity or view.disk.active.node] - {view.disk.name}
         words = f"its active layer is also used by {', '.join(sorted(others))}"
         yield _obstructed(view, words) if others else view
+
+
+def with_sharing(view: DiskView) -> DiskView:
+    """Of a disk that other guests may write to, too."""
+    return _obstructed(view, "it is shared with other guests (share-rw=on), which write to it too")
+
+
+def device_path(qdev: str) -> str:
+    """The QOM path of a disk's device. qdev: its id, or a path such as /machine/peripheral/vda/virtio-backend"""
+    return "/".join(qdev.split("/")[:4]) if "/" in qdev else f"/machine/peripheral/{qdev}"
 
 
 def _obstructed(view: DiskView, obstacle: str) -> DiskView:

@@ -20,7 +20,9 @@ _LARGEST_FILE = 16 << 20
 """Bytes. Firmware variables take at most 4 MiB, the state of a TPM some hundred KiB."""
 _MOST_TPM_FILES = 32
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
-_HOST_DEVICES = re.compile(r"vfio-|usb-host$|host-|scsi-block$|scsi-generic$|vhost-vdpa|igd-|ccid-card-passthru")
+_HOST_DEVICES = re.compile(
+    r"vfio-|usb-host$|host-|scsi-block$|scsi-generic$|vhost-vdpa|igd-|ccid-card-passthru|virtio-9p|usb-mtp$"
+)
 _NETWORK = re.compile(r"net|e1000|rtl8139|ne2k|pcnet|tulip|eepro|i8255|igb|vmxnet")
 _SOCKET = re.compile(r"(?:disconnected:)?unix:([^@].*?)(?:,server(?:=\w+)?)?(?: <-> .*)?$")
 _STATE_DIRECTORY = re.compile(r"(?:^|,)dir=((?:[^,]|,,)*)")
@@ -47,7 +49,7 @@ def definition(
         files=tuple(files),
         media=tuple(_media(block, process)),
         immovable=tuple(
-            f"{path.rpartition('/')[2]} ({kind}) is a device of this host"
+            f"{path.rpartition('/')[2]} ({kind}) is a device or a directory of this host"
             for path, kind in devices.items()
             if _HOST_DEVICES.match(kind)
         ),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from snapchain.errors import Busy
 from snapchain.guest import graph
 from snapchain.guest.disks import no_such_disk
 from snapchain.guest.graph import DiskView
+from snapchain.guest.machine_view import devices_of
 from snapchain.guest.protocol import GuestDisk
 from snapchain.guest.qemu_files import Located, QemuFiles, with_thread
 from snapchain.guest.qmp import Monitor, Refused, not_understood
@@ -54,6 +55,7 @@ class QmpGraph:
                 continue
             except graph.Misread as error:
                 raise not_understood("query-block", str(error), subject=self._monitor.path) from error
+            views = [graph.with_sharing(view) if self._is_shared(view) else view for view in views]
             self.keys = {view.disk.name: (view.qdev, view.device) for view in views}
             return views
         raise Busy("the block graph of the guest keeps changing", subject=self._guest, hint="run the command again")
@@ -71,13 +73,18 @@ class QmpGraph:
 
     def devices(self) -> dict[str, str]:
         """QOM path -> type, of the devices of the command line and those plugged in later."""
-        found = {}
-        for folder in ("/machine/peripheral", "/machine/peripheral-anon"):
-            for each in self._monitor.rows("qom-list", {"path": folder}):
-                kind = re.fullmatch(r"child<(.*)>", str(each.get("type")))
-                if kind is not None:
-                    found[f"{folder}/{each.get('name')}"] = kind[1]
-        return found
+        return devices_of(self._monitor)
+
+    def _is_shared(self, view: DiskView) -> bool:
+        """Whether its device lets other processes write to the image."""
+        is_disk = view.disk.left_out is None and view.disk.obstacle is None
+        return is_disk and self.property_of(graph.device_path(view.qdev), "share-rw") is True
+
+    def property_of(self, path: str, name: str) -> object:
+        """Of an object, by its QOM path; None where it has no such."""
+        with suppress(Refused):
+            return self._monitor.execute("qom-get", {"path": path, "property": name})
+        return None
 
     def named(self, disk: str, *, process: QemuFiles | None = None) -> DiskView:
         """One disk. Raises NotFound."""

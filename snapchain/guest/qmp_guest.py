@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from snapchain.guest.protocol import (
     NewOverlay,
     State,
 )
-from snapchain.guest.qmp import Monitor, Refused, not_understood
+from snapchain.guest.qmp import Monitor, not_understood
 from snapchain.guest.qmp_activities import at_work
 from snapchain.guest.qmp_definition import definition, socket_of
 from snapchain.guest.qmp_graph import QmpGraph, node_names, word
@@ -149,16 +149,11 @@ class QmpGuest:
 
     def _agent_socket(self) -> Path | None:
         for path, kind in self._graph.devices().items():
-            if kind != "virtserialport" or self._property(path, "name") != _AGENT_PORT:
+            if kind != "virtserialport" or self._graph.property_of(path, "name") != _AGENT_PORT:
                 continue
-            chardev = self._property(path, "chardev")
+            chardev = self._graph.property_of(path, "chardev")
             if isinstance(chardev, str):
                 return socket_of(self._monitor, self._graph.process(), chardev)
-        return None
-
-    def _property(self, path: str, name: str) -> object:
-        with suppress(Refused):
-            return self._monitor.execute("qom-get", {"path": path, "property": name})
         return None
 
     # --- Snapshots.

@@ -33,6 +33,9 @@ AUTO_CONVERGE = "auto-converge"
 LOOK_SECONDS = 0.5
 """Between two looks at something that reports no event."""
 _PREFIX = "sc-move-"
+_LIMITS = ("downtime-limit", "max-bandwidth")
+_SWITCHES = ("finish-migrate", "postmigrate")
+"""What the guest is called while QEMU has paused it for the switch."""
 _UNLIMITED = 64 << 30
 """Bytes a second: more than any link."""
 _OVER = ("none", "completed", "failed", "cancelled")
@@ -237,7 +240,8 @@ class Outgoing:
     def wait_for_switchover(self, on_look: Callable[[MemoryLook], None]) -> MemoryLook:
         """Until the guest is paused at pre-switchover. on_look: called at each look; what it raises ends the wait.
 
-        Raises Unavailable for a migration that has ended, and as `check_mirrors`.
+        Raises Unavailable for a migration that has ended, Conflict for a guest that somebody has paused, or that has
+        shut down: it would run there. And as `check_mirrors`.
         """
         while True:
             mark = self._monitor.mark()
@@ -246,9 +250,19 @@ class Outgoing:
                 return look
             if look.is_over:
                 raise _ended(look, self._monitor)
+            self._check_runs()
             self.check_mirrors()
             on_look(look)
             self._monitor.wait(_is_news, after=mark, seconds=LOOK_SECONDS)
+
+    def _check_runs(self) -> None:
+        answer = self._monitor.fields("query-status")
+        if answer.get("running") is not True and answer.get("status") not in _SWITCHES:
+            raise Conflict(
+                f"the guest does not run any more: it is {answer.get('status')}",
+                subject=self._monitor.path,
+                hint="let it run, then run it again; or migrate its disks with --offline or --paused",
+            )
 
     def end_mirrors(self, *, seconds: float) -> None:
         """At pre-switchover: have each mirror drain and flush, and end. Raises Unavailable for an error of any.
@@ -322,26 +336,41 @@ class Outgoing:
         """Bytes that the mirrors are behind. Raises as `check_mirrors`."""
         return sum(max(0, total - done) for _, done, total in self.check_mirrors())
 
-    def undo(self, capabilities: Mapping[str, bool], *, seconds: float = _UNDO_SECONDS) -> None:
+    def limits(self) -> dict[str, int]:
+        """As they are now, for `undo`."""
+        found = self._monitor.fields("query-migrate-parameters")
+        return {name: value for name in _LIMITS if isinstance(value := found.get(name), int)}
+
+    def undo(
+        self, capabilities: Mapping[str, bool], limits: Mapping[str, int], *, seconds: float = _UNDO_SECONDS
+    ) -> None:
         """The guest goes on here as before, and nothing of ours is left in it. Idempotent, from whatever state.
 
-        capabilities: as they were before. The caller knows that no other host has the guest or will have it.
+        capabilities, limits: as they were before. The caller knows that no other host has the guest or will have it by
+        this move.  A migration beside which no mirror of this move is, is another one's: it is left alone, and so is a
+        guest that it has paused.
         seconds: for each of its steps. The guest goes on first; a mirror whose link hangs ends only with that.
         Raises Unavailable where QEMU does not come to rest.
         """
-        self._cancel_memory(seconds)
-        self._go_on()
-        self._end_jobs(seconds)
+        if self._our_jobs():
+            self._cancel_memory(seconds)
+            self._go_on()
+            with suppress(Refused):
+                before = {name: capabilities.get(name, False) for name in (*CAPABILITIES, AUTO_CONVERGE)}
+                _set_capabilities(self._monitor, before)
+                if limits:
+                    self._monitor.execute("migrate-set-parameters", limits, repeatable=True)
+            self._end_jobs(seconds)  # last: by them it is known that the rest is ours
         for job in self._jobs:
             with suppress(Refused):  # it was never opened, or is closed
                 self._monitor.execute("blockdev-del", {"node-name": job})
-        with suppress(Refused):
-            before = {name: capabilities.get(name, False) for name in (*CAPABILITIES, AUTO_CONVERGE)}
-            _set_capabilities(self._monitor, before)
+
+    def _our_jobs(self) -> list[Mapping[str, object]]:
+        return [row for row in self._monitor.rows("query-jobs") if row.get("id") in self._jobs]
 
     def _go_on(self) -> None:
         answer = self._monitor.fields("query-status")
-        if answer.get("status") in ("postmigrate", "finish-migrate"):
+        if answer.get("status") in _SWITCHES:
             self._monitor.execute("cont", repeatable=True)
 
     def _cancel_memory(self, seconds: float) -> None:
@@ -359,8 +388,7 @@ class Outgoing:
         until = time.monotonic() + seconds
         while True:
             mark = self._monitor.mark()
-            ours = [row for row in self._monitor.rows("query-jobs") if row.get("id") in self._jobs]
-            if not ours:
+            if not (ours := self._our_jobs()):
                 return
             for row in ours:
                 over = row.get("status") == "concluded"

@@ -224,6 +224,10 @@ class GuestStanding(Part):
         """Whether the guest may run at this destination's host, by a failover or a move to it."""
         return self.state not in (GuestState.PROTECTED, GuestState.MOVING, GuestState.PROMOTING)
 
+    def overtakes(self, *, token: str, epoch: int) -> bool:
+        """Whether another decision than the one with a token has made a host the master in an epoch, or a later one."""
+        return self.is_taken_over and self.epoch >= epoch and self.token != token
+
     def for_older(self) -> GuestStanding:
         """As programs understand it that do not know of several destinations."""
         return self.model_copy(update={"others": (), "gone": (), "at": None, "here": None})

@@ -34,7 +34,7 @@ from snapchain.host.virsh import Virsh, is_installed, socket_of
 from snapchain.model.guest_state import Transition
 from snapchain.replica.guest_server import GuestArrival
 from snapchain.replica.handover import Case
-from snapchain.replica.move_record import details_of, remove_made
+from snapchain.replica.move_record import details_of
 from snapchain.replica.stream.guest_messages import DomainPresence, Move, MoveStep, Moving, MovingDomain
 
 _WAIT_SECONDS = 60.0
@@ -114,6 +114,8 @@ class DomainArrival(GuestArrival):
             now = self._settled_presence()
             if now in (Presence.ABSENT, Presence.WAITING):
                 raise Conflict(f"libvirt does not run the domain here: it is {now.value}", subject=self._title)
+            if (fault := self._overtaken()) is not None:
+                raise fault
             self._change(Transition.SWITCH, host=socket.gethostname())
         self._follow()
         self._change(Transition.START, host=socket.gethostname())
@@ -128,24 +130,22 @@ class DomainArrival(GuestArrival):
             self._found = None
 
     def end(self) -> None:
-        """Give it up. Raises Conflict where libvirt has the domain, Busy where it still waits for its memory."""
+        """Give it up. Raises as `GuestArrival.end`; Busy where libvirt's QEMU still waits for its memory."""
         if self._is_given():
             raise Conflict("the guest is this host's", subject=self._guest, hint="migrate it from here")
+        fault = self._overtaken()
         if self._found is None:
+            if fault is not None:
+                raise fault
             return
         now = self._settled_presence()
         if now is Presence.WAITING:
             raise Busy("libvirt's QEMU for it still waits here", subject=self._title, hint="wait until it has ended")
         if now is not Presence.ABSENT:
             raise Conflict("libvirt has the guest here", subject=self._title, hint="migrate it from here")
-        details = details_of(self._found)
-        self._change(Transition.ABORT, host=self._by)
-        for made in details.overlays:
-            remove_made(made)
-        run_directory.remove(details.directory)
-        journal.remove(self._found.path)
-        self._found = None
-        self._tell_hooks("aborted")
+        if fault is None:
+            self._change(Transition.ABORT, host=self._by)
+        self._forget(details_of(self._found), fault)
 
     def _settled_presence(self) -> Presence:
         """How libvirt has it, once it does not wait for its memory any more; WAITING where that does not end."""

@@ -86,6 +86,7 @@ class GuestMove:
             answer.version or "",
             answer.machine or "",
             answer.libvirt,
+            *(text for line in answer.view.items() for text in line),
         ):
             if printable(text) != text:
                 raise Corrupt("it names an impossible file", subject=self._endpoint.url)

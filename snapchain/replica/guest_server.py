@@ -27,15 +27,25 @@ from typing import TYPE_CHECKING
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable
 from snapchain.guest import journal
+from snapchain.guest.machine_view import machine_view
 from snapchain.guest.qmp import Monitor
 from snapchain.guest.qmp_migration import Incoming, version_of
 from snapchain.host import files, run_directory, site_hooks
 from snapchain.host.detached import start_program
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.priority import urgent
-from snapchain.host.process_identity import identity
+from snapchain.host.process_identity import boot_id, identity
+from snapchain.host.qemu_processes import qemu_processes
 from snapchain.host.site_hooks import run_site_hooks
-from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Transition, after, is_done
+from snapchain.model.guest_state import (
+    GuestChange,
+    GuestStanding,
+    GuestState,
+    Transition,
+    after,
+    describe_takeover,
+    is_done,
+)
 from snapchain.replica.guest_states import look
 from snapchain.replica.guest_store import alone_with, disks_of, make_nvram, write_standing
 from snapchain.replica.handover import Case, cases_of, check_may_be_given, record_given, revoke_given
@@ -44,7 +54,16 @@ from snapchain.replica.left_behind import remove_left_behind
 from snapchain.replica.move_record import OPERATION, MoveDetails, details_of, made_file, record_of, remove_made, write
 from snapchain.replica.store import Work, in_turn, open_replica
 from snapchain.replica.stream.frames import Kind
-from snapchain.replica.stream.guest_messages import HandedDisk, Move, MoveStep, Moving, MovingDomain
+from snapchain.replica.stream.guest_messages import (
+    LONGEST_KEY,
+    LONGEST_VALUE,
+    MOST_ENTRIES,
+    HandedDisk,
+    Move,
+    MoveStep,
+    Moving,
+    MovingDomain,
+)
 from snapchain.replica.stream.messages import ActiveState
 
 if TYPE_CHECKING:
@@ -128,6 +147,7 @@ class GuestArrival:
         self._resumed: float | None = None
         self._version: str | None = None
         self._machine: str | None = None
+        self._view: dict[str, str] = {}
         self._wrote = 0.0
         self._urgent = ExitStack()
         self._domain: MovingDomain | None = request.domain
@@ -156,7 +176,9 @@ class GuestArrival:
                 before = time.monotonic()
                 self._write(details_of(self._found))
                 self._wrote = time.monotonic() - before
-        return self._standing(begun)
+        answer = self._standing(begun)
+        self._view = {}  # told once: a guest waits for later answers
+        return answer
 
     def close(self) -> None:
         """Settle what is unfinished, where this stream has begun it."""
@@ -254,10 +276,14 @@ class GuestArrival:
         self._version = ".".join(map(str, version_of(self._monitor)))
         machine = self._monitor.execute("qom-get", {"path": "/machine", "property": "type"})
         self._machine = str(machine).removesuffix("-machine")
+        view = list(machine_view(self._monitor).items())[:MOST_ENTRIES]
+        self._view = {key[:LONGEST_KEY]: value[:LONGEST_VALUE] for key, value in view}
         incoming.listen(details.directory / RAM, details.directory / NBD, self._exports)
 
     def _give(self) -> None:
         self._at("started")
+        if (fault := self._overtaken()) is not None:
+            raise fault
         if not self._alive():
             raise Conflict("the QEMU that had got the guest has ended here", subject=self._guest)
         try:
@@ -322,10 +348,17 @@ class GuestArrival:
         self._has_run = True
 
     def end(self) -> None:
-        """Give it up. Raises Conflict where the guest may have run here, or has come whole and is this host's."""
+        """Give it up.
+
+        Raises Conflict where the guest may have run here, or has come whole and is this host's; and where it was taken
+        over by another decision: then no sender may think that it is its own again.
+        """
+        fault = self._overtaken()
         if self._found is None:
             if self._is_given():
                 raise Conflict("the guest was given to this host, and may have run here", subject=self._guest)
+            if fault is not None:
+                raise fault
             return
         details, given = details_of(self._found), self._is_given()
         if details.stage == "ran" or (given and self._alive()):
@@ -334,18 +367,28 @@ class GuestArrival:
             self._monitor.close()
             self._monitor = None
         self._urgent.close()
-        kill(details.qemu)
+        kill(details.qemu, boot=self._found.record.boot)
+        for process in qemu_processes():  # one of which a snapchain that was killed had no time to make a note
+            if any(f"{details.directory}/" in word for word in process.argv):
+                kill((process.pid, process.started), boot=boot_id())
         if given:
             self._change(Transition.WITHDRAW, host=self._by)
             self._cases = [revoke_given(case, self._token) for case in self._cases]
-        else:
+        elif fault is None:
             self._change(Transition.ABORT, host=self._by)
-        for made in (*details.overlays, *details.nvram):
+        self._forget(details, fault)
+
+    def _forget(self, details: MoveDetails, fault: Conflict | None) -> None:
+        """Remove what was made for the guest. fault: raised then; what the files are that decision has to say."""
+        for made in (*details.overlays, *details.nvram) if fault is None else ():
             remove_made(made)
         run_directory.remove(details.directory)
+        assert self._found is not None
         journal.remove(self._found.path)
         self._found = None
         self._tell_hooks("aborted")
+        if fault is not None:
+            raise fault
 
     def _run_hooks(self, when: str) -> None:
         """Those of this host's administrator. Raises as `run_site_hooks`."""
@@ -368,7 +411,16 @@ class GuestArrival:
     def _is_given(self) -> bool:
         """Whether this host is the guest's master by this move."""
         now = self._standing_now()
-        return now.token == self._token and now.state in (GuestState.SWITCHED, GuestState.ACTIVE)
+        return now.token == self._token and now.has_begun
+
+    def _overtaken(self) -> Conflict | None:
+        """The error where another decision than this move has made a host the guest's master since."""
+        now = self._standing_now()
+        if not now.overtakes(token=self._token, epoch=self._epoch):
+            return None
+        return Conflict(
+            describe_takeover(now), subject=f"{self._root}: {self._guest}", hint="start it on that host only"
+        )
 
     def _change(self, transition: Transition, *, host: str, token: str | None = None) -> None:
         """Take the guest to its next state here, unless it is there already. Raises Conflict."""
@@ -421,6 +473,7 @@ class GuestArrival:
             ran=details is not None and details.stage == "ran",
             version=self._version,
             machine=self._machine,
+            view=self._view,
             cpu=cpu_digest(),
             free=files.free_bytes(self._root),
             clock=(begun + time.time()) / 2,

@@ -61,14 +61,14 @@ def is_alive(process: Identity | None, *, boot: str | None = None) -> bool:
     return still_runs(process, boot=boot_id() if boot is None else boot)
 
 
-def kill(process: Identity | None) -> None:
-    """End it, and wait until it has ended. Raises Unavailable."""
-    if process is None or not is_alive(process):
+def kill(process: Identity | None, *, boot: str) -> None:
+    """End it, and wait until it has ended. boot: of the host when it was started. Raises Unavailable."""
+    if process is None or not is_alive(process, boot=boot):
         return
     with suppress(ProcessLookupError):
         os.kill(process[0], signal.SIGKILL)
     until = time.monotonic() + _END_SECONDS
-    while is_alive(process):
+    while is_alive(process, boot=boot):
         if time.monotonic() >= until:
             raise Unavailable("the QEMU of the guest does not end", subject=f"process {process[0]}")
         time.sleep(_POLL_SECONDS)

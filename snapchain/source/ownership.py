@@ -210,11 +210,13 @@ def fence(
     image_dirs: Sequence[Path] = (),
     top_only: bool = False,
     stays_writable: bool = False,
+    replaces: str | None = None,
 ) -> list[Path]:
     """Mark the disk's own files as given away and make them read-only, durably; the uppermost first. May be repeated.
 
     top_only: only the uppermost, whose mark decides, while a guest waits for it; its owner has checked it beforehand
     stays_writable: its guest runs on it still, and may go on: QEMU opens it again to write then
+    replaces: token of a handover of which the destination says that it never had the disk
     Raises Unsupported as `check_can_be_given`, Conflict where it is being given by another handover.
     """
     files = [chain.top] if top_only else check_can_be_given(chain, image_dirs=image_dirs)
@@ -227,7 +229,8 @@ def fence(
         def marked(note: LayerNote, path: Path = path, mode: int = mode, above: int = above) -> LayerNote:
             before = note.given
             if before is not None and before.token != mark.token:
-                is_followed = bool(before.taken_over and mark.taken_over and before.epoch < mark.epoch)
+                is_later = bool(before.taken_over and mark.taken_over and before.epoch < mark.epoch)
+                is_followed = is_later or before.token == replaces
                 if not is_followed and before.epoch >= max(above, epoch_handed(path)):
                     raise Conflict(describe_gift(before), subject=chain.top.path, hint="let that run end")
                 before = before if is_followed else None
@@ -241,7 +244,13 @@ def fence(
 
 
 def mark_taken_over(
-    chain: ImageChain, standing: GuestStanding, *, destination: str, disk: str, image_dirs: Sequence[Path] = ()
+    chain: ImageChain,
+    standing: GuestStanding,
+    *,
+    destination: str,
+    disk: str,
+    image_dirs: Sequence[Path] = (),
+    replaces: str | None = None,
 ) -> list[Path]:
     """Mark the disk's own files as taken over by another host, and make them read-only; as `fence`.
 
@@ -259,7 +268,7 @@ def mark_taken_over(
         started=True,
         taken_over=describe_takeover(standing)[:4096],
     )
-    return fence(chain, mark, image_dirs=image_dirs)
+    return fence(chain, mark, image_dirs=image_dirs, replaces=replaces)
 
 
 def confirm(chain: ImageChain, token: str, *, started: bool) -> None:

@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from snapchain.cli import completion, guest_options, options
+from snapchain.cli import completion, guest_options, main, options
 from snapchain.cli.output import Output
 from snapchain.errors import InvalidInput
 from snapchain.guest.address import GuestAddress
@@ -115,3 +115,27 @@ def test_domains_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_where_libvirt_does_not_answer_nothing_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert completion.domains("web", None) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        *(
+            ("--qmp", each)
+            for each in ("--start-hook x", "--prove", "--format raw", "--limit-rate 1M", "--connections 2")
+        ),
+        *(
+            ("disks", each)
+            for each in (
+                "--max-downtime 0.5", "--bandwidth 1M", "--auto-converge", "--rounds 2", "--dest-uri qemu:///system",
+                "--start-command x", "--before x", "--after x",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_migrate_passes_over_no_option(words: str, given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bound, a limit or a hook that has no effect would be noticed when it is too late."""
+    what = ["--qmp", "/no/such", "dir:/r"] if words == "--qmp" else ["a.qcow2", "dir:/r::web1/vda", "--offline"]
+    assert main(["migrate", *what, *given.split()]) == InvalidInput.exit_code
+    option = given.split(maxsplit=1)[0]
+    assert f"{option} is for {'disks' if words == '--qmp' else 'a running guest'}" in capsys.readouterr().err

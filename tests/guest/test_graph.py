@@ -312,8 +312,9 @@ def test_devices_whose_data_are_elsewhere_or_are_the_hosts_own(known: dict[str, 
     assert disks["vda"].obstacle == "the guest has the device itself (scsi-block)"
     assert (disks["far"].left_out, disks["far"].chain) == ("vhost-user-blk", ())
     assert guest.definition(with_secrets=True).immovable == (
-        "vda (scsi-block) is a device of this host", "gpu (vfio-pci) is a device of this host",
-    )  # fmt: skip
+        "vda (scsi-block) is a device or a directory of this host",
+        "gpu (vfio-pci) is a device or a directory of this host",
+    )
 
 
 SMALL = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)

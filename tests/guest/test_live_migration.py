@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,28 @@ from snapchain.errors import Conflict, InvalidInput, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.qmp_migration import AUTO_CONVERGE, CAPABILITIES, Incoming, Outgoing
 from snapchain.host import site_hooks
+from snapchain.model import guest_state
+from snapchain.model.guest_state import GuestChange, Transition
 from snapchain.ops.migrate import live_settle
-from snapchain.ops.migrate.live_request import AbortReport, LiveDisk, LiveDiskPlan, LivePlan, LiveReport, SettledMove
+from snapchain.ops.migrate.live_request import (
+    AbortPlan,
+    AbortReport,
+    InterruptedMove,
+    LiveDisk,
+    LiveDiskPlan,
+    LivePlan,
+    LiveReport,
+    SettledMove,
+)
+from snapchain.replica import guest_server
+from snapchain.replica.client import guest_at
+from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.guest_client import GuestMove
 from snapchain.replica.guest_server import GuestArrival
-from snapchain.replica.guest_store import read_standing
+from snapchain.replica.guest_store import read_standing, write_standing
 from snapchain.replica.stream.guest_messages import MoveStep
 from snapchain.source import ownership
+from snapchain.source.notes import Notes
 from tests.exhaustive import EXHAUSTIVE
 from tests.guest.counting_guest import Counting, arrived, check_numbers, counts_on, run_directory
 from tests.guest.machine import Monitor
@@ -128,17 +143,21 @@ def cases(sampled: set[tuple[int, Place]]) -> list[ParameterSet]:
     ]
 
 
-def migrating(qmp: Path, replica: Path, *options: object) -> int:
-    """The command in a child that can be killed; its status as `os.waitpid` has it. A fork saves it the loading."""
+def main_in_child(words: Sequence[object]) -> int:
+    """A command in a child that can be killed; its status as `os.waitpid` has it. A fork saves it the loading."""
     pid = os.fork()
     if pid == 0:
         try:
             os.setsid()
-            words = ["migrate", "--qmp", str(qmp), f"dir:{replica}", "--json", *PATIENT, *map(str, options)]
-            os._exit(main(words))
+            os._exit(main([str(word) for word in words]))
         finally:
             os._exit(99)
     return os.waitpid(pid, 0)[1]
+
+
+def migrating(qmp: Path, replica: Path, *options: object) -> int:
+    """See `main_in_child`."""
+    return main_in_child(["migrate", "--qmp", qmp, f"dir:{replica}", "--json", *PATIENT, *options])
 
 
 def refused(qmp: Path, replica: Path, *options: object) -> dict[str, Any]:
@@ -172,6 +191,8 @@ def check_here(guest: Counting, run: Path, replica: Path) -> None:
     nodes = [node["node-name"] for node in machine.ask("query-named-block-nodes", flat=True)]
     assert not [name for name in nodes if name.startswith("sc-move-")]
     assert not [row for row in machine.ask("query-migrate-capabilities") if row["state"] and row["capability"] in OURS]
+    limits = machine.ask("query-migrate-parameters")
+    assert (limits["max-bandwidth"], limits["downtime-limit"]) == (128 << 20, 300), "QEMU's own"
     assert arrived(run) == []
     assert list(run.glob("snapchain/*")) == []
     assert list(replica.glob("*/active/*.qcow2")) == []
@@ -272,6 +293,7 @@ def test_qemu_dies_here(guest: Counting, run: Path, tmp_path: Path, number: int,
 
 
 POINTS: dict[str, tuple[Any, str, Any]] = {
+    "spawned": (guest_server, "start_program", 1),
     "marked": (ownership, "fence", 2),
     "given": (GuestMove, "step", MoveStep.GIVE_AND_RUN),
     "switching": (live_settle, "restaged", "switching"),
@@ -308,7 +330,7 @@ def test_snapchain_is_killed_around_the_decision(
     with monkeypatch.context() as patch:
         patch.setattr(place, name, dying)
         assert os.WTERMSIG(migrating(guest.machine.qmp, tmp_path / "b")) == signal.SIGKILL
-    stays = point in ("switching", "marked") or (point == "given" and not after)
+    stays = point in ("spawned", "switching", "marked") or (point == "given" and not after)
     assert check_settled(guest, run, tmp_path / "b") == ("here" if stays else "there")
 
 
@@ -342,6 +364,30 @@ def test_a_destination_that_cannot_start_it(guest: Counting, run: Path, tmp_path
     )
     assert "unsupported machine type" in error["message"]
     assert check_settled(guest, run, tmp_path / "b") == "here"
+
+
+@pytest.mark.soak
+def test_a_machine_that_was_changed_since_its_start(run: Path, tmp_path: Path) -> None:
+    """A device was plugged in, one unplugged, and the processors there lack a feature: found before any memory goes."""
+    guest = Counting(tmp_path / "source", argv=["-device", "pcie-root-port,id=rp", "-device", "virtio-rng-pci"])
+    with guest.machine:
+        guest.machine.ask("device_add", driver="virtio-rng-pci", id="rng0", bus="rp")
+        words = [word for word in guest.machine.argv[3:] if "qmp" not in word and word != "-qmp"]
+        line = " ".join(f"'{word}'" for word in [*words, "-device", "virtio-serial-pci,id=ser", "-cpu", "qemu64,-cx16"])
+        for disk, number in (("vda", 1), ("vdb", 2), ("vdc", 3)):
+            line = line.replace(str(guest.disks[disk]), f"'\"$SNAPCHAIN_OVERLAY_{number}\"'")
+        script = tmp_path / "start"
+        script.write_text(f'#!/bin/sh\nexec {line} -qmp "unix:$SNAPCHAIN_QMP,server=on,wait=off" -S -incoming defer\n')
+        script.chmod(0o755)
+        error = refused(guest.machine.qmp, tmp_path / "b", *PATIENT, "--start-command", script)
+        assert error["kind"] == "unsupported"
+        for found in (
+            r"the processors there lack features that the guest has here \(CPUID 0x1.0x0 ECX: 0x2000\)",
+            r"device rng0 \(virtio-rng-pci\) is not there",
+            r"device ser \(virtio-serial-pci\) is there, and was unplugged here",
+        ):
+            assert re.search(found, error["message"]), error["message"]
+        assert check_settled(guest, run, tmp_path / "b") == "here"
 
 
 def test_hooks_and_a_command_of_ones_own(guest: Counting, run: Path, tmp_path: Path) -> None:
@@ -485,7 +531,14 @@ def test_the_record_is_enough(guest: Counting, run: Path, tmp_path: Path, how: s
         assert os.WTERMSIG(migrating(spy.path, tmp_path / "b")) == signal.SIGKILL
         assert sorted(unfinished()) == ["incoming", "migration"]
         wait_until(lambda: guest.machine.status() == "postmigrate")
-        words = ["migrate", "--qmp", spy.path, "--abort"] if how == "abort" else ["doctor", "--qmp", spy.path]
+        alias = tmp_path / "alias"
+        alias.symlink_to(spy.path.parent)
+        words = ["migrate", "--qmp", alias / spy.path.name, "--abort"]
+        if how == "abort":
+            assert os.waitstatus_to_exitcode(main_in_child([*words, "--dry-run"])) == 0
+            assert sorted(unfinished()) == ["incoming", "migration"]
+            assert guest.machine.status() == "postmigrate"
+        words = words if how == "abort" else ["doctor", "--qmp", spy.path]
         done = snapchain(*words, "--json")
         assert done.returncode == 0, done.stdout
         if how == "abort":
@@ -518,6 +571,7 @@ def test_a_destination_that_is_away_is_no_answer(
     assert guest.machine.status() == "postmigrate"
     if given:
         (tmp_path / "away").rename(tmp_path / "b")
+        change_guest(tmp_path / "b", Transition.RETURN)  # as `fence` records here: its destination has it all the same
         assert [each["moved"] for each in json.loads(snapchain(*abort).stdout)["settled"]] == [True]
         assert check_settled(guest, run, tmp_path / "b") == "there"
         return
@@ -527,6 +581,66 @@ def test_a_destination_that_is_away_is_no_answer(
     assert all(top.stat().st_mode & 0o200 for top in guest.tops)
     guest.machine.quit()
     check_numbers(guest.tops)
+
+
+def change_guest(replica: Path, transition: Transition, **fields: Any) -> None:
+    """As another command that is run meanwhile."""
+    endpoint = DirectoryEndpoint(replica)
+    now, _ = guest_at(endpoint, "web1")
+    step = {"transition": transition, "seen": now.number, "seen_epoch": now.epoch, "by": "kvm3", "host": "kvm3"}
+    guest_at(endpoint, "web1", GuestChange.model_validate({"guest": "web1", "token": now.token, **step, **fields}))
+
+
+@pytest.mark.soak
+def test_a_guest_that_was_taken_over_meanwhile_goes_on_nowhere_here(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is paused here, undecided, when a failover elsewhere takes it over: only its end is left to it here."""
+
+    def dying(_move: GuestMove, step: MoveStep, **named: Any) -> Any:
+        if step is MoveStep.GIVE_AND_RUN:
+            kill_watchdog()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(_move, step, **named)
+
+    real = GuestMove.step
+    with monkeypatch.context() as patch:
+        patch.setattr(GuestMove, "step", dying)
+        assert os.WTERMSIG(migrating(guest.machine.qmp, tmp_path / "b")) == signal.SIGKILL
+    there = guest_state.Place(id="of-kvm3", url="ssh://kvm3/srv/replica")
+    change_guest(tmp_path / "b", Transition.FOLLOW, token="3" * 32, epoch=2, former="kvm1", at=there)
+    abort = ["migrate", "--qmp", guest.machine.qmp, "--abort", "--json"]
+    done = snapchain(*abort)
+    assert done.returncode == Conflict.exit_code, done.stdout
+    error = json.loads(done.stdout)["error"]
+    assert re.search("kvm3 has taken the guest web1 over .*; here it is still paused", error["message"])
+    assert guest.machine.status() == "postmigrate"
+    guest.machine.quit()
+    (settled,) = json.loads(snapchain(*abort).stdout)["settled"]
+    assert settled["moved"]
+    assert "kvm3 has taken the guest web1 over" in settled["says"]
+    for top in guest.tops:
+        given = Notes().of(top).given
+        assert given is not None
+        assert given.taken_over
+        assert not top.stat().st_mode & 0o222
+    assert arrived(run) == []
+    assert not unfinished()
+
+
+@pytest.mark.soak
+def test_a_destination_that_has_just_heard_of_a_failover_takes_no_guest(
+    guest: Counting, run: Path, tmp_path: Path
+) -> None:
+    """It was killed between its record and its disks, which still are in the epoch before."""
+    refused(guest.machine.qmp, tmp_path / "b", "--max-downtime", "0.005")
+    now, _ = guest_at(DirectoryEndpoint(tmp_path / "b"), "web1")
+    there = guest_state.Place(id="of-kvm3", url="ssh://kvm3/srv/replica")
+    taken = {"number": now.number + 1, "epoch": 2, "master": "kvm3", "token": "3" * 32, "at": there}
+    write_standing(tmp_path / "b", now.model_copy(update=taken))
+    error = refused(guest.machine.qmp, tmp_path / "b", *PATIENT, "--without", there.url)
+    assert "kvm3 has taken the guest web1 over" in error["message"]
+    assert counts_on(guest.machine.monitor)
 
 
 # --- What goes along.
@@ -663,7 +777,9 @@ def test_the_json_fields_are_those_that_are_documented() -> None:
     assert told == fields
     plan, _, aborted = rest.partition("Of `--abort`")
     assert set(re.findall(r"`([a-z_]+)`", plan)) == {*LivePlan.model_fields, *LiveDiskPlan.model_fields}
-    assert set(re.findall(r"`([a-z_]+)`", aborted)) == {*AbortReport.model_fields, *SettledMove.model_fields}
+    reported = {*AbortReport.model_fields, *SettledMove.model_fields}
+    planned = {*AbortPlan.model_fields, *InterruptedMove.model_fields}
+    assert set(re.findall(r"`([a-z_]+)`", aborted)) == reported | planned
 
 
 def _first_columns(table: str) -> Iterator[str]:

@@ -86,7 +86,7 @@ def test_every_kind_of_disk_is_handled_or_left_out_with_a_word(tmp_path: Path) -
     base = image(tmp_path / "base.qcow2")
     for name in ("a", "b", "c"):
         image(tmp_path / f"{name}.qcow2", base)
-    for name in ("cd", "ro", "shared", "q1", "q2", "odd"):
+    for name in ("cd", "ro", "shared", "q1", "q2", "odd", "cluster"):
         image(tmp_path / f"{name}.qcow2")
     raw(tmp_path / "flat.raw")
     flash = raw(tmp_path / "vars.raw", 4 * MiB)
@@ -123,6 +123,8 @@ def test_every_kind_of_disk_is_handled_or_left_out_with_a_word(tmp_path: Path) -
         "-blockdev", f"driver=qcow2,node-name=shared,{file('shared.qcow2')}",
         "-device", "virtio-blk-pci,drive=shared,id=one,share-rw=on",
         "-device", "virtio-blk-pci,drive=shared,id=two,share-rw=on",
+        "-blockdev", f"driver=qcow2,node-name=clu,{file('cluster.qcow2')}",
+        "-device", "virtio-blk-pci,drive=clu,id=cluster,share-rw=on",
         "-blockdev", f"driver=qcow2,node-name=cdnode,read-only=on,{file('cd.qcow2')}",
         "-device", "ide-cd,drive=cdnode,id=cd,bus=ide.0", "-device", "ide-cd,id=nothing,bus=ide.1",
         "-drive", f"if=pflash,format=raw,file={flash}",
@@ -149,6 +151,7 @@ def test_every_kind_of_disk_is_handled_or_left_out_with_a_word(tmp_path: Path) -
                 assert "active layer is null-co" in str(looks["null"])
                 assert "active layer is quorum" in str(looks["quo"])
                 assert "also used by two" in str(looks["one"])
+                assert "shared with other guests" in str(looks["cluster"])
                 assert "also used by one" in str(looks["two"])
                 assert paths(disks["virtio0"]) == ["base.qcow2", "b.qcow2"]
                 assert disks["virtio0"].active.path == tmp_path / "b.qcow2"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Busy, Conflict, Unavailable
-from snapchain.guest.qmp import Monitor
+from snapchain.guest.qmp import Monitor, Refused
 from snapchain.guest.qmp_migration import Incoming, Outgoing, look_at_memory, measured_dirty_rate
 from tests.guest.counting_guest import Counting, check_numbers, counts_on
 from tests.guest.machine import Machine
@@ -60,7 +60,7 @@ def test_giving_up_again_and_again_harms_no_guest_that_writes(pair: Pair) -> Non
         for _ in range(12):
             outgoing.mirror(pair.nbd, speed=0)
             outgoing.wait_until_mirrored(lambda _done, _total: None)
-            outgoing.undo(before)
+            outgoing.undo(before, {})
             assert counts_on(pair.guest.machine.monitor)
         assert outgoing.capabilities() == before
     assert pair.guest.machine.ask("query-jobs") == []
@@ -103,7 +103,7 @@ def test_a_dead_destination_is_told_and_the_guest_goes_on(pair: Pair) -> None:
         pair.there.process.wait()
         with pytest.raises(Unavailable, match=r"mirror of its writes|last writes of the guest"):
             outgoing.end_mirrors(seconds=60)
-        outgoing.undo({})
+        outgoing.undo({}, {})
         assert look_at_memory(monitor).status == "cancelled"
     assert counts_on(pair.guest.machine.monitor)
     pair.guest.machine.quit()
@@ -117,8 +117,46 @@ def test_what_it_measures_and_refuses(pair: Pair) -> None:
         assert rate >= 0
         outgoing = Outgoing(monitor, TOKEN, pair.disks)
         outgoing.check()
+        before = outgoing.limits()
+        outgoing.mirror(pair.nbd, speed=0)
+        outgoing.wait_until_mirrored(lambda _done, _total: None)
         outgoing.send_memory(pair.ram, pause_limit=30, bandwidth=1, auto_converge=False)
+        assert outgoing.limits() != before
         with pytest.raises(Busy, match="another migration"):
             outgoing.check()
-        outgoing.undo({})
+        outgoing.undo({}, before)
         outgoing.check()
+        assert outgoing.limits() == before
+
+
+def test_a_second_move_that_is_refused_leaves_the_first_one_alone(pair: Pair) -> None:
+    """While it is paused for the switch, and once it is over: whoever lets the guest go on then makes two of it."""
+    with Monitor(pair.guest.machine.qmp) as monitor:
+        first, second = Outgoing(monitor, TOKEN, pair.disks), Outgoing(monitor, "7" * 32, pair.disks)
+        first.mirror(pair.nbd, speed=0)
+        first.wait_until_mirrored(lambda _done, _total: None)
+        first.send_memory(pair.ram, pause_limit=30, bandwidth=None, auto_converge=False)
+        first.wait_for_switchover(lambda _look: None)
+        with pytest.raises(Refused, match="QEMU refused blockdev-mirror"):
+            second.mirror(pair.nbd, speed=0)
+        second.undo({}, {})
+        first.end_mirrors(seconds=60)
+        first.switch_over(seconds=60)
+        second.undo({}, {})
+        assert pair.guest.machine.status() == "postmigrate"
+        assert not [node for node in monitor.rows("query-named-block-nodes") if "7777" in str(node.get("node-name"))]
+        first.undo({}, {})
+    assert counts_on(pair.guest.machine.monitor)
+
+
+def test_a_guest_that_is_paused_meanwhile_is_not_let_run(pair: Pair) -> None:
+    with Monitor(pair.guest.machine.qmp) as monitor:
+        outgoing = Outgoing(monitor, TOKEN, pair.disks)
+        outgoing.mirror(pair.nbd, speed=0)
+        outgoing.wait_until_mirrored(lambda _done, _total: None)
+        outgoing.send_memory(pair.ram, pause_limit=0.001, bandwidth=1000, auto_converge=False)
+        pair.guest.machine.ask("stop")
+        with pytest.raises(Conflict, match="does not run any more: it is paused"):
+            outgoing.wait_for_switchover(lambda _look: None)
+        outgoing.undo({}, {})
+        assert pair.guest.machine.status() == "paused"

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import os
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from snapchain.errors import Conflict, Corrupt
+from snapchain.errors import Busy, Conflict, Corrupt, Unavailable
+from snapchain.guest import journal
+from snapchain.guest.address import GuestAddress
 from snapchain.guest.libvirt_guest import state_of
 from snapchain.guest.libvirt_migration import DomainLook, Presence, look_of
 from snapchain.guest.protocol import State
+from snapchain.host.process_identity import boot_id, own_identity
+from snapchain.image import scan
+from snapchain.ops.migrate import live_domain, live_settle
+from snapchain.ops.migrate.live import abort, plan_abort
 from snapchain.ops.migrate.live_domain import judge_domain
-from snapchain.ops.migrate.live_settle import Verdict
+from snapchain.ops.migrate.live_settle import LeavingRecord, MoveRecord, MovingDisk, Verdict
+from snapchain.ops.migrate.ready import active_of
 from snapchain.ops.restore.changed_definition import NewDisk
 from snapchain.ops.restore.domain_xml import change_for_migration
-from snapchain.replica.stream.guest_messages import DomainPresence, Moving
+from snapchain.replica.stream.guest_messages import DomainPresence, HandedDisk, Moving
+from snapchain.source import ownership
+from snapchain.source.notes import Given, Notes, Overlay
+from tests.ops.stacks import Layer, MiB, build
 
 THERE = Moving(alive=False, given=False, ran=False, clock=0.0)
 
@@ -58,6 +71,13 @@ def test_who_has_the_domain(stage: str, here: Presence, there: Moving | None, is
         assert verdict is (Verdict.UNKNOWN if somebody_removed_it else Verdict.STAY)
     else:
         assert verdict is Verdict.UNKNOWN
+
+
+@pytest.mark.parametrize("here", Presence)
+@pytest.mark.parametrize("there", answers())
+def test_a_domain_that_was_taken_over_goes_on_nowhere_here(here: Presence, there: Moving | None) -> None:
+    verdict = judge_domain("switching", here, there, is_lasting=True, subject="web1", is_taken=True)
+    assert verdict is Verdict.TAKEN
 
 
 @pytest.mark.parametrize(
@@ -118,3 +138,105 @@ def test_the_definition_there() -> None:
 def test_no_definition_with_entities() -> None:
     with pytest.raises(Corrupt, match=r"^web1: .*a document type"):
         change_for_migration(f"<!DOCTYPE x [<!ENTITY a 'b'>]>{XML}", {}, subject="web1")
+
+
+OVERLAY = Overlay(name="vda-2.qcow2", layer="1" * 32, virtual_size=MiB, cluster_size=65536, extended_l2=False)
+MARK = Given(
+    destination="dir:/nowhere",
+    disk="web1/vda",
+    epoch=2,
+    token="a" * 32,
+    time=datetime.now(UTC),
+    overlay=OVERLAY,
+    together=("web1/vda",),
+)
+UUID = "0" * 8 + "-0000" * 3 + "-" + "0" * 12
+
+
+class _Libvirt:
+    """libvirt here, and what it was told. The domain is paused by a migration."""
+
+    told: ClassVar[list[str]] = []
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def abort(self, **_: float) -> None:
+        self.told.append("abort")
+
+    def presence(self) -> Presence:
+        return Presence.WAITING
+
+    def resume(self) -> None:
+        self.told.append("resume")
+
+    def set_max_downtime(self, _milliseconds: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("by", ["this move", "another move"])
+def test_a_domain_that_another_move_has_paused_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Two operators at the same time: the second one finds the marks of the first, and gives up."""
+    (image,) = build(tmp_path, [Layer(MiB, [])])
+    with scan(image) as chain:
+        theirs = MARK.model_copy(update={"token": "b" * 32})
+        ownership.fence(chain, MARK if by == "this move" else theirs, top_only=True, stays_writable=True)
+    record = record_of(image, MARK)
+    monkeypatch.setattr(live_domain, "LeavingDomain", _Libvirt)
+    monkeypatch.setattr(live_settle, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(live_settle, "TELL_SECONDS", 0.0)
+    monkeypatch.setattr(_Libvirt, "told", [])
+    found = journal.Found(tmp_path / "record.json", in_flight(record))
+    if by == "this move":
+        with pytest.raises(Unavailable, match="it is not known which host has the guest"):
+            live_domain.settle_domain(found, is_gone=False)
+        assert _Libvirt.told == ["abort"]
+        return
+    assert not live_domain.settle_domain(found, is_gone=False).moved
+    assert _Libvirt.told == []
+    with scan(image) as chain:
+        found_mark = ownership.given(chain, Notes())
+        assert found_mark is not None
+        assert found_mark.token == "b" * 32
+
+
+def in_flight(record: MoveRecord) -> journal.InFlight:
+    return journal.InFlight(
+        operation=live_settle.OPERATION,
+        guest="web1",
+        domain="web1",
+        boot=boot_id(),
+        writer=own_identity(),
+        time=datetime.now(UTC),
+        details=record.model_dump(mode="json"),
+    )
+
+
+def record_of(image: Path, mark: Given) -> MoveRecord:
+    handed = HandedDisk(disk=mark.disk, epoch=mark.epoch, overlay=active_of(mark.overlay))
+    return MoveRecord(
+        token=mark.token,
+        destination=mark.destination,
+        name="web1",
+        disks=(MovingDisk(name="vda", image=image, handed=handed, mark=mark),),
+        stage="switching",
+        directory=image.parent / "none",
+        domain=LeavingRecord(name="web1", uuid=UUID, is_lasting=True, max_downtime=300),
+    )
+
+
+def test_a_migration_that_is_under_way_is_not_aborted_from_elsewhere(tmp_path: Path) -> None:
+    """Whoever is told that none was left would think that the guest stays."""
+    record = record_of(tmp_path / "vda.qcow2", MARK)
+    path = journal.write(in_flight(record))
+    for end in (abort, plan_abort):
+        with pytest.raises(Busy, match="its migration is under way") as caught:
+            end(GuestAddress(domain="web1"))
+        assert f"kill -INT {os.getpid()}" in str(caught.value.hint)
+        assert not end(GuestAddress(domain="web2")).model_dump().popitem()[1]
+    journal.remove(path)

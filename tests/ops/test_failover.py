@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from snapchain.cli import main
 from snapchain.destination.protocol import Destination
-from snapchain.errors import Conflict, Corrupt, NotFound, ToolFailed
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, ToolFailed
 from snapchain.model.guest_state import GuestState, Vouched
 from snapchain.ops.failover.request import FailoverReport, FailoverRequest
 from snapchain.ops.failover.run import Failover
@@ -152,6 +153,7 @@ def test_what_was_begun_can_be_withdrawn(place: Open, guest: Guest, tmp_path: Pa
     fence = program(tmp_path / "fence", "test $SNAPCHAIN_ROUND = 1")
     with pytest.raises(Conflict, match="did not prove"):
         failover(place, tmp_path / "out", vouched=None, fence=[str(fence)]).run()
+    assert failover(place, tmp_path / "out").plan_withdraw().state is GuestState.PROMOTING
     standing = failover(place, tmp_path / "out").withdraw()
     assert (standing.state, standing.epoch) == (GuestState.PROTECTED, 3)
     with pytest.raises(Conflict, match=r"taken it over since"):
@@ -162,12 +164,28 @@ def test_what_was_begun_can_be_withdrawn(place: Open, guest: Guest, tmp_path: Pa
         failover(place, tmp_path / "out").withdraw()
 
 
+def test_a_continued_failover_starts_no_domain_that_it_did_not_define(
+    replica: Open, guest: Guest, tmp_path: Path
+) -> None:
+    """libvirt may have one of that name, on older files of the guest."""
+    guest.point(replica(), 1)
+    fence = program(tmp_path / "fence", "test $SNAPCHAIN_ROUND = 1")
+    with pytest.raises(Conflict, match="did not prove"):
+        failover(replica, tmp_path / "out", vouched=None, fence=[str(fence)]).run()
+    with pytest.raises(InvalidInput, match="libvirt starts only what it has defined"):
+        failover(replica, tmp_path / "out", starts=True).run()
+    assert replica().guest_state(GUEST).state is GuestState.PROMOTING
+
+
 def test_a_guest_that_has_written_is_not_withdrawn(replica: Open, guest: Guest, tmp_path: Path) -> None:
     guest.point(replica(), 1)
     fence = program(tmp_path / "fence", "test $SNAPCHAIN_ROUND = 1")
     with pytest.raises(Conflict, match="did not prove"):
         failover(replica, tmp_path / "out", vouched=None, fence=[str(fence)]).run()
     (overlay,) = (tmp_path / "replica" / "web1%2Fvda" / "active").glob("*.qcow2")
+    words = ["failover", f"{replica().url}::{GUEST}", "--into", str(tmp_path / "out"), "--withdraw", "--dry-run"]
+    assert main(words) == 0
+    assert replica().guest_state(GUEST).state is GuestState.PROMOTING, "it was a dry run"
     write(overlay, "write -P 9 0 64k")
     with pytest.raises(Conflict, match="a guest has written to it"):
         failover(replica, tmp_path / "out").withdraw()

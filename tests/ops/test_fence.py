@@ -209,6 +209,37 @@ def test_one_silent_destination_is_enough(place: Open, guest: Guest) -> None:
         hook.check("web1", xml(guest), [place, silent], requires_answer=True)
 
 
+def test_the_hook_finds_volumes_of_pools(
+    place: Open, guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt gives it the XML before it knows the paths of volumes, and must not be asked from its own hook."""
+    guest.point(place(), 1)
+    failover(place, tmp_path / "out").run()
+    old = f"<source file='{guest.images['vda']}'/>"
+    text = xml(guest)
+    assert old in text
+    text = text.replace(old, f"<source pool='images' volume='{guest.images['vda'].name}'/>")
+    only = text.replace(f"<source file='{guest.images['vdb']}'/>", "<source protocol='rbd' name='x'/>")
+    monkeypatch.setattr(hook, "_POOLS", (tmp_path / "none", tmp_path / "pools"))
+    (note,) = hook.check("web1", only, [place])
+    assert "of pool images was not looked at" in note
+    (tmp_path / "pools").mkdir()
+    target = f"<name>images</name><target><path>{guest.images['vda'].parent}</path></target>"
+    for shape in ("<pool>{}</pool>", "<poolstate><pool>{}</pool></poolstate>"):
+        (tmp_path / "pools" / "images.xml").write_text(f"<!-- libvirt's -->\n{shape.format(target)}\n")
+        with pytest.raises(Conflict, match="kvm2 has taken the guest web1 over"):
+            hook.check("web1", only, [place])
+
+
+def test_the_hook_asks_for_a_guest_on_block_devices(place: Open, guest: Guest, tmp_path: Path) -> None:
+    guest.point(place(), 1)
+    text = xml(guest).replace("<source file=", "<source dev=")
+    assert hook.check("web1", text, [place]) == []
+    failover(place, tmp_path / "out").run()
+    with pytest.raises(Conflict, match="kvm2 has taken the guest web1 over"):
+        hook.check("web1", text, [place])
+
+
 def test_no_hook_of_others_is_replaced(tmp_path: Path) -> None:
     request = HookRequest(folder=tmp_path / "hooks" / "qemu.d", at=["dir:/srv/a b"])
     with pytest.raises(NotFound, match="there is no such hook"):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snapchain.errors import Conflict, Unsupported
-from snapchain.guest.protocol import Definition
+from snapchain.guest.machine_view import differences
+from snapchain.guest.protocol import Definition, GuestDisk, Layer
 from snapchain.ops.migrate.live_check import (
     MemoryWatch,
     MirrorWatch,
@@ -18,15 +21,45 @@ from snapchain.ops.migrate.live_check import (
     first_pause,
     uses_host_cpu,
 )
+from snapchain.ops.migrate.live_qmp import named_path
 from snapchain.ops.migrate.live_settle import Verdict, judge
 from snapchain.ops.restore.changed_definition import Changes, NewDisk
-from snapchain.ops.restore.qemu_argv import change_for_incoming
+from snapchain.ops.restore.qemu_argv import IncomingCommand, change_for_incoming
 from snapchain.ops.ship.request import ShipRequest
 from snapchain.ops.sync.request import SyncRequest
 from snapchain.replica.stream.guest_messages import Moving
 
 MIB = 1 << 20
 THERE = Moving(directory="/run/snapchain/web1", alive=True, given=False, ran=False, clock=0.0)
+
+
+VIEW = {
+    "device vda": "virtio-blk-pci",
+    "number of processors": "2",
+    "CPUID 0x1.0x0 ECX": "0x6",
+    "medium in ide2-cd0": "/iso/a.iso",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ""),
+        ({"CPUID 0x1.0x0 ECX": "0xf", "CPUID 0x7.0x0 EBX": "0x1", "medium in floppy0": "/b.img"}, ""),
+        ({"CPUID 0x1.0x0 ECX": "0x5"}, r"the processors there lack features .*\(CPUID 0x1.0x0 ECX: 0x2\)"),
+        ({"device vda": "virtio-scsi-pci"}, "device vda: virtio-scsi-pci there, and virtio-blk-pci here"),
+        ({"device nic": "e1000"}, r"device nic \(e1000\) is there, and was unplugged here"),
+        ({"number of processors": "4"}, "number of processors: 4 there, and 2 here"),
+        ({"medium in ide2-cd0": "/iso/b.iso"}, "medium in ide2-cd0: /iso/b.iso there, and /iso/a.iso here"),
+    ],
+)
+def test_what_a_guest_would_find_changed(change: dict[str, str], words: str) -> None:
+    found = differences(VIEW, VIEW | change)
+    assert len(found) == bool(words)
+    assert not words or re.fullmatch(words, found[0])
+    assert differences(VIEW, {key: value for key, value in VIEW.items() if key != "device vda"}) == [
+        "device vda (virtio-blk-pci) is not there"
+    ]
 
 
 def everything() -> list[tuple[str, Moving | None, bool]]:
@@ -54,6 +87,14 @@ def test_who_has_the_guest(stage: str, there: Moving | None, runs_here: bool) ->
         assert verdict is Verdict.STAY
     else:
         assert verdict is (Verdict.COMPLETE if there.alive else Verdict.STAY)
+
+
+@pytest.mark.parametrize(("stage", "there", "runs_here"), everything())
+def test_who_has_a_guest_that_was_taken_over(stage: str, there: Moving | None, runs_here: bool) -> None:
+    """Where the destination was never asked, the guest has run here all the time."""
+    verdict = judge(stage, there, runs_here=runs_here, is_taken=True)
+    plain = judge(stage, there, runs_here=runs_here)
+    assert verdict is (Verdict.TAKEN if stage == "switching" and there is not None else plain)
 
 
 def pause(**numbers: float | bool | None) -> float:
@@ -101,10 +142,11 @@ def test_mirrors_that_never_come_to_an_end_are_given_up() -> None:
 def test_a_host_with_another_machine() -> None:
     argv = ("qemu-system-x86_64", "-accel", "kvm", "-cpu", "host,+x", "-m", "64")
     here = Definition("qmp", "web1", None, "pc-q35-7.2", (), argv=argv)
-    there = THERE.model_copy(update={"machine": "pc-q35-7.2", "version": "7.2", "cpu": "a", "free": 1000})
+    known = {"machine": "pc-q35-7.2", "version": "7.2", "view": VIEW, "cpu": "a", "free": 1000}
+    there = THERE.model_copy(update=known)
 
     def check(there: Moving, here: Definition = here) -> None:
-        check_destination(there, here, version=(7, 2), cpu="a", bytes_left=1000, subject="ssh://kvm2/r")
+        check_destination(there, here, version=(7, 2), view=VIEW, cpu="a", bytes_left=1000, subject="ssh://kvm2/r")
 
     check(there)
     check(there.model_copy(update={"version": "10.0"}))
@@ -112,6 +154,7 @@ def test_a_host_with_another_machine() -> None:
         ({"machine": "pc-q35-10.0"}, r"the machine type there is pc-q35-10\.0"),
         ({"version": "7.1"}, r"older than here \(7\.2\)"),
         ({"cpu": "b"}, "the other host has another one"),
+        ({"view": {}}, "the guest would find another machine: .*device vda .virtio-blk-pci. is not there"),
     ):
         with pytest.raises(Unsupported, match=words):
             check(there.model_copy(update=change))
@@ -151,6 +194,76 @@ def test_the_command_line_over_there(tmp_path: Path) -> None:
     assert change_for_incoming(argv, changes, monitor=Path("/a/proxy"), subject="web1").qmp == Path("/run/b/ops")
     with pytest.raises(Unsupported, match="no QMP socket"):
         change_for_incoming([argv[0]], changes, monitor=Path("/run/a/mine"), subject="web1")
+
+
+def incoming(*words: str, **changes: Any) -> IncomingCommand:
+    """The command over there of a guest with a monitor and these words."""
+    argv = ["qemu-system-x86_64", "-qmp", "unix:/run/a/qmp,server=on,wait=off", *words]
+    given = Changes(**{"disks": {}, "directory": Path("/run/b"), **changes})
+    return change_for_incoming(argv, given, monitor=Path("/run/a/qmp"), subject="web1")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-add-fd", "fd=3,set=2"),
+        ("-netdev", "tap,id=n,fd=3"),
+        ("-netdev", "tap,id=n,vhost=on,vhostfds=4:5"),
+        ("-chardev", "socket,id=c,fd=7"),
+    ],
+)
+def test_a_descriptor_that_qemu_has_got_is_nothing_over_there(words: tuple[str, str]) -> None:
+    assert f"an open descriptor, which QEMU got at its start: {' '.join(words)}" in incoming(*words).lacking
+
+
+def test_sockets_of_one_name_stay_apart_over_there() -> None:
+    """The later one would take the monitor's place, and nobody could reach the guest."""
+    made = incoming("-chardev", "socket,id=c,path=/run/c/qmp,server=on", "-serial", "unix:/run/d/qmp,server")
+    assert made.qmp == Path("/run/b/qmp")
+    assert [word for word in made.argv if "/run/b/" in word] == [
+        "unix:/run/b/qmp,server=on,wait=off",
+        "backend=socket,id=c,path=/run/b/2-qmp,server=on,wait=off",
+        "unix:/run/b/3-qmp,server,wait=off",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tcp", "telnet"])
+def test_no_socket_over_there_waits_for_a_client(kind: str) -> None:
+    assert incoming("-serial", f"{kind}:localhost:4321,server").argv[4] == f"{kind}:localhost:4321,server,wait=off"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-pflash", "/fw/vars.fd"),
+        ("-drive", "if=pflash,format=raw,file=/fw/vars.fd"),
+        ("-blockdev", "driver=file,node-name=pflash0,filename=/fw/vars.fd"),
+    ],
+)
+def test_firmware_variables_over_there(words: tuple[str, str]) -> None:
+    """Else the guest would write those of another guest, which has them under that path."""
+    new = {"vars.fd": Path("/srv/web1.0.nvram")}
+    made = incoming(*words, nvram=new)
+    assert made.lacking == ()
+    assert "/fw/" not in " ".join(made.argv)
+    assert "/srv/web1.0.nvram" in made.argv[4]
+    assert incoming(nvram=new).lacking == ("vars.fd is not in the command line; its file is /srv/web1.0.nvram",)
+
+
+def test_a_disk_without_a_name_is_found_below_its_snapshots(tmp_path: Path) -> None:
+    """QEMU was started on a layer that has become a lower one since."""
+    argv = ("qemu", "-blockdev", "driver=qcow2,node-name=top,file.driver=file,file.filename=/img/web1.qcow2")
+    chain = tuple(
+        Layer(node, Path(f"/img/{name}"), None, "qcow2", 1 << 20)
+        for node, name in (("base", "base.qcow2"), ("top", "web1.qcow2"), ("sc-1", "web1.1.qcow2"))
+    )
+    disk = GuestDisk("disk0", "sc-1", (), chain, read_only=False)
+    assert named_path(argv, disk) == "/img/web1.qcow2"
+    made = incoming(
+        *argv[1:], disks={"disk0": NewDisk(Path("/b/2.qcow2"), "qcow2")}, old_paths={"disk0": "/img/web1.qcow2"}
+    )
+    assert made.lacking == ()
+    assert "filename=/b/2.qcow2" in " ".join(made.argv)
 
 
 @pytest.mark.parametrize(

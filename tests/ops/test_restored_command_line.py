@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from snapchain.errors import Corrupt
+from snapchain.ops.restore import domain_xml
 from snapchain.ops.restore.changed_definition import Changes, NewDisk, NewIdentity
 from snapchain.ops.restore.qemu_argv import change
 from tests.guest.machine import Monitor
@@ -243,6 +245,52 @@ def test_two_disks_sockets_and_what_is_left_out(tmp_path: Path) -> None:
     for told in ("vdz is not in the command line", "vdc is left out", "vfio-pci", "/nowhere/kernel"):
         assert told in said, told
     assert "cd is left out" not in said
+
+
+def test_a_clone_shares_nothing_with_the_guest_that_runs(tmp_path: Path) -> None:
+    """Its ports would be taken, so it would not boot; and it would empty the logs of that guest."""
+    log, port = tmp_path / "web1.log", "127.0.0.1:1"
+    log.write_text("of the guest that runs")
+    argv = [
+        *HEAD, "-qmp", f"unix:{tmp_path}/qmp,server=on,wait=off", "-vnc", "127.0.0.1:1", "-gdb", "tcp::1234",
+        "-chardev", f"file,id=log,path={log}", "-serial", "chardev:log", "-serial", f"file:{log}",
+        "-chardev", "socket,id=con,host=127.0.0.1,port=4444,server=on", "-serial", "chardev:con",
+        "-monitor", f"tcp:{port},server,nowait", "-debugcon", f"file:{log}",
+    ]  # fmt: skip
+    new = tmp_path / "new"
+    new.mkdir()
+    changed = change(argv, Changes(disks={}, directory=new, without_network=True), subject="web1")
+    for gone in (str(log), "127.0.0.1", "4444", "-gdb", "-vnc"):
+        assert gone not in changed.text, gone
+    script = new / "web1.sh"
+    script.write_text(changed.text)
+    with started(script) as monitor:
+        assert monitor.ask("query-status")["status"] == "running"
+    assert log.read_text() == "of the guest that runs"
+
+
+def test_a_cloned_domain_shares_nothing_with_the_one_that_runs(tmp_path: Path) -> None:
+    text = """<domain type='kvm'><name>web1</name><devices>
+      <interface type='network'><mac address='52:54:00:00:00:01'/></interface>
+      <graphics type='vnc' port='5901' autoport='no' listen='0.0.0.0'/>
+      <graphics type='spice' port='5930' tlsPort='5931'/>
+      <serial type='file'><source path='/log/web1'/><target port='0'/></serial>
+      <console type='file'><source path='/log/web1'/><target type='serial' port='0'/></console>
+      <serial type='tcp'><source mode='bind' host='h' service='4444'/><protocol type='telnet'/></serial>
+      <serial type='pty'><target port='2'/></serial>
+      <vsock model='virtio'><cid auto='no' address='3'/></vsock>
+    </devices></domain>"""
+    changed = domain_xml.change(text, Changes(disks={}, directory=tmp_path, without_network=True), subject="web1")
+    root = ET.fromstring(changed.text)
+    assert root.findall("devices/interface") == []
+    assert [each.attrib for each in root.iterfind("devices/graphics")] == [
+        {"type": "vnc", "autoport": "yes", "listen": "0.0.0.0"},
+        {"type": "spice", "autoport": "yes"},
+    ]
+    assert [each.get("type") for each in root.iterfind("devices/serial")] == ["null", "null", "pty"]
+    assert [each.attrib for each in root.iterfind("devices/vsock/cid")] == [{"auto": "yes"}]
+    for gone in ("/log/", "4444", "telnet"):
+        assert gone not in changed.text
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, TakenDisk, Transition, Vouched
 from snapchain.replica.client import guest_at
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.guest_client import MovingGuest, moving
 from snapchain.replica.permissions import Permissions
 from snapchain.replica.sender import Sender
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.frames import Kind
-from snapchain.replica.stream.guest_messages import AskGuest, HandedDisk, Standing
+from snapchain.replica.stream.guest_messages import AskGuest, HandedDisk, MoveStep, Moving, Standing
 from snapchain.replica.stream.messages import Active, Open
 from snapchain.replica.stream.requests import Right
 from tests.ops.stacks import Layer, MiB, build, write
@@ -204,6 +205,35 @@ def test_a_switch_is_withdrawn_until_a_guest_writes(guest: Guest) -> None:
     with pytest.raises(Conflict, match="changed meanwhile"):
         guest.take(Transition.SWITCH, mine, seen=seen, handed=handed_again(guest))
     send(guest.images["web1/vda"], guest.endpoint, "web1/vda", epoch=3)
+
+
+def live(guest: Guest, mine: str, disks: list[HandedDisk], step: MoveStep) -> Moving:
+    """One question of the source of a live move, in a stream of its own."""
+    with moving(guest.endpoint, MovingGuest(mine, "web1", disks, ["vda", "vdb"])) as move:
+        answer = move.step(step)
+        move.stop()
+    return answer
+
+
+def test_a_move_is_not_given_up_for_a_source_whose_guest_was_taken_over(guest: Guest) -> None:
+    """Its guest waits, paused, for that answer; with it, two hosts would run it."""
+    mine, disks = token(), handed(guest, 2)
+    assert not live(guest, mine, disks, MoveStep.END).given
+    guest.take(Transition.PROMOTE, token())
+    assert not live(guest, mine, disks, MoveStep.LOOK).given
+    with pytest.raises(Conflict, match="kvm2 has taken the guest web1 over by a failover"):
+        live(guest, mine, disks, MoveStep.END)
+
+
+def test_a_move_that_was_given_stays_so_when_its_old_host_comes_back(guest: Guest) -> None:
+    """`fence` there records that the host has returned, and what it holds."""
+    mine, disks = token(), handed(guest, 2)
+    guest.take(Transition.SWITCH, mine, handed=disks)
+    for step in (Transition.START, Transition.RETURN, Transition.DIVERGE):
+        guest.take(step, mine)
+        assert live(guest, mine, disks, MoveStep.LOOK).given
+        with pytest.raises(Conflict, match="was given to this host"):
+            live(guest, mine, disks, MoveStep.END)
 
 
 def handed_again(guest: Guest) -> list[HandedDisk]:

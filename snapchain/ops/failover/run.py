@@ -167,6 +167,7 @@ class Failover:
         fence.check(request.fence, request.vouched, subject=self._subject)
         self._check_others()
         is_done = self._note is not None and bool(self._note.files) and self._standing.state in _RUNS
+        self._check_start()
         if not self.resumes:
             self._check_new()
         vouched = self._proven(1)
@@ -210,17 +211,22 @@ class Failover:
             seconds=time.monotonic() - self._begun,
         )
 
-    def withdraw(self) -> GuestStanding:
-        """Undo a failover that was begun, as long as its guest is not active and has written to no overlay.
-
-        Raises NotFound where none is under way, Conflict and Busy as `Destination.change_guest`.
-        """
+    def plan_withdraw(self) -> GuestStanding:
+        """The failover that `withdraw` would undo; changes nothing. Raises NotFound where none is under way."""
         if self._standing.state is not GuestState.PROMOTING:
             raise NotFound(
                 f"no failover of it is under way: it is {describe(self._standing)}",
                 subject=self._subject,
                 hint="once it is active, only `snapchain failback` moves it back",
             )
+        return self._standing
+
+    def withdraw(self) -> GuestStanding:
+        """Undo a failover that was begun, as long as its guest is not active and has written to no overlay.
+
+        Raises NotFound where none is under way, Conflict and Busy as `Destination.change_guest`.
+        """
+        self.plan_withdraw()
         self._change(Transition.WITHDRAW)
         self._note_file.remove()
         try:
@@ -284,7 +290,11 @@ class Failover:
             definition = self._definition(placeholder)
             definition.check_definable()
             define.check_new(*definition.domain(), connect=self._request.connect)
-        if self._request.starts and self._chosen.record.kind == "libvirt" and not self._request.defines:
+
+    def _check_start(self) -> None:
+        """Raises InvalidInput where libvirt would start a domain of this name that is another guest, or an old one."""
+        is_defined = self._request.defines or (self._note is not None and self._note.defined)
+        if self._request.starts and self._chosen.record.kind == "libvirt" and not is_defined:
             raise InvalidInput(
                 "libvirt starts only what it has defined", subject=self._subject, hint="say --define too"
             )

@@ -14,8 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 from pydantic import BaseModel, ConfigDict
 
@@ -42,6 +44,8 @@ _OURS = "# snapchain: refuses the start of a guest that another host has taken o
 REFUSALS = "|".join(str(each.exit_code) for each in (Conflict, Corrupt, Unavailable))
 _LARGEST_XML = 4 << 20
 _CAP = 64 << 10
+_POOLS = Path("/run/libvirt/storage"), Path("/etc/libvirt/storage")
+"""Of those that are active, and of those that are defined."""
 
 
 class HookReport(BaseModel):
@@ -131,9 +135,11 @@ def check(guest: str, xml: str, places: Sequence[Callable[[], Writing]], *, requ
     required and a destination gives none in time.
     """
     notes: list[str] = []
-    images = _images(xml, guest)
+    disks = _disks(xml, guest)
+    images = [(image, kind) for source, kind in disks if (image := _image(source, notes)) is not None]
     epochs = [epoch for image, kind in images if (epoch := _looked_at(image, kind, notes)) is not None]
-    if not places or not images:
+    # A block device is written in the first epoch, as only files are handed over; of other sources nothing is known.
+    if not places or not (images or any(source.get("dev") for source, _ in disks)):
         return notes
     answers, silent = _asked(guest, places)
     notes += silent
@@ -154,18 +160,33 @@ def check(guest: str, xml: str, places: Sequence[Callable[[], Writing]], *, requ
     return notes
 
 
-def _images(xml: str, guest: str) -> list[tuple[Path, str | None]]:
-    """The files of all disks that the guest may write to, each with its format, None where the definition has none."""
+def _disks(xml: str, guest: str) -> list[tuple[ET.Element, str | None]]:
+    """Where the disks are that the guest may write to, each with its format, None where the definition has none."""
     root = domain_xml.parse(xml[:_LARGEST_XML], subject=guest)
     found = []
     for disk in root.iterfind("devices/disk"):
-        source = disk.find("source")
-        path = None if source is None else source.get("file")
-        if path and disk.get("device", "disk") == "disk" and disk.find("readonly") is None:
-            driver = disk.find("driver")
+        source, driver = disk.find("source"), disk.find("driver")
+        if source is not None and disk.get("device", "disk") == "disk" and disk.find("readonly") is None:
             kind = None if driver is None else driver.get("type")
-            found.append((Path(path), kind if kind in ("qcow2", "raw") else None))
+            found.append((source, kind if kind in ("qcow2", "raw") else None))
     return found
+
+
+def _image(source: ET.Element, notes: list[str]) -> Path | None:
+    """The file of a disk, where it is one. libvirt names a volume by its pool still when it runs the hook."""
+    if path := source.get("file"):
+        return Path(path)
+    pool, volume = source.get("pool"), source.get("volume")
+    if not pool or not volume:
+        return None
+    for folder in _POOLS:  # libvirt's own records: it cannot be asked from its hook
+        with suppress(SnapchainError, ET.ParseError):
+            described = ET.fromstring(read_small(folder / f"{Path(pool).name}.xml", cap=_CAP))  # noqa: S314 - root's
+            directory = next((each.findtext("path") for each in described.iter("target")), None)
+            if directory and (image := Path(directory) / volume).is_file():
+                return image
+    notes.append(f"volume {volume} of pool {pool} was not looked at: it is no file that could be found")
+    return None
 
 
 def _looked_at(image: Path, image_format: str | None, notes: list[str]) -> int | None:

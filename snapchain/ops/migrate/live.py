@@ -9,6 +9,7 @@ Whatever fails, and Ctrl-C, ends as `live_settle` has it: up to the switch with 
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from dataclasses import replace
 
 from pydantic import JsonValue
 
-from snapchain.errors import Conflict, SnapchainError
+from snapchain.errors import Busy, Conflict, SnapchainError
 from snapchain.guest import journal
 from snapchain.guest.address import GuestAddress
 from snapchain.guest.disks import disks_to_protect
@@ -34,7 +35,9 @@ from snapchain.ops.migrate.live_libvirt import LibvirtKind
 from snapchain.ops.migrate.live_prepare import prepare, ship
 from snapchain.ops.migrate.live_qmp import QmpKind
 from snapchain.ops.migrate.live_request import (
+    AbortPlan,
     AbortReport,
+    InterruptedMove,
     LiveDiskPlan,
     LivePlan,
     LiveReport,
@@ -81,19 +84,39 @@ def settle_left(guest: Guest, *, is_gone: bool = False, on_event: OnEvent = igno
 
 
 def abort(address: GuestAddress, *, is_gone: bool = False, on_event: OnEvent = ignore) -> AbortReport:
-    """As `settle_left`, also for a guest whose QEMU has ended."""
-    settled = [
-        live_settle.settle(found, is_gone=is_gone, on_event=on_event)
-        for found in journal.find(operation=live_settle.OPERATION)[0]
-        if _names(address, found.record) and found.record.is_abandoned
-    ]
+    """As `settle_left`, also for a guest whose QEMU has ended. Raises Busy where its migration is under way."""
+    settled = [live_settle.settle(found, is_gone=is_gone, on_event=on_event) for found in _interrupted(address)]
     return AbortReport(settled=tuple(settled))
+
+
+def plan_abort(address: GuestAddress) -> AbortPlan:
+    """What `abort` would end; changes nothing, and asks nobody. Raises Busy as that."""
+    return AbortPlan(
+        interrupted=tuple(
+            InterruptedMove(guest=each.record.guest, destination=found.destination, stage=found.stage, time=at)
+            for each in _interrupted(address)
+            for found, at in [(live_settle.record_of(each), each.record.time)]
+        )
+    )
+
+
+def _interrupted(address: GuestAddress) -> list[journal.Found]:
+    found = [each for each in journal.find(operation=live_settle.OPERATION)[0] if _names(address, each.record)]
+    for each in found:
+        if not each.record.is_abandoned:
+            raise Busy(
+                "its migration is under way",
+                subject=each.record.guest,
+                hint=f"interrupt that command, by Ctrl-C or `kill -INT {each.record.writer[0]}`: up to the switch the "
+                "guest goes on here",
+            )
+    return found
 
 
 def _names(address: GuestAddress, record: journal.InFlight) -> bool:
     """Whether a record is of the guest of an address; a domain is named by its name or its UUID."""
-    if address.qmp is not None:
-        return record.qmp == str(address.qmp.absolute())
+    if address.qmp is not None:  # /var/run is mostly a link to /run
+        return record.qmp is not None and os.path.realpath(record.qmp) == os.path.realpath(address.qmp)
     domain = record.details.get("domain")
     uuid = domain.get("uuid") if isinstance(domain, dict) else None
     return record.domain is not None and address.domain in (record.domain, record.guest, uuid)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 from snapchain.errors import Busy, Conflict, Unsupported
+from snapchain.guest.machine_view import differences
 from snapchain.guest.protocol import Definition, Guest, GuestDisk, State
 from snapchain.model.convergence import Rules, Verdict, judge
 from snapchain.replica.stream.guest_messages import Moving
@@ -79,13 +80,15 @@ def check_destination(
     definition: Definition,
     *,
     version: tuple[int, int],
+    view: Mapping[str, str],
     cpu: str,
     bytes_left: int,
     subject: str,
 ) -> None:
     """Raises Unsupported or Conflict for a host on which this guest would not find the machine that it has here.
 
-    there: once the QEMU there has been started; cpu: digest of the processor here
+    there: once the QEMU there has been started
+    view: of the machine here (guest/machine_view.py); cpu: digest of the processor here
     """
     if there.machine != definition.machine:
         raise Unsupported(
@@ -99,6 +102,13 @@ def check_destination(
             f"QEMU there is {there.version}, older than here ({version[0]}.{version[1]})",
             subject=subject,
             hint="a guest moves to the same version or a newer one: upgrade QEMU there",
+        )
+    if found := differences(view, there.view):
+        raise Unsupported(
+            "the guest would find another machine: " + "; ".join(found),
+            subject=subject,
+            hint="plug or change it back here; or give --start-command, which starts the machine as it is now; or "
+            + _OFFLINE,
         )
     check_cpu(there, cpu, is_hosts=uses_host_cpu(definition.argv or ()), subject=subject)
     check_room(there, bytes_left, subject=subject)

@@ -5,6 +5,7 @@
     paused, off     runs, or has run         the destination
     paused, off     libvirt has no such      this host: it can never come there, since virsh has ended
     paused, off     still waits, or silent   unknown: nothing is done, and the record stays
+    whatever        taken over since         another host, as by a failover: it may go on nowhere here
 
 Before all this virsh has ended, and with it whatever libvirt had under way.
 """
@@ -18,15 +19,18 @@ from snapchain.destinations import replica_at
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.libvirt_migration import LeavingDomain, Presence
+from snapchain.host.terminal import shell_word
 from snapchain.host.virsh import Virsh
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.guest_state import GuestStanding, describe_takeover
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_request import SettledMove
-from snapchain.ops.migrate.live_settle import MoveRecord, Verdict
+from snapchain.ops.migrate.live_settle import MoveRecord, MovingDisk, Verdict
 from snapchain.ops.migrate.look import opened
 from snapchain.replica.guest_client import moving
 from snapchain.replica.stream.guest_messages import DomainPresence, MoveStep, Moving
 from snapchain.source import ownership
+from snapchain.source.notes import Given, Notes
 
 _ABORT_SECONDS = 60.0
 _AGAIN_SECONDS = 1.0
@@ -34,14 +38,18 @@ _BOTH = "somebody has started it by hand: destroy one of them at once, then run 
 _THERE = (DomainPresence.HERE, DomainPresence.DEFINED)
 
 
-def judge_domain(stage: str, here: Presence, there: Moving | None, *, is_lasting: bool, subject: str) -> Verdict:
+def judge_domain(
+    stage: str, here: Presence, there: Moving | None, *, is_lasting: bool, subject: str, is_taken: bool = False
+) -> Verdict:
     """Who has the domain. there: how the move stands at the destination, None without an answer
 
-    here: once no migration is under way; is_lasting: whether it had a definition that lasts
+    here: once no migration is under way; is_lasting: whether it had a definition that lasts; is_taken: as of `judge`
     Raises Conflict for a domain that runs on both hosts.
     """
     if stage == "moving":
         return Verdict.STAY
+    if is_taken and stage == "switching":
+        return Verdict.TAKEN
     if here is Presence.RUNNING:
         if stage == "switched" or (there is not None and (there.given or there.domain in _THERE)):
             raise Conflict("libvirt runs the domain here, and the destination has it", subject=subject, hint=_BOTH)
@@ -75,10 +83,13 @@ class _End:
         self._found, self._record, self._leaving, self._on_event = found, record, leaving, on_event
         self._domain = record.domain
         self._has_ended = False
+        self._taken: GuestStanding | None = None
         self._endpoint = replica_at(record.destination)
 
     def run(self, *, is_gone: bool) -> SettledMove:
         stage = self._record.stage
+        if stage == "switching" and not self._was_asked():
+            stage = "moving"
         if stage != "moving":
             self._leaving.abort(seconds=_ABORT_SECONDS)
         here = self._leaving.presence()
@@ -98,13 +109,34 @@ class _End:
                     hint="bring the link and libvirt there up, then run it again, or with --abort; if that host is "
                     "gone for good, say --abort --destination-is-gone",
                 )
+            case Verdict.TAKEN:
+                return self._overtaken(here)
             case Verdict.STAY:
                 return self._stay(here, is_gone=is_gone, was_asked=stage == "switching")
             case _:
                 return self._moved()
 
+    def _was_asked(self) -> bool:
+        """Whether libvirt may have been asked to move it: all tops were marked by this move before that.
+
+        Where another move has marked one of them, it is at work, or has paused the guest: that is left to it.
+        """
+        marks = [self._mark_of(each) for each in self._record.disks]
+        return all(mark is not None and (mark.token == self._record.token or mark.taken_over) for mark in marks)
+
+    def _mark_of(self, disk: MovingDisk) -> Given | None:
+        with opened(self._record.request, disk.moved) as chain:
+            return ownership.given(chain, Notes())
+
     def _judge(self, stage: str, here: Presence, there: Moving | None) -> Verdict:
-        return judge_domain(stage, here, there, is_lasting=self._domain.is_lasting, subject=self._domain.name)
+        return judge_domain(
+            stage,
+            here,
+            there,
+            is_lasting=self._domain.is_lasting,
+            subject=self._domain.name,
+            is_taken=self._taken is not None,
+        )
 
     def _asked(self, here: Presence, seconds: float) -> Moving | None:
         """How the move stands there, once libvirt there has settled; None without an answer.
@@ -114,6 +146,7 @@ class _End:
         until = time.monotonic() + seconds
 
         def ask() -> Moving:
+            self._taken = live_settle.overtaking(self._record, self._endpoint)
             with moving(self._endpoint, self._record.what) as move:
                 there = move.step(MoveStep.LOOK)
                 if self._judge("switching", here, there) is Verdict.STAY:
@@ -133,12 +166,12 @@ class _End:
 
     def _stay(self, here: Presence, *, is_gone: bool, was_asked: bool) -> SettledMove:
         record = self._record
-        if was_asked:
+        if here is Presence.WAITING and was_asked:  # else somebody has paused it
+            self._leaving.resume()
+        if record.stage == "switching":  # after `resume`: by the marks it is known who has paused the guest
             for each in record.disks:
                 with opened(record.request, each.moved) as chain:
                     ownership.unfence(chain, record.token, epoch=each.mark.epoch + 1 if is_gone else 1)
-        if here is Presence.WAITING and was_asked:  # else somebody has paused it
-            self._leaving.resume()
         if here not in (Presence.ABSENT, Presence.DEFINED) and self._domain.max_downtime:
             with suppress(SnapchainError):  # a bound that nobody but the next migration heeds
                 self._leaving.set_max_downtime(self._domain.max_downtime)
@@ -147,6 +180,19 @@ class _End:
         is_off = here in (Presence.ABSENT, Presence.DEFINED)
         words = "its QEMU here has ended; start it here" if is_off else "it goes on here, as before"
         return self._done(moved=False, says=words)
+
+    def _overtaken(self, here: Presence) -> SettledMove:
+        """Another host has the guest. Raises Conflict while it runs or is paused here: nothing but that ends it."""
+        assert self._taken is not None
+        if here not in (Presence.ABSENT, Presence.DEFINED):
+            raise Conflict(
+                f"{describe_takeover(self._taken)}; here it is still {here.value}",
+                subject=self._domain.name,
+                hint=f"it must not go on: `virsh destroy {shell_word(self._domain.name)}`, then run "
+                "`snapchain migrate --abort`",
+            )
+        live_settle.mark_overtaken(self._record, self._taken)
+        return self._done(moved=True, says=live_settle.says_overtaken(self._taken))
 
     def _moved(self) -> SettledMove:
         with moving(self._endpoint, self._record.what) as move:

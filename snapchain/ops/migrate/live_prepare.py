@@ -22,6 +22,7 @@ from snapchain.ops.migrate.live_settle import MoveRecord, MovingDisk
 from snapchain.ops.migrate.look import look_at, opened
 from snapchain.ops.migrate.ready import active_of, make_overlay, overlay_name
 from snapchain.ops.migrate.request import MigrateRequest, Move as MovedImage
+from snapchain.ops.other_destinations import Overtaken
 from snapchain.ops.sync.guests import requests_of
 from snapchain.ops.sync.request import SetReport
 from snapchain.ops.sync.run import sync_set
@@ -80,7 +81,7 @@ def _image_dirs(moves: Sequence[MovedImage], request: LiveRequest) -> tuple[Path
 
 
 def prepare(guest: Guest, request: LiveRequest, endpoint: GuestEndpoint, token: str, on_event: OnEvent) -> MoveRecord:
-    """Have the overlays made; what is recorded of the move."""
+    """Have the overlays made; what is recorded of the move. Raises Overtaken where another host has the guest."""
     disks = disks_to_protect(guest)
     name = request.prefix or guest.name
     moves = [
@@ -90,7 +91,7 @@ def prepare(guest: Guest, request: LiveRequest, endpoint: GuestEndpoint, token: 
         moves=moves, running=True, divergence=request.divergence, image_dirs=_image_dirs(moves, request)
     )
     images.check()
-    overlays, epochs = [], []
+    overlays, epochs, mine = [], [], 1
     for disk, move in zip(disks, moves, strict=True):
         look = look_at(images, move)
         with opened(images, move) as chain:
@@ -100,8 +101,11 @@ def prepare(guest: Guest, request: LiveRequest, endpoint: GuestEndpoint, token: 
         overlay, there = make_overlay(images, move, look, Scope.SEALED, endpoint, on_event, name=file)
         overlays.append(overlay)
         epochs += [look.epoch, there]
-    # One for all its disks: the guest has one master.
+        mine = max(mine, look.epoch)
     standing, _ = guest_at(endpoint, name)
+    if standing.is_taken_over and standing.epoch > mine:  # of which its disks may not have heard yet
+        raise Overtaken(standing)
+    # One for all its disks: the guest has one master.
     epoch = max(*epochs, standing.epoch) + 1
     if epoch + 1 > LARGEST_EPOCH:
         raise Unsupported(f"its epoch is {epoch - 1}, and there is none after it", subject=guest.name)

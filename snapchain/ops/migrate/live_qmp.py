@@ -14,7 +14,7 @@ Up to GIVE_AND_RUN anything that fails, and Ctrl-C, ends with the guest running 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -22,6 +22,7 @@ from statistics import median
 
 from snapchain.errors import Conflict, SnapchainError, Unsupported
 from snapchain.guest import journal
+from snapchain.guest.machine_view import machine_view
 from snapchain.guest.protocol import GuestDisk
 from snapchain.guest.qemu_files import QemuFiles
 from snapchain.guest.qmp_guest import QmpGuest
@@ -50,7 +51,7 @@ from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.live_settle import MoveRecord
 from snapchain.ops.migrate.look import opened
 from snapchain.ops.restore.changed_definition import Changes, NewDisk
-from snapchain.ops.restore.qemu_argv import change_for_incoming
+from snapchain.ops.restore.qemu_argv import IncomingCommand, change_for_incoming
 from snapchain.ops.sync.request import SetReport
 from snapchain.replica.guest_client import GuestMove, moving
 from snapchain.replica.incoming_qemu import NBD, RAM, cpu_digest
@@ -82,10 +83,12 @@ class QmpKind:
         self._definition = check_guest(self._guest, disks)
         check_files(self._guest, self._definition)
         self._outgoing.check()
-        if self._definition.argv is None and not self._request.command:
-            words = "; ".join(self._definition.unreadable)
-            raise Unsupported(words, subject=self._guest.name, hint="or give --start-command")
-
+        if not self._request.command:
+            if self._definition.argv is None:
+                words = "; ".join(self._definition.unreadable)
+                raise Unsupported(words, subject=self._guest.name, hint="or give --start-command")
+            overlays = {disk.name: Path(f"/{disk.name}") for disk in disks}
+            self._command(overlays, [Path(f"/{file.name}") for file in self._definition.files], Path("/run"))
         if bitmaps := sorted(self._outgoing.named_bitmaps()):
             words = f"its dirty bitmaps ({', '.join(bitmaps)}) stay with the layers that are sealed now"
             self._on_event(Notice.of(self._guest.name, f"{words}: the next `ship --bitmap` there reads all disks once"))
@@ -97,7 +100,8 @@ class QmpKind:
     def begin(self, record: MoveRecord) -> MoveRecord:
         """See `LiveKind`."""
         directory = run_directory.make(f"{self._guest.name}-out", self._token)
-        return record.model_copy(update={"directory": directory, "capabilities": self._outgoing.capabilities()})
+        before = {"capabilities": self._outgoing.capabilities(), "limits": self._outgoing.limits()}
+        return record.model_copy(update={"directory": directory, **before})
 
     def move(self, found: journal.Found, moved: Moved, shipped: SetReport) -> None:
         """See `LiveKind`."""
@@ -155,7 +159,7 @@ class QmpKind:
         except BaseException:
             if live_settle.record_of(self._found).stage == "moving":
                 with held_back(), suppress(SnapchainError):  # it is done again, and reported, by `_settle`
-                    self._outgoing.undo(record.capabilities, seconds=_GIVE_UP_SECONDS)
+                    self._outgoing.undo(record.capabilities, record.limits, seconds=_GIVE_UP_SECONDS)
             raise
 
     def _measure(self, there: GuestMove) -> Measured:
@@ -190,24 +194,8 @@ class QmpKind:
             argv = ["env", *_facts(record, overlays, prepared, qmp), *self._request.command]
             started_in = None
         else:
-            changes = Changes(
-                disks={name: NewDisk(Path(path), "qcow2") for name, path in overlays.items()},
-                old_paths={each.name: str(each.image) for each in record.disks},
-                nvram={
-                    file.name: Path(path) for file, path in zip(self._definition.files, prepared.nvram, strict=True)
-                },
-                directory=directory,
-            )
-            assert self._definition.argv is not None
-            assert self._guest.address.qmp is not None
-            made = change_for_incoming(
-                self._definition.argv,
-                changes,
-                monitor=self._guest.address.qmp.absolute(),
-                subject=self._guest.name,
-            )
-            if made.lacking:
-                raise Unsupported("; ".join(made.lacking), subject=self._guest.name, hint="give --start-command")
+            files = {name: Path(path) for name, path in overlays.items()}
+            made = self._command(files, [Path(path) for path in prepared.nvram], directory)
             argv, qmp = list(made.argv), made.qmp
             place = QemuFiles(self._process[0]).directory if self._process is not None else None
             started_in = None if place is None else str(place)
@@ -217,10 +205,27 @@ class QmpKind:
             started,
             self._definition,
             version=version_of(self._outgoing.monitor),
+            view=machine_view(self._outgoing.monitor),
             cpu=cpu_digest(),
             bytes_left=shipped.bytes_left,
             subject=self._endpoint.url,
         )
+
+    def _command(self, overlays: Mapping[str, Path], nvram: Sequence[Path], directory: Path) -> IncomingCommand:
+        """That of the QEMU there, from the one here. Raises Unsupported for what it cannot have there."""
+        argv, qmp = self._definition.argv, self._guest.address.qmp
+        assert argv is not None
+        assert qmp is not None
+        changes = Changes(
+            disks={name: NewDisk(path, "qcow2") for name, path in overlays.items()},
+            old_paths={disk.name: named_path(argv, disk) for disk in self._guest.disks() if disk.name in overlays},
+            nvram={file.name: path for file, path in zip(self._definition.files, nvram, strict=True)},
+            directory=directory,
+        )
+        made = change_for_incoming(argv, changes, monitor=qmp.absolute(), subject=self._guest.name)
+        if made.lacking:
+            raise Unsupported("; ".join(made.lacking), subject=self._guest.name, hint="give --start-command")
+        return made
 
     def _report_mirrors(self, there: GuestMove) -> Callable[[int, int], None]:
         watch = MirrorWatch(subject=self._guest.name)
@@ -306,6 +311,12 @@ class QmpKind:
         """It was not asked, so the guest can go on here without its answer."""
         live_settle.unfence_all(record)
         self._found = live_settle.restaged(self._found, "moving")
+
+
+def named_path(argv: Sequence[str], disk: GuestDisk) -> str:
+    """The path of the layer that a command line names; QEMU was started on it, and snapshots lie on it since."""
+    paths = [str(layer.path) for layer in reversed(disk.chain) if layer.path is not None]
+    return next((path for path in paths if any(path in word for word in argv)), "")
 
 
 def give_access(directory: Path, process: tuple[int, int] | None) -> None:

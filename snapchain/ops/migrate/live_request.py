@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -127,6 +128,25 @@ class SettledMove(BaseModel):
     destination: str
     moved: bool
     says: str
+
+
+class InterruptedMove(BaseModel):
+    """A migration that was interrupted. stage: as `live_settle` has it; time: of its begin"""
+
+    model_config = ConfigDict(frozen=True)
+
+    guest: str
+    destination: str
+    stage: str
+    time: datetime
+
+
+class AbortPlan(BaseModel):
+    """What `--abort` would end, oldest first."""
+
+    model_config = ConfigDict(frozen=True)
+
+    interrupted: tuple[InterruptedMove, ...]
 
 
 class AbortReport(BaseModel):

@@ -31,9 +31,12 @@ from snapchain.guest.qmp_migration import Outgoing
 from snapchain.host import run_directory
 from snapchain.host.process_identity import boot_id, still_runs
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.guest_state import GuestStanding, describe_takeover
 from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.look import opened
 from snapchain.ops.migrate.request import MigrateRequest, Move as MovedImage
+from snapchain.replica.client import guest_at
+from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.guest_client import MovingGuest, moving
 from snapchain.replica.stream.guest_messages import HandedDisk, MoveStep, Moving, MovingDomain
 from snapchain.source import ownership
@@ -86,7 +89,8 @@ class LeavingRecord(BaseModel):
 class MoveRecord(BaseModel):
     """What the journal records of a move.
 
-    name: of the guest at the destination; directory: of the sockets here; capabilities: of the source, as before
+    name: of the guest at the destination; directory: of the sockets here
+    capabilities, limits: of QEMU's migration here, as before
     domain: of libvirt, None for a bare QEMU
     """
 
@@ -99,6 +103,7 @@ class MoveRecord(BaseModel):
     stage: Literal["moving", "switching", "switched"]
     directory: Path
     capabilities: dict[str, bool] = {}
+    limits: dict[str, int] = {}
     domain: LeavingRecord | None = None
     image_dirs: tuple[Path, ...] = ()
 
@@ -130,14 +135,17 @@ class Verdict(Enum):
     """It is not given, but only its QEMU there can go on with it: give it, then as MOVED; if it is refused, STAY."""
     MOVED = "moved"
     """The guest is the destination's."""
+    TAKEN = "taken"
+    """Another host has taken the guest over since, as by a failover: it goes on nowhere here."""
     UNKNOWN = "unknown"
     """Only the destination knows, and it does not answer."""
 
 
-def judge(stage: str, there: Moving | None, *, runs_here: bool) -> Verdict:
+def judge(stage: str, there: Moving | None, *, runs_here: bool, is_taken: bool = False) -> Verdict:
     """Who has the guest. there: how the move stands at the destination, None without an answer
 
     runs_here: whether the QEMU here, with the guest's memory, still is there
+    is_taken: whether another decision has made a host its master, as the destination says
     """
     if stage == "moving":
         return Verdict.STAY
@@ -145,6 +153,8 @@ def judge(stage: str, there: Moving | None, *, runs_here: bool) -> Verdict:
         return Verdict.MOVED
     if there is None:
         return Verdict.UNKNOWN
+    if is_taken:
+        return Verdict.TAKEN
     # Without a record of the move, a guest that was given has run there.
     never_ran = there.directory != "" and not there.ran
     if there.given:
@@ -193,10 +203,10 @@ def settle(
         if monitor is None or found.record.qemu_runs is False:
             monitor = ours = _monitor_of(found)
         end = _End(found, record, monitor, on_event)
-        there = None
+        there, taken = None, None
         if record.stage == "switching" and not is_gone:
-            there = end.ask(ASK_SECONDS)
-        verdict = judge(record.stage, there, runs_here=monitor is not None)
+            there, taken = end.ask(ASK_SECONDS)
+        verdict = judge(record.stage, there, runs_here=monitor is not None, is_taken=taken is not None)
         if is_gone and record.stage == "switching":
             verdict = Verdict.STAY
         match verdict:
@@ -207,6 +217,9 @@ def settle(
                     hint="bring the link up, then run it again, or with --abort; if that host is gone for good, say "
                     "--abort --destination-is-gone",
                 )
+            case Verdict.TAKEN:
+                assert taken is not None
+                return end.taken(taken)
             case Verdict.STAY:
                 return end.stay(there, is_gone=is_gone)
             case Verdict.COMPLETE if not end.give():
@@ -236,11 +249,27 @@ class _End:
         self._found, self._record, self._monitor, self._on_event = found, record, monitor, on_event
         self._endpoint = replica_at(record.destination)
 
-    def ask(self, seconds: float) -> Moving | None:
-        """How the move stands there; None without an answer: a replica that is not there is none."""
+    def ask(self, seconds: float) -> tuple[Moving | None, GuestStanding | None]:
+        """How the move stands there, and the guest, where it was taken over by another decision than this move.
+
+        None without an answer: a replica that is not there is none.
+        """
         with suppress(Unavailable, Busy, NotFound):
-            return persisted(lambda: self._step(MoveStep.LOOK), seconds)
-        return None
+            there = persisted(lambda: self._step(MoveStep.LOOK), seconds)
+            return there, None if there.given else overtaking(self._record, self._endpoint)
+        return None, None
+
+    def taken(self, standing: GuestStanding) -> SettledMove:
+        """Another host has the guest. Raises Conflict while the guest is paused here: nothing but that ends it."""
+        if self._monitor is not None:
+            raise Conflict(
+                f"{describe_takeover(standing)}; here it is still paused",
+                subject=self._found.record.guest,
+                hint=f"it must not go on: end its QEMU (process {(self._found.record.process or ('?',))[0]}), then run "
+                "`snapchain migrate --abort`",
+            )
+        mark_overtaken(self._record, standing)
+        return self._done(moved=True, says=says_overtaken(standing))
 
     def stay(self, there: Moving | None, *, is_gone: bool) -> SettledMove:
         """The guest goes on here."""
@@ -289,7 +318,7 @@ class _End:
     def _go_on(self) -> None:
         assert self._monitor is not None
         outgoing = Outgoing(self._monitor, self._record.token, self._record.names)
-        outgoing.undo(self._record.capabilities)
+        outgoing.undo(self._record.capabilities, self._record.limits)
 
     def _tell_end(self) -> None:
         try:
@@ -347,6 +376,34 @@ def fence_all(record: MoveRecord) -> list[tuple[Path, ...]]:
             fenced.append(tuple(ownership.fence(chain, each.mark, image_dirs=record.image_dirs)))
             ownership.confirm(chain, record.token, started=True)
     return fenced
+
+
+def overtaking(record: MoveRecord, endpoint: Endpoint) -> GuestStanding | None:
+    """How the guest stands at the destination, where another decision has made a host its master since.
+
+    Raises Unavailable, Busy and NotFound without an answer.
+    """
+    standing, _ = guest_at(endpoint, record.name)
+    return standing if standing.overtakes(token=record.token, epoch=record.disks[0].mark.epoch) else None
+
+
+def mark_overtaken(record: MoveRecord, standing: GuestStanding) -> None:
+    """Mark the images as taken over, in the place of the marks of the move. May be repeated."""
+    for each in record.disks:
+        with opened(record.request, each.moved) as chain:
+            ownership.mark_taken_over(
+                chain,
+                standing,
+                destination=record.destination,
+                disk=each.mark.disk,
+                image_dirs=record.image_dirs,
+                replaces=record.token,
+            )
+
+
+def says_overtaken(standing: GuestStanding) -> str:
+    """What `SettledMove.says` then."""
+    return f"{describe_takeover(standing)}; `snapchain fence` shows what the images here hold that no point has"
 
 
 def remove_directories(record: MoveRecord) -> None:

@@ -43,7 +43,8 @@ class Changes:
     tpm: the directory with the restored state of its TPM, None where none was recorded
     directory: of the restored files, for sockets that the old guest may still have
     identity: None for the recorded one
-    without_network: leave its network cards out, for a clone that must reach nobody
+    without_network: leave its network cards out, and the ports, logs and devices of this host, for a clone that must
+    reach nobody, and may run beside the recorded guest
     """
 
     disks: Mapping[str, NewDisk]

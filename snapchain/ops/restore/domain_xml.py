@@ -87,8 +87,8 @@ def change(text: str, changes: Changes, *, subject: object) -> Changed:
             lacking.append(f"{name} is left out of the definition, since it was not recorded: {reason}")
     lacking += [f"{name} is not in the definition; its file is {disk.path}" for name, disk in unseen.items()]
     lacking += _without_devices_of_the_host(devices)
-    for card in devices.findall("interface") if changes.without_network else ():
-        devices.remove(card)
+    if changes.without_network:
+        _isolate(devices)
     lacking += _set_firmware(root, changes)
     for source in devices.iterfind("tpm/backend/source"):
         if source.get("path") is not None and changes.tpm is not None:
@@ -173,6 +173,26 @@ def _without_devices_of_the_host(devices: ET.Element) -> list[str]:
                 where = "" if source is None else " " + " ".join(f"{key}={value}" for key, value in source.items())
                 gone.append(f"a device of the host that it ran on is left out of the definition: {tag}{where}")
     return gone
+
+
+def _isolate(devices: ET.Element) -> None:
+    """Leave its network cards out, and let it share no port, log or device with the guest that may run here."""
+    for card in devices.findall("interface"):
+        devices.remove(card)
+    for graphics in devices.findall("graphics"):
+        for name in ("port", "tlsPort", "websocket", "socket"):
+            graphics.attrib.pop(name, None)
+        if graphics.get("type") in ("vnc", "spice"):
+            graphics.set("autoport", "yes")
+    for tag in ("serial", "console", "parallel"):
+        for console in devices.findall(tag):
+            if console.get("type") in ("file", "pipe", "dev", "tcp", "udp"):
+                console.set("type", "null")
+                for child in [each for each in console if each.tag in ("source", "protocol")]:
+                    console.remove(child)
+    for cid in devices.iterfind("vsock/cid"):
+        cid.attrib.clear()
+        cid.set("auto", "yes")
 
 
 def _set_firmware(root: ET.Element, changes: Changes) -> list[str]:

@@ -34,7 +34,12 @@ _CHILDREN = frozenset({"file", "backing", "data-file", "encrypt"})
 _PLAIN_DISKS = {"hda": 0, "hdb": 1, "hdc": 2, "hdd": 3}
 _UNITS_OF_A_BUS = {"ide": 2, "scsi": 7}
 _SOCKETS = frozenset({"qmp", "qmp-pretty", "monitor", "serial", "parallel"})
+_SOCKET_KINDS = ("unix:", "tcp:", "telnet:", "websocket:")
 _WAITS = ("wait", "nowait")
+_CONSOLES = _SOCKETS | {"debugcon"}
+_SHARED_CONSOLES = ("tcp:", "telnet:", "websocket:", "udp:", "file:", "pipe:", "/dev/")
+_SHARED_BACKENDS = frozenset({"file", "pipe", "udp", "serial", "tty", "parallel", "parport"})
+_DESCRIPTORS = frozenset({"fd", "fds", "vhostfd", "vhostfds"})
 _MAC = {"device": "mac", "nic": "mac", "net": "macaddr"}
 _FILES_OF_THE_HOST = frozenset({"kernel", "initrd", "bios", "dtb", "readconfig"})
 _NETWORK = frozenset({"netdev", "nic", "net"})
@@ -182,6 +187,8 @@ class _CommandLine:
     def __init__(self, words: Sequence[str], changes: Changes) -> None:
         self._changes = changes
         self.lacking: list[str] = []
+        self._variables: set[Path] = set()
+        self._places: dict[str, str] = {}
         self._options: list[_Option] = []
         rest = list(reversed(words))
         while rest:
@@ -218,7 +225,7 @@ class _CommandLine:
             if option.name == "chardev" and option.values.get("backend") == "socket" and not option.is_json:
                 if option.values.get("server", "off") not in ("off", "no", "false"):
                     option.parts = [*(each for each in option.parts if each[0] not in _WAITS), ("wait", "off")]
-            elif option.name in _SOCKETS and (option.value or "").startswith("unix:"):
+            elif option.name in _SOCKETS and (option.value or "").startswith(_SOCKET_KINDS):
                 parts = split(option.value or "")
                 if any(part.partition("=")[0] == "server" for part in parts):
                     kept = [part for part in parts if part.partition("=")[0] not in _WAITS]
@@ -269,18 +276,44 @@ class _CommandLine:
         """Firmware variables, sockets, identity; and without what makes sense only where the guest came from."""
         kept = [_Option("-nic", "none")] if self._changes.without_network else []
         for option in self._options:
-            if option.name in ("incoming", "loadvm") or (self._changes.without_network and _is_network(option)):
+            if option.name in ("incoming", "loadvm"):
+                continue
+            if self._changes.without_network and not self._isolated(option):
                 continue
             if option.name == "device" and _OF_THE_HOST.match(option.values.get("driver", "")):
                 self.lacking.append(f"a device of the host that it ran on is left out: {option.value}")
                 continue
+            if option.name == "add-fd" or _DESCRIPTORS & option.values.keys():
+                self.lacking.append(f"an open descriptor, which QEMU got at its start: -{option.name} {option.value}")
             self._set_firmware(option)
-            _move_sockets(option, self._changes.directory)
+            self._move_sockets(option)
             self._set_identity(option)
             if option.name in _FILES_OF_THE_HOST and is_missing(option.value or ""):
                 self.lacking.append(f"the file of -{option.name} is missing here: {option.value}")
             kept.append(option)
         self._options = kept
+        self.lacking += [
+            f"{name} is not in the command line; its file is {path}"
+            for name, path in self._changes.nvram.items()
+            if path not in self._variables
+        ]
+
+    def _isolated(self, option: _Option) -> bool:
+        """Let an option share no port, log or device with the guest that may run here. False where it has to go."""
+        value = option.value or ""
+        if _is_network(option) or option.name in ("s", "gdb", "D"):
+            return False
+        if option.name == "vnc":
+            option.word, option.name, option.value = "-display", "display", "none"
+        elif option.name == "spice":
+            option.value = f"unix=on,addr={self._moved('spice').replace(',', ',,')},disable-ticketing=on"
+        elif option.name in _CONSOLES and value.startswith(_SHARED_CONSOLES):
+            option.value = "null"
+        elif option.name == "chardev":
+            values = option.values
+            if values.get("backend") in _SHARED_BACKENDS or values.keys() & {"host", "port"}:
+                option.parts = [("null", None), ("id", values.get("id", ""))]
+        return True
 
     def _source_of(self, name: str) -> tuple[_Option, str] | None:
         """The -drive, -blockdev or -hda of a disk, and the name of the node or drive.
@@ -371,14 +404,44 @@ class _CommandLine:
 
     def _set_firmware(self, option: _Option) -> None:
         if option.name == "drive" and option.values.get("if") == "pflash":
-            path = self._changes.nvram.get(Path(option.values.get("file", "")).name)
-            if path is not None:
+            if (path := self._variables_at(option.values.get("file"))) is not None:
                 option.set("file", str(path))
+        elif option.name == "pflash" and (path := self._variables_at(option.value)) is not None:
+            option.value = str(path)
         for node in option.nodes():
-            path = self._changes.nvram.get(Path(str(node.get("filename", ""))).name)
-            if path is not None:
+            if (path := self._variables_at(node.get("filename"))) is not None:
                 node["filename"] = str(path)
                 option.is_changed = True
+
+    def _variables_at(self, old: object) -> Path | None:
+        """The new file of firmware variables, by the name of the old one."""
+        path = self._changes.nvram.get(Path(old).name) if isinstance(old, str) else None
+        if path is not None:
+            self._variables.add(path)
+        return path
+
+    def _move_sockets(self, option: _Option) -> None:
+        """Into the directory of the new files: a second guest would take its sockets away from the first one."""
+        value = option.value or ""
+        if option.name == "pidfile":
+            option.value = self._moved(value)
+        elif option.name in _SOCKETS and value.startswith("unix:"):
+            socket, *rest = split(value.removeprefix("unix:")) or [""]
+            if any(part.partition("=")[0] == "server" for part in rest):
+                parts = [f"unix:{self._moved(socket)}", *rest]
+                option.value = ",".join(part.replace(",", ",,") for part in parts)
+        elif option.name == "chardev" and option.values.get("backend") == "socket":
+            path, listens = option.values.get("path"), option.values.get("server", "off")
+            if path and listens not in ("off", "no", "false"):
+                option.set("path", self._moved(path))
+
+    def _moved(self, old: str) -> str:
+        """A path of its own: two sockets of one name would be one, and the first could not be reached."""
+        name, number = Path(old).name, 1
+        while self._places.setdefault(name, old) != old:
+            number += 1
+            name = f"{number}-{Path(old).name}"
+        return str(self._changes.directory / name)
 
     def _set_identity(self, option: _Option) -> None:
         identity = self._changes.identity
@@ -409,22 +472,6 @@ def _set_drive(option: _Option, disk: NewDisk) -> None:
 
 def _is_network(option: _Option) -> bool:
     return option.name in _NETWORK or (option.name == "device" and "netdev" in option.values)
-
-
-def _move_sockets(option: _Option, directory: Path) -> None:
-    """Into the directory of the new files: a second guest would take its sockets away from the first one."""
-    value = option.value or ""
-    if option.name == "pidfile":
-        option.value = str(directory / Path(value).name)
-    elif option.name in _SOCKETS and value.startswith("unix:"):
-        socket, *rest = split(value.removeprefix("unix:")) or [""]
-        if any(part.partition("=")[0] == "server" for part in rest):
-            parts = [f"unix:{directory / Path(socket).name}", *rest]
-            option.value = ",".join(part.replace(",", ",,") for part in parts)
-    elif option.name == "chardev" and option.values.get("backend") == "socket":
-        path, listens = option.values.get("path"), option.values.get("server", "off")
-        if path and listens not in ("off", "no", "false"):
-            option.set("path", str(directory / Path(path).name))
 
 
 def _automatic_name(values: Mapping[str, str], counts: dict[str, int]) -> str:

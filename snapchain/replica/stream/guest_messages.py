@@ -201,6 +201,10 @@ class Move(Message):
         return self
 
 
+MOST_ENTRIES, LONGEST_KEY, LONGEST_VALUE = 2000, 250, 1000
+"""Of the view of a machine."""
+
+
 class Moving(Message):
     """How a move stands at the receiver.
 
@@ -208,6 +212,7 @@ class Moving(Message):
     nvram: whole paths of the files for its firmware variables, in the order of the request
     alive: whether the QEMU of this move runs; given: whether the guest was given to this host by this move
     ran: whether it may have run here; version: of QEMU, as 7.2; machine: its type
+    view: in answer to START, what the guest would see of that machine (guest/machine_view.py)
     cpu: a digest of the processor's model and features; free: bytes of the replica's filesystem
     clock: of this host, in the middle of the work on the request, and
     resumed: when the guest went on; both in seconds since the epoch
@@ -224,6 +229,10 @@ class Moving(Message):
     ran: bool
     version: str | None = Field(default=None, max_length=100)
     machine: str | None = Field(default=None, max_length=200)
+    view: dict[
+        Annotated[str, StringConstraints(max_length=LONGEST_KEY)],
+        Annotated[str, StringConstraints(max_length=LONGEST_VALUE)],
+    ] = Field(default={}, max_length=MOST_ENTRIES)
     cpu: str = Field(default="", max_length=100)
     free: int = Field(default=0, ge=0, le=1 << 63)
     clock: float
