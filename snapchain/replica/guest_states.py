@@ -39,11 +39,21 @@ from snapchain.model.guest_state import (
     is_done,
     unrecorded,
 )
+from snapchain.model.lease import Renewals, counted
 from snapchain.replica import handover, names
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Layer
 from snapchain.replica.epochs import overlay_of
-from snapchain.replica.guest_store import alone_with, disks_of, note_check, read_checks, read_standing, write_standing
+from snapchain.replica.guest_store import (
+    alone_with,
+    disks_of,
+    note_check,
+    read_checks,
+    read_standing,
+    with_renewals,
+    write_renewals,
+    write_standing,
+)
 from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.messages import Active, AskGuest, Feature, HandedDisk, Kind, Standing, Stands
 from snapchain.source.handed_over import HandedOver
@@ -69,6 +79,8 @@ def answer(receiver: Receiver, request: AskGuest) -> None:
         found = look(replica, request.guest) if request.change is None else change(replica, request)
     if Feature.PLACES not in receiver.session.features:
         found = found.model_copy(update={"standing": found.standing.for_older()})
+    if Feature.LEASE not in receiver.session.features:
+        found = found.model_copy(update={"standing": found.standing.model_copy(update={"lease": None})})
     receiver.session.reply(Kind.STANDING, found)
     receiver.session.done()
 
@@ -81,8 +93,19 @@ def look(replica: Replica, guest: str) -> Stands:
     found = max((_written(disk) for disk in disks), key=lambda each: each.epoch, default=_Written(0))
     standing = as_disks_stand(record, guest, epoch_of([found.epoch]), master=found.master, at=found.at)
     return Stands(
-        standing=standing.model_copy(update={"here": place_of(replica)}), checks=read_checks(replica.root, guest)
+        standing=with_renewals(replica.root, standing).model_copy(update={"here": place_of(replica)}),
+        checks=read_checks(replica.root, guest),
     )
+
+
+def _renewed(replica: Replica, asked: GuestChange) -> GuestStanding:
+    """RENEW: how the guest stands. The lease is renewed where it still has the token that was asked for."""
+    now = look(replica, asked.guest).standing
+    if now.lease is None or now.lease.token != asked.token:
+        return now
+    renewals = Renewals(token=asked.token, count=now.lease.count + 1, time=datetime.now(UTC))
+    write_renewals(replica.root, asked.guest, renewals)
+    return now.model_copy(update={"lease": counted(now.lease, renewals)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +155,8 @@ def change(replica: Replica, request: AskGuest) -> Stands:
     if asked.transition is Transition.SWITCH and not request.handed:
         raise InvalidInput("the disks that are handed over are not named", subject=request.guest)
     with alone_with(replica.root, request.guest):
+        if asked.transition is Transition.RENEW:
+            return Stands(standing=_renewed(replica, asked))
         now = _stands(replica, asked)
         is_repeated = is_done(now, asked)
         subject = f"{replica.root}: {request.guest}"

@@ -108,6 +108,15 @@ def uninstall(request: HookRequest) -> HookReport:
     return HookReport(path=str(path), text="", installed=False)
 
 
+def requires_answer(folder: Path = FOLDER) -> bool:
+    """Whether a hook of ours is there that lets no guest start before all of its destinations have answered."""
+    try:
+        text = read_small(folder / NAME, cap=_CAP).decode(errors="replace")
+    except SnapchainError:
+        return False
+    return _OURS in text and "--require-answer" in text and "--at" in text
+
+
 def _check_ours(path: Path) -> None:
     if not os.path.lexists(path):
         return
