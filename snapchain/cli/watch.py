@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.destination.protocol import Destination
-    from snapchain.ops.watch.lease import LeaseRequest
+    from snapchain.ops.watch.lease_places import LeaseRequest
     from snapchain.ops.watch.run import RoundReport, WatchReport
     from snapchain.ops.watch.start import WatchPlan
     from snapchain.ops.watch.systemd import Unit
@@ -191,7 +191,7 @@ def _lease(text: str, witness: str | None, first: str, out: Output) -> LeaseRequ
     from snapchain.destination.address import parse_destination
     from snapchain.model.lease import LONGEST, SHORTEST
     from snapchain.ops.nightly.values import to_seconds
-    from snapchain.ops.watch.lease import LeasePlace, LeaseRequest
+    from snapchain.ops.watch.lease_places import LeasePlace, LeaseRequest
 
     try:
         seconds = to_seconds(text)

@@ -1,16 +1,19 @@
 """Two processes by whose end the kernel stops a third one: at a deadline, or when somebody kills one of them.
 
     each guard   a timer of the kernel ends it by SIGKILL at the deadline, even one that is stopped or hangs
-                 |  its end closes its pipes
+                 |  its end closes the write ends of its pipes
                  v
-    the other    holds the other ends, with O_ASYNC: the kernel sends SIGSTOP to the target (fcntl F_SETOWN, F_SETSIG)
+    read ends    of the same pipes, in the other guard and in itself, with O_ASYNC: the kernel sends SIGSTOP to the
+                 target (fcntl F_SETOWN, F_SETSIG)
 
 So nothing that stops the target needs to be scheduled, needs memory, a disk, a monitor or a network.  No order disarms
-a guard: it can only be told of a later deadline.  Each guard keeps one pipe whose write end has the lower descriptor,
-and one whose read end has it: in whichever order a dying process closes them, of two that are killed at once one still
-listens when the other goes.
+a guard: it can only be told of a later deadline.  Each guard has one pipe to itself whose write end has the lower
+descriptor, and one whose read end has it: in whichever order a dying process closes them, one write end goes while its
+read end is still there.  So the end of each guard stops the target without any other process.  The other guard is for
+one that is killed and does not end, such as in a system call that waits for a broken disk.
 
-Only a guard lets the target continue.  It dies at the deadline itself, so it cannot do that after it.
+Only a guard lets the target continue.  Its own end stops the target again, and comes at the deadline at the latest: so
+it cannot do that after the deadline, and not in vain when the other one ends at the same moment.
 """
 
 from __future__ import annotations
@@ -32,11 +35,13 @@ from typing import Any, ClassVar
 from snapchain.errors import NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.host.detached import start_module
 from snapchain.host.process_identity import Identity, identity
+from snapchain.host.readable import is_readable
 
 _MODULE = "snapchain.host.deadman"
 _START_SECONDS = 30.0
 """What a busy machine may need to start two Pythons."""
 _END_SECONDS = 10.0
+_HINT = "run it as root, or as the user of the guest's QEMU"
 _SECOND_LATER = 0.2
 """Seconds by which the second guard outlives the first, which lets the target continue: one is left to notice."""
 _ORDER = struct.Struct("<d?")
@@ -60,13 +65,31 @@ def is_stopped(process: Identity) -> bool:
 
 def let_continue(process: Identity) -> None:
     """Send SIGCONT, where no guard shall stop the process any more."""
-    with suppress(ProcessLookupError):
+    _send(process, signal.SIGCONT)
+
+
+def stop(process: Identity) -> None:
+    """Send SIGSTOP to a process that has no guards. Raises Unsupported where that is not allowed."""
+    _send(process, signal.SIGSTOP)
+
+
+def _send(process: Identity, number: signal.Signals) -> None:
+    """To this very process, if it has not ended."""
+    try:
         fd = os.pidfd_open(process[0])
-        try:
-            if identity(process[0]) == process:
-                signal.pidfd_send_signal(fd, signal.SIGCONT)
-        finally:
-            os.close(fd)
+    except ProcessLookupError:
+        return
+    try:
+        if identity(process[0]) == process:
+            signal.pidfd_send_signal(fd, number)
+    except ProcessLookupError:
+        return
+    except PermissionError as error:
+        raise Unsupported(
+            f"{number.name} may not be sent to the process", subject=f"process {process[0]}", hint=_HINT
+        ) from error
+    finally:
+        os.close(fd)
 
 
 def end(guards: Sequence[Identity]) -> None:
@@ -87,7 +110,7 @@ def end(guards: Sequence[Identity]) -> None:
                 signal.pidfd_send_signal(fd, signal.SIGKILL)
         until = time.monotonic() + _END_SECONDS
         for fd in fds:
-            if not select.select([fd], [], [], max(0.0, until - time.monotonic()))[0]:
+            if not is_readable(fd, max(0.0, until - time.monotonic())):
                 raise Unavailable("a process that guards the guest does not end", hint="is the kernel in order?")
     for guard in guards:
         with suppress(ChildProcessError):
@@ -167,7 +190,7 @@ def _start_failed(data: bytes, target: Identity) -> SnapchainError:
     return Unsupported(
         f"the processes that guard the guest could not be set up: {words or 'they ended'}",
         subject=f"process {target[0]}",
-        hint="run it as root, or as the user of the guest's QEMU",
+        hint=_HINT,
     )
 
 
@@ -196,7 +219,9 @@ def main(fd: int, argument: str) -> None:
 
 _MOST_FDS = 65536
 _PLACES = (100, 101, 102, 103)
-"""Descriptors of a guard: write end, read end, of one pipe each; read end, write end, of another pipe each."""
+"""Descriptors of a guard that it shares with the other one: write, read, read, write end, each of another pipe."""
+_OWN_PLACES = ((104, 105), (107, 106))
+"""Write end and read end of its two pipes to itself."""
 
 
 def _spare_us_out_of_memory() -> None:
@@ -210,7 +235,7 @@ def _spare_us_out_of_memory() -> None:
 
 
 class _Guard:
-    """What both have in common. ends: as `_PLACES`; the process owns them from now on"""
+    """What both have in common."""
 
     def __init__(self, target: Identity, until: float) -> None:
         self.timer = _KillTimer()
@@ -221,12 +246,19 @@ class _Guard:
             raise ProcessLookupError
 
     def take(self, ends: Sequence[int]) -> None:
-        """Put the pipes in their places, and let the kernel watch their read ends. Raises OSError."""
-        for end_, place in zip(ends, _PLACES, strict=True):
+        """Put the pipes in their places, and let the kernel watch their read ends. Raises OSError.
+
+        ends: as `_PLACES`; the guard owns them from now on
+        """
+        self.reads = (_PLACES[1], _PLACES[2])
+        pairs = list(zip(ends, _PLACES, strict=True))
+        for write_place, read_place in _OWN_PLACES:
+            read, write = os.pipe()
+            pairs += [(write, write_place), (read, read_place)]
+        for end_, place in pairs:
             os.dup2(end_, place, inheritable=False)
             os.close(end_)
-        self.reads = (_PLACES[1], _PLACES[2])
-        for read in self.reads:
+        for read in (*self.reads, *(read for _, read in _OWN_PLACES)):
             fcntl.fcntl(read, fcntl.F_SETOWN, self.target[0])
             fcntl.fcntl(read, fcntl.F_SETSIG, signal.SIGSTOP)
             fcntl.fcntl(read, fcntl.F_SETFL, fcntl.fcntl(read, fcntl.F_GETFL) | os.O_ASYNC)
@@ -308,9 +340,7 @@ class _First(_Guard):
             return False
         if resumes and not self.is_alone():
             signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
-            if self.is_alone():  # it ended meanwhile: what the kernel has done then was undone
-                signal.pidfd_send_signal(self.pidfd, signal.SIGSTOP)
-        return not self.is_alone()
+        return not self.is_alone()  # else it ended meanwhile, and this one ends too, which stops the target again
 
 
 class _Second(_Guard):

@@ -438,8 +438,8 @@ def _check_lease(now: GuestStanding, change: GuestChange, *, subject: object) ->
         raise Conflict(fact, subject=subject, hint="end its watch there, which ends the lease; then move it")
     if change.transition is not Transition.PROMOTE or change.vouched is None or change.vouched.how != "lease":
         return
-    if now.lease is None or now.lease.is_witness:
-        raise Conflict("the guest runs under no lease that this destination grants", subject=subject, hint=PROOF)
+    if now.lease is None or now.lease.is_witness or not now.lease.epoch == now.epoch >= change.epoch:
+        raise Conflict("its master holds no lease that this destination grants", subject=subject, hint=PROOF)
 
 
 def is_as_asked(now: GuestStanding, change: GuestChange) -> bool:
@@ -486,6 +486,7 @@ PROOF = (
     "give --fence PROGRAM, whose exit code proves that the old host is down; or --lease, where the guest runs under "
     "one; or vouch for it yourself: --source-is-gone"
 )
+PROOF_WITHOUT_LEASE = "give --fence PROGRAM, or vouch for it yourself: --source-is-gone"
 
 
 def _remedy(now: GuestStanding) -> str:

@@ -6,6 +6,7 @@ A later run of the watch goes on by it.  Others see by it why a QEMU is stopped,
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from snapchain.errors import SnapchainError
 from snapchain.host import private
 from snapchain.host.deadman import is_stopped
-from snapchain.host.process_identity import Identity, boot_id, identity
+from snapchain.host.process_identity import Identity, still_runs
 from snapchain.host.records import SYSTEM_STATE, state_dir
 from snapchain.model.lease import Lease
 
@@ -26,23 +27,31 @@ _CAP = 1 << 16
 class LeaseNote(BaseModel):
     """One guest under a lease.
 
-    rehearses: nothing is promised yet; process, boot: of the guest's QEMU; guards: that may still live
     guest, epoch: its name at the destinations, and in which epoch this host writes it: a stopped QEMU tells nothing
+    destination: where the lease is recorded, as the watch names it
+    process, boot: of the guest's QEMU, (0, 0) while it is off; guards: that may still live
     pausing: QEMU was asked, or is about to be asked, to pause the guest
-    lease: once it is recorded at both places; a later run with the same terms goes on with it
+    lease: that the destination may have recorded, None while the guards are only tried
+    is_sure: whether it is known to have done so
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
-    version: Literal[1] = 1
-    rehearses: bool
+    version: Literal[2] = 2
     guest: str
     epoch: int
+    destination: str
     process: Identity
     boot: str
     guards: tuple[Identity, ...] = ()
     pausing: bool = False
     lease: Lease | None = None
+    is_sure: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        """Whether that QEMU still runs, stopped or not."""
+        return still_runs(self.process, boot=self.boot)
 
     def describe(self) -> str:
         """Whether the guest runs, in a sentence."""
@@ -60,24 +69,25 @@ def directories() -> list[Path]:
 
 
 def read_note(path: Path) -> LeaseNote | None:
-    """The note, where its QEMU still runs. None for one that cannot be read or understood."""
+    """The note, None for one that cannot be read or understood."""
     try:
-        note = LeaseNote.model_validate_json(private.read_own(path, cap=_CAP))
+        return LeaseNote.model_validate_json(private.read_own(path, cap=_CAP))
     except (SnapchainError, ValidationError):
         return None
-    return note if note.boot == boot_id() and identity(note.process[0]) == note.process else None
 
 
-def note_of(process: Identity | None) -> LeaseNote | None:
-    """Of a QEMU of this host, as far as this user may know it."""
-    if process is None:
-        return None
-    for folder in directories():
+def notes_of(process: Identity | None) -> Iterator[tuple[Path, LeaseNote]]:
+    """Of a QEMU of this host, as far as this user may know them."""
+    for folder in directories() if process is not None else ():
         try:
             found = sorted(folder.glob(f"*/{NAME}"))
         except OSError:
             continue
         for path in found:
-            if (note := read_note(path)) is not None and note.process == process:
-                return note
-    return None
+            if (note := read_note(path)) is not None and note.process == process and note.is_there:
+                yield path, note
+
+
+def note_of(process: Identity | None) -> LeaseNote | None:
+    """One of them."""
+    return next((note for _, note in notes_of(process)), None)

@@ -23,7 +23,8 @@ from snapchain.ops.guest_seal import seal
 from snapchain.ops.ship import guest as ship
 from snapchain.ops.watch.door import GuestDoor
 from snapchain.ops.watch.guest_work import WatchRequest
-from snapchain.ops.watch.lease import LeaseHolder, LeasePlace, LeaseRequest
+from snapchain.ops.watch.lease import LeaseHolder
+from snapchain.ops.watch.lease_places import LeasePlace, LeaseRequest
 from tests.guest.machine import Machine
 from tests.guest.nights import Host
 from tests.servers import DIE_WITH_PARENT
@@ -35,6 +36,7 @@ LONG, SHORT = 120, 4
 class Link:
     """The way to a destination. cut: nothing arrives; deaf: to which kind of change no answer comes back
 
+    lost: which kind of change does not arrive
     is_open: answers come back once it is set; late: only those to this kind of change wait for it
     """
 
@@ -43,6 +45,7 @@ class Link:
         self.cut = False
         self.deaf: Transition | None = None
         self.late: Transition | None = None
+        self.lost: Transition | None = None
         self.is_open = threading.Event()
         self.is_open.set()
         self.sent: list[Transition] = []
@@ -64,6 +67,8 @@ class _Reached:
 
     def change_guest(self, change: GuestChange) -> tuple[GuestStanding, Mapping[str, Path]]:
         self._link.sent.append(change.transition)
+        if self._link.lost is change.transition:
+            raise Unavailable("it did not arrive", subject=self.url)
         answer = self._through(lambda place: place.change_guest(change), change.transition)
         if self._link.deaf is change.transition:
             raise Unavailable("the answer was lost", subject=self.url)

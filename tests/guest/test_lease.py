@@ -6,10 +6,11 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import pytest
 
@@ -294,7 +295,7 @@ def test_a_taken_guest_is_stopped_for_good(leased: Leased) -> None:
     assert any("kvm2 has taken the guest web1 over" in words for words in leased.said)
 
 
-def taken_over(leased: Leased) -> None:
+def taken_over(leased: Leased, how: Literal["fence", "lease"] = "fence") -> None:
     """By another host, at the destination; the witness goes on to renew."""
     place = leased.destination()
     points = {disk.name: disk.points[-1].point for disk in place.disks() if disk.name.startswith("web1/v")}
@@ -306,7 +307,8 @@ def taken_over(leased: Leased) -> None:
             token="9" * 32,
             by="kvm2",
             host="kvm2",
-            vouched=Vouched(how="fence", who="root@kvm2"),
+            former="kvm1",
+            vouched=Vouched(how=how, who="root@kvm2"),
             disks=tuple(TakenDisk(disk=name, point=point) for name, point in points.items()),
         )
     )
@@ -328,28 +330,35 @@ def test_a_lease_that_cannot_be_ended_stops_the_guest(leased: Leased) -> None:
     assert leased.machine.status() == "running"
 
 
-LOST: dict[str, Callable[[Leased], None]] = {
-    "destination": lambda leased: setattr(leased.destination, "deaf", Transition.LEASE),
-    "witness": lambda leased: setattr(leased.witness, "deaf", Transition.LEASE),
-}
-
-
-@pytest.mark.parametrize("place", LOST)
+@pytest.mark.parametrize("place", ["destination", "witness"])
 def test_a_lost_answer_to_the_first_request(leased: Leased, place: str) -> None:
-    """The destination may have recorded the lease: so the guest stops, and continues when that is known."""
+    """Renewals tell whether the destination has recorded the lease; the witness is asked once more."""
     process = leased.process()
-    LOST[place](leased)
-    leased.seconds = SHORT
+    link: Link = getattr(leased, place)
+    link.deaf = Transition.LEASE
     with leased.holder() as holder:
-        link: Link = getattr(leased, place)
-        wait_until(lambda: leased.said)
-        assert holder.report().state == "none"
-        assert Transition.RENEW not in link.sent
+        wait_until(lambda: any("the answer was lost" in words for words in leased.said))
         link.deaf = None
         wait_until(lambda: holder.report().state == "held")
         wait_until(lambda: not is_stopped(process))
     assert leased.standing().lease is None
     assert leased.machine.status() == "running"
+
+
+def test_a_renewal_at_the_witness_counts_once_the_destination_has_the_lease(leased: Leased) -> None:
+    """Else an older lease may be recorded there, which names no witness or another one."""
+    process = leased.process()
+    link, leased.seconds = leased.destination, SHORT
+    link.lost = Transition.LEASE
+    with leased.holder() as holder:
+        wait_until(lambda: any("it did not arrive" in words for words in leased.said))
+        link.cut = True
+        wait_until(lambda: is_stopped(process))
+        renewals(leased.witness, 2)
+        assert is_stopped(process)
+        assert holder.report().state == "paused"
+        link.cut, link.lost = False, None
+        wait_until(lambda: holder.report().state == "held" and not is_stopped(process))
 
 
 def test_a_lease_that_the_destination_has_lost_is_taken_anew(leased: Leased) -> None:
@@ -411,6 +420,106 @@ def test_another_qemu_is_guarded_while_its_lease_cannot_be_ended(leased: Leased)
             wait_until(lambda: is_stopped(process))
             leased.destination.cut = leased.witness.cut = False
             wait_until(lambda: not is_stopped(process))
+
+
+def test_another_qemu_is_stopped_while_the_destination_hangs(leased: Leased) -> None:
+    """Nothing that stops it waits for an answer."""
+    leased.seconds = SHORT
+    with leased.holder() as holder:
+        wait_until(lambda: holder.report().state == "held")
+        before = guards(leased)
+        leased.destination.is_open.clear()
+        leased.witness.cut = True
+        leased.machine.quit()
+        wait_until(lambda: all(gone(pid) for pid, _ in before))
+        with leased.host.machine() as machine:
+            leased.machine = machine
+            process = leased.process()
+            wait_until(lambda: is_stopped(process))
+            leased.destination.is_open.set()
+            leased.witness.cut = False
+            wait_until(lambda: holder.report().state == "held" and not is_stopped(process))
+
+
+def test_a_watch_that_comes_after_the_guest_was_started_again(leased: Leased) -> None:
+    """As after a crash of the host: the destination may have the lease of the QEMU that is gone."""
+    with leased.begin() as watch:
+        wait_until(lambda: leased.standing().lease is not None)
+        renewals(leased.destination, 1)
+        watch.kill()
+    leased.machine.kill()
+    leased.destination.cut = leased.witness.cut = True
+    with leased.host.machine() as machine:
+        leased.machine = machine
+        process = leased.process()
+        with leased.holder() as holder:
+            wait_until(lambda: is_stopped(process))
+            leased.destination.cut = leased.witness.cut = False
+            wait_until(lambda: holder.report().state == "held" and not is_stopped(process))
+        assert leased.standing().lease is None
+        assert not leased.note.exists()
+
+
+def test_a_lease_of_which_the_note_is_lost_is_ended_first(leased: Leased) -> None:
+    """Nothing guards the guest that it says is guarded."""
+    process = leased.process()
+    with leased.begin() as watch:
+        wait_until(lambda: leased.standing().lease is not None)
+        renewals(leased.destination, 1)
+        watch.kill()
+    for pid, _ in guards(leased):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    leased.note.unlink()
+    wait_until(lambda: is_stopped(process))
+    os.kill(process[0], signal.SIGCONT)
+    with leased.holder() as holder:
+        wait_until(lambda: holder.report().state == "held")
+        link = leased.destination
+        assert link.sent.index(Transition.UNLEASE) < link.sent.index(Transition.LEASE)
+
+
+def test_a_watch_at_another_destination_does_not_go_on(leased: Leased) -> None:
+    """The guest may still be taken over from the one that has recorded the lease."""
+    with leased.begin() as watch:
+        wait_until(lambda: leased.standing().lease is not None)
+        renewals(leased.destination, 1)
+        watch.kill()
+    leased.destination, leased.witness = leased.witness, leased.destination
+    with leased.holder() as holder:
+        wait_until(lambda: any("its lease is at another destination" in words for words in leased.said))
+        assert holder.report().state == "none"
+    assert not leased.destination.sent
+    assert leased.standing(leased.witness).lease is not None
+
+
+def test_another_watch_of_the_same_guest(leased: Leased) -> None:
+    """By another path of its socket."""
+    leased.note = directory_of(leased.address) / NAME
+    make_private(leased.note.parent)
+    with leased.holder() as holder:
+        wait_until(lambda: holder.report().state == "held")
+        leased.note = directory_of(GuestAddress(qmp=leased.folder / "run" / ".." / "run" / "qmp")) / NAME
+        make_private(leased.note.parent)
+        with leased.holder() as other:
+            wait_until(lambda: any("another watch has taken a lease of it" in words for words in leased.said))
+            assert other.report().state == "none"
+        assert holder.report().state == "held"
+
+
+def test_a_guest_that_was_taken_over_by_its_lease_does_not_run_here_again(leased: Leased) -> None:
+    """Its host has come back, without a note, and somebody has started it."""
+    with leased.begin() as watch:
+        wait_until(lambda: leased.standing().lease is not None)
+        watch.kill()
+    taken_over(leased, how="lease")
+    leased.machine.kill()
+    leased.note.unlink()
+    with leased.host.machine() as machine:
+        leased.machine = machine
+        process = leased.process()
+        with pytest.raises(Conflict, match="kvm2 has taken the guest web1 over"), leased.holder() as holder:
+            wait_until(lambda: is_stopped(process) and holder.report().state == "taken")
 
 
 def test_a_killed_or_stopped_watch(leased: Leased) -> None:

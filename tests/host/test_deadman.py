@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -88,6 +89,42 @@ def test_a_deadline_that_is_extended_in_time_stops_nothing(target: Identity, gua
     wait_until(lambda: clock() > passed)
     assert not is_stopped(target)
     assert guards.works
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_one_guard_alone_stops_it_by_its_own_end(target: Identity, guards: Deadman, last: int) -> None:
+    """As where the other one was killed while this one sent SIGCONT, and then this one before it noticed."""
+    kill(guards.guards[last], by=signal.SIGSTOP)
+    kill(guards.guards[1 - last])
+    wait_until(lambda: is_stopped(target))
+    os.kill(target[0], signal.SIGCONT)
+    assert not is_stopped(target)
+    kill(guards.guards[last])
+    wait_until(lambda: is_stopped(target))
+
+
+def test_a_process_with_many_descriptors_ends_guards(target: Identity) -> None:
+    """select(2) takes none from 1024 on."""
+    with ExitStack() as opened:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):
+            opened.callback(os.close, os.dup(0))
+        pair = Deadman(target, clock() + LATER)
+        pair.end()
+        wait_until(lambda: is_stopped(target))
+
+
+def test_a_process_without_guards_is_stopped_and_another_one_is_not(target: Identity) -> None:
+    deadman.stop((target[0], target[1] + 1))
+    assert not is_stopped(target)
+    deadman.stop(target)
+    wait_until(lambda: is_stopped(target))
+    let_continue((target[0], target[1] + 1))
+    assert is_stopped(target)
+    let_continue(target)
+    wait_until(lambda: not is_stopped(target))
 
 
 def test_only_live_guards_let_it_continue(target: Identity) -> None:

@@ -166,5 +166,12 @@ def test_a_lease_lives_until_the_new_master_starts() -> None:
 
 def test_a_failover_by_a_lease_that_there_is_not() -> None:
     now = unrecorded("web1", 1)
-    with pytest.raises(Conflict, match="runs under no lease that this destination grants"):
+    with pytest.raises(Conflict, match="holds no lease that this destination grants"):
         taken(now, step(Transition.PROMOTE, now, host="kvm2"))
+    now = taken(now, step(Transition.LEASE, now))
+    elsewhere = step(Transition.PROMOTE, now, token=OTHER, host="kvm2").model_copy(update={"epoch": 2})
+    with pytest.raises(Conflict, match="holds no lease that this destination grants"):
+        taken(now, elsewhere)
+    promoting = taken(now, step(Transition.PROMOTE, now, token=OTHER, host="kvm2"))
+    with pytest.raises(Conflict, match="holds no lease that this destination grants"):  # the lease is of kvm1
+        taken(promoting, step(Transition.PROMOTE, promoting, token="3" * 32, host="kvm3"))

@@ -10,7 +10,7 @@ import pytest
 
 from snapchain.destination.protocol import Destination
 from snapchain.errors import Busy, Conflict, InvalidInput
-from snapchain.model.guest_state import GuestChange, GuestState, Transition
+from snapchain.model.guest_state import GuestChange, GuestState, TakenDisk, Transition, Vouched
 from snapchain.model.lease import Lease, silence_seconds, wait_seconds
 from snapchain.ops.failover.lease import LeaseEnd, LeaseProof
 from snapchain.ops.failover.request import FailoverRequest
@@ -183,6 +183,31 @@ def test_what_is_no_proof(place: Open, witness: Open, guest: Guest, clock: Clock
     assert clock.waits == []
     assert place().guest_state(GUEST).state is GuestState.PROTECTED
     assert not out.exists()
+    assert guest.names
+
+
+def test_a_lease_is_no_proof_about_another_master(
+    place: Open, witness: Open, guest: Guest, clock: Clock, tmp_path: Path
+) -> None:
+    """The guest was taken over at another destination, and this one, which was silent then, has an older lease."""
+    grant(place)
+    taken = change(Transition.PROMOTE, witness(), OTHER).model_copy(
+        update={
+            "host": "kvm3",
+            "vouched": Vouched(how="fence", who="root@kvm3"),
+            "disks": tuple(
+                TakenDisk(disk=disk.name, point=disk.points[-1].point)
+                for disk in witness().disks()
+                if disk.name.startswith(f"{GUEST}/v")
+            ),
+        }
+    )
+    witness().change_guest(taken)
+    reach = Reach(at=(witness().url,), opens=clock.reach.opens)
+    with pytest.raises(Conflict, match="its lease is of kvm1 in epoch 1, and the guest is promoting on kvm3"):
+        failover(place, None, clock, tmp_path / "out", reach=reach).run()
+    assert place().guest_state(GUEST).state is GuestState.PROTECTED
+    assert clock.waits == []
     assert guest.names
 
 

@@ -21,7 +21,15 @@ from snapchain.errors import Busy, Conflict, InvalidInput
 from snapchain.host import deadman
 from snapchain.model import lease as terms
 from snapchain.model.events import Notice, OnEvent
-from snapchain.model.guest_state import PROOF, GuestChange, GuestStanding, Transition, Vouched
+from snapchain.model.guest_state import (
+    PROOF,
+    PROOF_WITHOUT_LEASE,
+    GuestChange,
+    GuestStanding,
+    Transition,
+    Vouched,
+    describe,
+)
 from snapchain.ops.other_destinations import Reach
 
 _ATTEMPTS = 5
@@ -50,15 +58,32 @@ class LeaseEnd:
     """The lease of a guest, from the side of the host that takes the guest over."""
 
     def __init__(
-        self, destination: Destination, standing: GuestStanding, proof: LeaseProof, *, on_event: OnEvent
+        self,
+        destination: Destination,
+        standing: GuestStanding,
+        proof: LeaseProof,
+        *,
+        newest: GuestStanding | None = None,
+        on_event: OnEvent,
     ) -> None:
-        """Raises Conflict where the destination records no lease of its own, InvalidInput for a wrong witness."""
+        """newest: what is known of the guest at any destination, None for a run that is continued
+
+        Raises Conflict where the destination records no lease of the guest's master, InvalidInput for a wrong witness.
+        """
         self._destination, self._guest, self._proof, self._on_event = destination, standing.guest, proof, on_event
         self._subject = f"{destination.url}::{standing.guest}"
         self._impossible_since: float | None = None
         lease = standing.lease
         if lease is None:
             raise Conflict("the guest runs under no lease", subject=self._subject, hint=PROOF)
+        if newest is not None and newest.epoch != lease.epoch:
+            # It stops a QEMU of its own host only: not of one that has the guest by a move, or by another failover.
+            where = "" if newest.here is None else f" at {newest.here.url}"
+            raise Conflict(
+                f"its lease is of {lease.host} in epoch {lease.epoch}, and the guest is {describe(newest)}{where}",
+                subject=self._subject,
+                hint=f"the lease is no proof about that host: {PROOF_WITHOUT_LEASE}",
+            )
         if lease.is_witness:
             raise Conflict(
                 "this is the witness of the guest's lease, not the destination that it is taken over from",

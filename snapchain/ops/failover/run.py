@@ -121,7 +121,8 @@ class Failover:
         self._address = f"{self._subject}@{self._chosen.point.point}"
         self._lease_end: LeaseEnd | None = None
         if request.lease is not None and not self._is_done:
-            self._lease_end = LeaseEnd(destination, self._standing, request.lease, on_event=on_event)
+            newest = None if self.resumes else self._present
+            self._lease_end = LeaseEnd(destination, self._standing, request.lease, newest=newest, on_event=on_event)
 
     @property
     def resumes(self) -> bool:

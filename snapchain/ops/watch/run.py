@@ -103,13 +103,16 @@ class TargetReport(_Shown):
     left_behind: bool = False
 
 
+LeaseState = Literal["none", "held", "paused", "taken"]
+
+
 class LeaseReport(_Shown):
     """none: there is no lease yet; held: the guest runs under it; paused: it was not renewed; taken: by another host
 
     left_seconds: until the guest is stopped, without a further renewal; faults: of places that do not renew it
     """
 
-    state: Literal["none", "held", "paused", "taken"]
+    state: LeaseState
     seconds: int
     left_seconds: float | None = None
     faults: tuple[str, ...] = ()

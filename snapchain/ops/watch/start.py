@@ -10,18 +10,19 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.protocol import Destination
-from snapchain.errors import SnapchainError
+from snapchain.errors import Conflict, SnapchainError
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.host.private import make_private
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops import exposition
-from snapchain.ops.lease_notes import NAME, directories
+from snapchain.ops.lease_notes import NAME, directories, read_note
 from snapchain.ops.ship.guest import GuestShipPlan, GuestShipRequest, plan as plan_shipment
 from snapchain.ops.single_run import only_run
 from snapchain.ops.watch import metrics as texts
 from snapchain.ops.watch.door import GuestDoor
 from snapchain.ops.watch.guest_work import GuestWork, WatchRequest
-from snapchain.ops.watch.lease import LeaseHolder, LeaseRequest
+from snapchain.ops.watch.lease import LeaseHolder
+from snapchain.ops.watch.lease_places import LeaseRequest
 from snapchain.ops.watch.rounds import Rules
 from snapchain.ops.watch.run import Clock, RoundReport, Waiter, Watch, WatchReport, now_utc
 
@@ -78,7 +79,7 @@ def start(
     """Watch until an interrupt. Raises Busy where another watch of this guest runs, and as `Watch.run`.
 
     lease: the guest runs only as long as this watch renews it. Raises Unavailable where it cannot be ended at the end,
-    Conflict where another host has taken the guest over.
+    Conflict where another host has taken the guest over, and without one where an earlier watch has left one.
     """
     directory = directory_of(request.guest)
     make_private(directory)
@@ -112,6 +113,18 @@ def start(
             on_event=on_event,
         )
         if lease is None:
+            _check_no_lease(directory / NAME)
             return watch.run()
         with LeaseHolder(request, door, lease, directory / NAME, on_event=on_event) as holder:
             return watch.run()
+
+
+def _check_no_lease(path: Path) -> None:
+    """Raises Conflict where an earlier watch has left a lease: without renewals the guest would stay stopped."""
+    note = read_note(path)
+    if note is not None and note.lease is not None:
+        raise Conflict(
+            f"an earlier watch of it has left a lease at {note.destination}, which was not ended",
+            subject=note.guest,
+            hint="start the watch with --lease, as then, and end it in order; then start it without",
+        )
