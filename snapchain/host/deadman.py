@@ -53,6 +53,15 @@ def clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def may_stand_still() -> bool:
+    """Whether the clock may: this host is a virtual machine, as far as its processors tell, which may be frozen."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return " hypervisor" in flags
+
+
 def is_stopped(process: Identity) -> bool:
     """Whether a process is stopped by SIGSTOP; False for one that has ended."""
     try:

@@ -15,8 +15,15 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
-SHORTEST, LONGEST = 15, 3600
-"""Seconds of a lease that a user may ask for: each third of it is a round trip to both places."""
+from snapchain.errors import Unsupported
+
+SHORTEST, LONGEST = 30, 3600
+"""Seconds of a lease that a user may ask for.
+
+In the shortest one a renewal may take 15 seconds before the guest is asked to pause: three lost packets at the start
+of a connection cost seven, and ssh and a Python on a busy host the rest. A sixth of it, from that request to the stop,
+is STOP_SECONDS, which the guards and QEMU have for an answer.
+"""
 STOP_SECONDS = 5.0
 """For the kernel to stop the QEMU after the deadline; it takes milliseconds."""
 DRIFT = 1.25
@@ -56,6 +63,15 @@ class Renewals(BaseModel):
     token: str
     count: int = Field(ge=0, lt=1 << 53)
     time: AwareDatetime
+
+
+def unfit_for_leases(file_system: str, subject: object) -> Unsupported:
+    """Why a place on a network file system grants none."""
+    return Unsupported(
+        f"it grants no leases: it is on {file_system}, by which a takeover at another machine may be seen late",
+        subject=subject,
+        hint="name it by ssh:// to the host that has it on a disk of its own, or use another destination",
+    )
 
 
 def counted(lease: Lease, renewals: Renewals | None) -> Lease:

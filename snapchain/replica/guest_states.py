@@ -22,6 +22,7 @@ from blake3 import blake3
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.host import files
+from snapchain.host.file_systems import network_file_system
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import scan
@@ -39,7 +40,7 @@ from snapchain.model.guest_state import (
     is_done,
     unrecorded,
 )
-from snapchain.model.lease import Renewals, counted
+from snapchain.model.lease import Renewals, counted, unfit_for_leases
 from snapchain.replica import handover, names
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Layer
@@ -154,6 +155,9 @@ def change(replica: Replica, request: AskGuest) -> Stands:
     assert asked is not None, "else `look` answers"
     if asked.transition is Transition.SWITCH and not request.handed:
         raise InvalidInput("the disks that are handed over are not named", subject=request.guest)
+    is_leased = asked.transition in (Transition.LEASE, Transition.RENEW)
+    if is_leased and (kind := network_file_system(replica.root)) is not None:
+        raise unfit_for_leases(kind, replica.root)
     with alone_with(replica.root, request.guest):
         if asked.transition is Transition.RENEW:
             return Stands(standing=_renewed(replica, asked))

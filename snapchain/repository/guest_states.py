@@ -33,7 +33,7 @@ from snapchain.model.guest_state import (
     is_done,
     unrecorded,
 )
-from snapchain.model.lease import Renewals, counted
+from snapchain.model.lease import Renewals, counted, unfit_for_leases
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.catalogue import Catalogue
@@ -96,6 +96,8 @@ def change(repository: Repository, asked: GuestChange) -> GuestStanding:
     if asked.transition in (Transition.MOVE, Transition.SWITCH):
         hint = "move it to a replica"
         raise Unsupported("a repository has no files that a guest can run on", subject=subject, hint=hint)
+    if asked.transition in (Transition.LEASE, Transition.RENEW):
+        _check_reads_newest(repository)
     if asked.transition is Transition.RENEW:
         return _renewed(repository, asked)
     now = _stands(repository, asked)
@@ -115,6 +117,19 @@ def change(repository: Repository, asked: GuestChange) -> GuestStanding:
     if asked.raises:
         _raise_epochs(repository, now)
     return now
+
+
+def _check_reads_newest(repository: Repository) -> None:
+    """Raises Unsupported for a store that may let a renewal succeed after another host has taken the guest over."""
+    store = repository.store
+    if (kind := store.properties.stale_through) is not None:
+        raise unfit_for_leases(kind, store.url)
+    if not repository.conditional:
+        raise Unsupported(
+            "it grants no leases: its store has no conditional writes, so a late one may undo a failover",
+            subject=store.url,
+            hint="use another destination, or another store, for the lease and its witness",
+        )
 
 
 def _renewed(repository: Repository, asked: GuestChange) -> GuestStanding:

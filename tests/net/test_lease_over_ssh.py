@@ -149,7 +149,7 @@ def test_a_host_that_renews_nothing_is_taken_over(lease: Leased, fault: str) -> 
                 assert failover.returncode == 0, out + error
             assert lease.standing().state is GuestState.ACTIVE
             assert is_stopped(process)
-            (qmp,) = b.replica.glob(".guests/web1.failover/*qmp*")
+            qmp = b.replica / ".guests" / "web1.failover" / "test.qmp"
             assert counts_on(Monitor(qmp)), out
         assert lease.standing().lease is None
         assert lease.standing(lease.witness).lease is None

@@ -107,6 +107,7 @@ class LeaseHolder:
 
     def __exit__(self, *_: object) -> None:
         self._ending.set()
+        self._renewals.hurry()
         self._news.put(None)
         self._thread.join()
         is_over = False
@@ -254,7 +255,10 @@ class LeaseHolder:
                 raise self._taken_error(newest)
             self._taken = newest
             return
-        at = self._request.destination
+        at, other = self._request.destination, self._request.witness
+        here, there = standings[at].here, None if other is None else standings[other].here
+        if here is not None and there is not None and here.is_same(there):
+            raise InvalidInput("the witness is the destination itself, by another address", subject=there.url)
         if (older := standings[at].lease) is not None and older.host == self._host:
             # Of a QEMU that has ended, of which no note is left: nothing guards this one yet.
             standings[at] = self._holding.end(places[at], older, is_sure=True)
@@ -329,10 +333,10 @@ class LeaseHolder:
     ) -> None:
         lease = self._holding.lease(self._request)
         try:
-            self._qemu.guard()
             for place, opened in places.items():
                 is_witness = place is self._request.witness
                 if not is_witness:  # nobody takes the guest over before the destination has the lease
+                    self._qemu.guard()
                     until = terms.deadline(clock(), lease.seconds)
                     self._qemu.promise(until)
                     self._lease, self._is_sure, self._until = lease, False, until
@@ -345,6 +349,7 @@ class LeaseHolder:
             self._messages.fault(self._request.destination.name, error)  # it may be recorded: the renewals tell
         else:
             self._is_sure = True
+            self._messages.fault("this host", None)
             self._try_note()
 
     def _rehearse(self) -> None:
@@ -364,6 +369,7 @@ class LeaseHolder:
         if self._qemu.process is not None:
             self._qemu.gone()
             self._courtesy.is_pausing = False
+            self._renewals.hurry()  # who starts it again has to wait for that
         try:
             seen = self._sight.look()
         except SnapchainError as error:

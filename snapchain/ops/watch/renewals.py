@@ -42,6 +42,7 @@ class Renewals:
     ) -> None:
         self._ask, self._put, self._interval = ask, put, interval
         self._goes_on, self._ending = goes_on, ending
+        self._wake = threading.Event()
         self._threads: dict[LeasePlace, tuple[Lease, threading.Thread]] = {}
 
     def keep(self, place: LeasePlace, lease: Lease) -> None:
@@ -53,9 +54,15 @@ class Renewals:
         self._threads[place] = (lease, thread)
         thread.start()
 
+    def hurry(self) -> None:
+        """Ask all places now, and not when it is time."""
+        wake, self._wake = self._wake, threading.Event()
+        wake.set()
+
     def _go_on(self, place: LeasePlace, lease: Lease) -> None:
         opened: Destination | None = None
         while not self._ending.is_set() and self._goes_on(lease):
+            wake = self._wake
             news, opened = self._ask(place, lease, opened)
             self._put(news)
-            self._ending.wait(max(0.0, news.sent + self._interval - clock()))
+            wake.wait(max(0.0, news.sent + self._interval - clock()))

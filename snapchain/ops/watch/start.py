@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.destination.protocol import Destination
 from snapchain.errors import Conflict, SnapchainError
 from snapchain.guest.address import GuestAddress, open_guest
+from snapchain.host.deadman import may_stand_still
 from snapchain.host.private import make_private
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops import exposition
@@ -25,6 +26,11 @@ from snapchain.ops.watch.lease import LeaseHolder
 from snapchain.ops.watch.lease_places import LeaseRequest
 from snapchain.ops.watch.rounds import Rules
 from snapchain.ops.watch.run import Clock, RoundReport, Waiter, Watch, WatchReport, now_utc
+
+_VIRTUAL = (
+    "this host is a virtual machine: while it is paused, or restored from a snapshot, its clock stands still, and no "
+    "lease stops a guest on it in time"
+)
 
 
 def directory_of(guest: GuestAddress) -> Path:
@@ -115,6 +121,8 @@ def start(
         if lease is None:
             _check_no_lease(directory / NAME)
             return watch.run()
+        if may_stand_still():
+            on_event(Notice(_VIRTUAL))
         with LeaseHolder(request, door, lease, directory / NAME, on_event=on_event) as holder:
             return watch.run()
 
