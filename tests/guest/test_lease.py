@@ -86,6 +86,7 @@ def test_it_is_held_renewed_and_ended(leased: Leased) -> None:
     assert not leased.note.exists()
 
 
+@pytest.mark.soak
 def test_it_is_taken_while_the_watch_is_at_work_with_the_guest(leased: Leased) -> None:
     """As during a long shipment: QEMU serves one client, and so the holder sees what the watch has opened."""
     door = leased.door
@@ -127,6 +128,7 @@ def test_a_witness_that_is_the_destination_is_none(leased: Leased) -> None:
         assert holder.report().state == "none"
 
 
+@pytest.mark.soak
 def test_the_watch_does_not_begin_while_the_guest_is_stopped(leased: Leased) -> None:
     """The resume needs its turn: a guest that was paused would stay so for the length of a shipment."""
     leased.seconds = SHORT
@@ -143,6 +145,7 @@ def test_the_watch_does_not_begin_while_the_guest_is_stopped(leased: Leased) -> 
             assert guest.state() is State.RUNNING
 
 
+@pytest.mark.soak
 def test_others_see_it(leased: Leased, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`guests` on the host, `status` at the destination, and `migrate`, which leaves it alone."""
     leased.seconds = SHORT
@@ -171,6 +174,7 @@ def test_others_see_it(leased: Leased, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert row().lease is None
 
 
+@pytest.mark.soak
 @pytest.mark.root
 def test_a_domain_of_libvirt(libvirt_host: LibvirtHost, tmp_path: Path) -> None:
     host = Host(tmp_path)
@@ -239,7 +243,7 @@ def test_the_deadline_counts_from_before_a_renewal_was_sent(leased: Leased) -> N
         assert leased.renewed[0] <= sent + LONG
 
 
-@pytest.mark.parametrize("link", ["destination", "witness"])
+@pytest.mark.parametrize("link", [pytest.param("destination", marks=pytest.mark.soak), "witness"])
 def test_one_of_both_is_enough(leased: Leased, link: str) -> None:
     process = leased.process()
     with leased.holder() as holder:
@@ -272,7 +276,7 @@ def test_without_renewals_the_guest_stops_and_continues_with_the_next(leased: Le
     wait_until(lambda: leased.machine.status() == "running")
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("by", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
 def test_guards_that_are_killed_or_stopped_are_replaced(
     leased: Leased, which: tuple[int, ...], by: signal.Signals
@@ -529,6 +533,7 @@ def test_a_guest_that_was_taken_over_by_its_lease_does_not_run_here_again(leased
             wait_until(lambda: is_stopped(process) and holder.report().state == "taken")
 
 
+@pytest.mark.soak
 def test_a_killed_or_stopped_watch(leased: Leased) -> None:
     """The guards do what it cannot do any more; started again it goes on with the same lease."""
     process = leased.process()
