@@ -29,5 +29,5 @@ def test_the_kind_of_a_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ki
 
 def test_this_machine(tmp_path: Path) -> None:
     assert network_file_system(tmp_path) is None
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="gone"):
         network_file_system(tmp_path / "gone")

@@ -81,6 +81,11 @@ class Leased:
         words = ("watch", "--qmp", self.machine.qmp, "--every", "10s", b.url)
         return a.begin(*words, "--lease", "30s", "--witness", b.sshd.url(self.witness), *more, "--json")
 
+    def wait_until_ready(self, watch: subprocess.Popen[str]) -> None:
+        """Until it can be taken over, and is held. Each may take a busy machine long."""
+        wait_until(self.has_point, alive=lambda: watch.poll() is None)
+        wait_until(lambda: self.renewals() > 0, alive=lambda: watch.poll() is None)
+
     def check_renewed(self) -> None:
         """A host that lives is not taken over."""
         exit_code, out, error = self.there.snapchain(*self.failover)
@@ -138,7 +143,7 @@ def broken(lease: Leased, watch: subprocess.Popen[str], fault: str) -> Iterator[
 def test_a_host_that_renews_nothing_is_taken_over(lease: Leased, fault: str) -> None:
     b, process = lease.there, lease.process
     with watched(lease) as watch:
-        wait_until(lambda: lease.renewals() > 0 and lease.has_point(), alive=lambda: watch.poll() is None)
+        lease.wait_until_ready(watch)
         lease.check_renewed()
         assert counts_on(lease.machine.monitor)
         with broken(lease, watch, fault):
@@ -164,7 +169,7 @@ def test_a_host_that_renews_nothing_is_taken_over(lease: Leased, fault: str) -> 
 def test_a_cable_that_is_mended_in_time(lease: Leased) -> None:
     """The guest stops, and continues."""
     with watched(lease) as watch:
-        wait_until(lambda: lease.renewals() > 0 and lease.has_point(), alive=lambda: watch.poll() is None)
+        lease.wait_until_ready(watch)
         with lease.sites.cable.cut():
             wait_until(lambda: is_stopped(lease.process))
         wait_until(lambda: not is_stopped(lease.process))
@@ -178,7 +183,7 @@ def test_a_cable_that_is_mended_in_time(lease: Leased) -> None:
 def test_a_witness_that_is_away(lease: Leased) -> None:
     """The destination is enough for the guest to run, and not for a failover."""
     with watched(lease) as watch:
-        wait_until(lambda: lease.renewals() > 0 and lease.has_point(), alive=lambda: watch.poll() is None)
+        lease.wait_until_ready(watch)
         away = lease.witness.rename(lease.witness.with_name("away"))
         before = lease.renewals()
         wait_until(lambda: lease.renewals() >= before + 6)  # of which three are the time of a lease

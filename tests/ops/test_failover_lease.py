@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from snapchain.destination.protocol import Destination
-from snapchain.errors import Busy, Conflict, InvalidInput
+from snapchain.errors import Busy, Conflict, InvalidInput, Unsupported
 from snapchain.model.guest_state import GuestChange, GuestState, TakenDisk, Transition, Vouched
 from snapchain.model.lease import Lease, silence_seconds, wait_seconds
 from snapchain.ops.failover.lease import LeaseEnd, LeaseProof
 from snapchain.ops.failover.request import FailoverRequest
 from snapchain.ops.failover.run import Failover
 from snapchain.ops.other_destinations import Reach
+from snapchain.replica import guest_states
+from snapchain.repository.destination import RepositoryDestination
 from tests.ops.guest_points import GUEST, Guest, Open, opened
 
 TOKEN, OTHER = "1" * 32, "2" * 32
@@ -221,6 +224,28 @@ def test_a_witness_of_another_lease_is_none(
     with pytest.raises(Conflict, match="is not known to be the witness"):
         failover(place, witness, clock, tmp_path / "out").run()
     assert place().guest_state(GUEST).state is GuestState.PROTECTED
+    assert guest.names
+
+
+def test_a_place_that_may_show_old_data_grants_no_lease(
+    place: Open, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A renewal is a read: on a network file system it may succeed after the guest was taken over."""
+    monkeypatch.setattr(guest_states, "network_file_system", lambda _path: "nfs4")
+    at = place()
+    if isinstance(at, RepositoryDestination):
+        store = at._repository.store
+        monkeypatch.setattr(store, "properties", replace(store.properties, stale_through="nfs4"))
+    lease = Lease(token=TOKEN, seconds=SECONDS, host="kvm1", epoch=1)
+    for step, held in ((Transition.LEASE, lease), (Transition.RENEW, None)):
+        with pytest.raises(Unsupported, match="it grants no leases: it is on nfs4"):
+            at.change_guest(change(step, at, lease=held))
+    if isinstance(at, RepositoryDestination):
+        monkeypatch.setattr(store, "properties", replace(store.properties, stale_through=None))
+        monkeypatch.setattr(at._repository, "conditional", False)
+        with pytest.raises(Unsupported, match="its store has no conditional writes"):
+            at.change_guest(change(Transition.LEASE, at, lease=lease))
+    assert at.guest_state(GUEST).lease is None
     assert guest.names
 
 
