@@ -234,7 +234,7 @@ def test_a_place_that_may_show_old_data_grants_no_lease(
     monkeypatch.setattr(guest_states, "network_file_system", lambda _path: "nfs4")
     at = place()
     if isinstance(at, RepositoryDestination):
-        store = at._repository.store
+        store = at.repository.store
         monkeypatch.setattr(store, "properties", replace(store.properties, stale_through="nfs4"))
     lease = Lease(token=TOKEN, seconds=SECONDS, host="kvm1", epoch=1)
     for step, held in ((Transition.LEASE, lease), (Transition.RENEW, None)):
@@ -242,7 +242,7 @@ def test_a_place_that_may_show_old_data_grants_no_lease(
             at.change_guest(change(step, at, lease=held))
     if isinstance(at, RepositoryDestination):
         monkeypatch.setattr(store, "properties", replace(store.properties, stale_through=None))
-        monkeypatch.setattr(at._repository, "conditional", False)
+        monkeypatch.setattr(at.repository, "conditional", False)
         with pytest.raises(Unsupported, match="its store has no conditional writes"):
             at.change_guest(change(Transition.LEASE, at, lease=lease))
     assert at.guest_state(GUEST).lease is None
