@@ -65,36 +65,6 @@ def open_destination(
     )
 
 
-def create_destination(
-    address: str | Path,
-    *,
-    passphrase: Passphrase = lambda: None,
-    encryption: str | None = None,
-    block_size: int | None = None,
-    pack_size: int | None = None,
-) -> Destination:
-    """A new, empty repository. Raises Conflict when something is there, InvalidInput for the address of a replica.
-
-    encryption: a cipher's name, or none; block_size: where data is cut for deduplication, for ever
-    """
-    url = str(address)
-    check_is_made(url)
-    from snapchain.repository.crypto import AES
-    from snapchain.repository.destination import RepositoryDestination
-    from snapchain.repository.opening import create_repository
-    from snapchain.repository.repository import BLOCK_BYTES
-
-    return RepositoryDestination(
-        create_repository(
-            url,
-            passphrase=passphrase,
-            encryption=encryption or AES,
-            block_size=block_size or BLOCK_BYTES,
-            pack_size=pack_size,
-        )
-    )
-
-
 def check_is_made(url: str) -> None:
     """Raises InvalidInput for a kind that is not made in advance."""
     if traits_of(url) is REPLICA:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, render
+from snapchain.cli import guest_options, options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.errors import PartialFailure
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     when_interrupted="the images read as before; run it again",
 )
 @options.takes_output()
-@options.takes_guest()
+@guest_options.takes_guest()
 def doctor(
     paths: Annotated[
         list[Path] | None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import merge_tables, options, quantities
+from snapchain.cli import guest_options, merge_tables, options, policy_options, quantities
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import named_zone
@@ -47,8 +47,8 @@ _STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
     when_interrupted="the chain is as it was, or merged, and reads the same either way; run it again to finish",
 )
 @options.takes_output(passphrase=True)
-@options.takes_policy(panel=_KEEP)
-@options.takes_guest(instead_of="target", metavar="ADDRESS")
+@policy_options.takes_policy(panel=_KEEP)
+@guest_options.takes_guest(instead_of="target", metavar="ADDRESS")
 def merge(
     target: Annotated[
         str | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
-from snapchain.cli import options, quantities, render
+from snapchain.cli import guest_options, options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.options import disk_pairs
 from snapchain.cli.output import Output
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _BACK = "To go back"
 _LIVE = "For a running guest"
+_WAY_BACK = "`snapchain failback --prepare` here makes a replica of these files, so that only what differs comes back"
 MovedDisks = Annotated[
     list[str] | None,
     options.address(
@@ -53,7 +54,7 @@ MovedDisks = Annotated[
     "undoes that as long as no guest has written there. A running guest goes on here, unless its move was done",
 )
 @options.takes_output(passphrase=True)
-@options.takes_guest()
+@guest_options.takes_guest()
 def migrate(
     disks: MovedDisks = None,
     *,
@@ -365,6 +366,7 @@ def _draw_report(console: Console, report: MigrateReport) -> None:
             ("on the wire", size(report.bytes_sent)),
             ("cutover", quantities.duration(report.cutover_seconds)),
             ("started", started[report.started]),
+            ("way back", _WAY_BACK),
         ],
     )
 
@@ -409,6 +411,7 @@ def _draw_live(console: Console, report: LiveReport) -> None:
             ("memory on the wire", f"{size(report.memory_bytes)} in {counted(report.memory_rounds, 'round')}"),
             ("pause", f"{pause}{bound}; predicted {report.predicted_pause:.2f} s"),
             ("took", quantities.duration(report.seconds)),
+            ("way back", _WAY_BACK),
         ],
     )
 

@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,25 +22,16 @@ if TYPE_CHECKING:
     from snapchain.cli.output import Output
     from snapchain.destination.address import DestinationAddress, PointAddress
     from snapchain.destination.protocol import Destination
-    from snapchain.guest.address import GuestAddress
-    from snapchain.guest.snapshot import SnapshotRequest
     from snapchain.ops.other_destinations import Reach
 
 _OUTPUT = "Output"
 _KEY = "Passphrase"
-_GUEST = "Guest"
 
 
 def complete_address(incomplete: str) -> list[str | tuple[str, str]]:
     from snapchain.cli.completion import addresses
 
     return addresses(incomplete)
-
-
-def complete_domain(ctx: typer.Context, incomplete: str) -> list[str | tuple[str, str]]:
-    from snapchain.cli.completion import domains
-
-    return domains(incomplete, ctx.params.get("connect"))
 
 
 def address(*, metavar: str, help: str) -> Any:
@@ -157,56 +148,6 @@ Quiet = Annotated[
     bool,
     typer.Option("--quiet", "-q", help="Hide progress, notes and reports, but no failure.", rich_help_panel=_OUTPUT),
 ]
-
-Domain = Annotated[
-    str | None,
-    typer.Option(
-        "--domain",
-        metavar="NAME",
-        autocompletion=complete_domain,
-        help="A guest of libvirt: the name of its domain.",
-        rich_help_panel=_GUEST,
-    ),
-]
-Connect = Annotated[
-    str | None,
-    typer.Option(
-        "--connect",
-        metavar="URI",
-        help="The libvirt daemon that has the domain. Default: LIBVIRT_DEFAULT_URI, or qemu:///system.",
-        rich_help_panel=_GUEST,
-    ),
-]
-Qmp = Annotated[
-    Path | None,
-    typer.Option(
-        "--qmp",
-        readable=False,
-        metavar="SOCKET",
-        help="A guest without libvirt: a QMP socket of its QEMU that no other program uses.",
-        rich_help_panel=_GUEST,
-    ),
-]
-AgentSocket = Annotated[
-    Path | None,
-    typer.Option(
-        "--agent",
-        readable=False,
-        metavar="SOCKET",
-        help="With --qmp: the socket of the guest agent. Default: as QEMU reports it.",
-        rich_help_panel=_GUEST,
-    ),
-]
-GuestName = Annotated[
-    str | None,
-    typer.Option(
-        "--guest",
-        metavar="NAME",
-        help="With --qmp: the name of the guest. Default: as QEMU's -name says.",
-        rich_help_panel=_GUEST,
-    ),
-]
-
 
 _FORMATS: dict[str, Literal["qcow2", "raw"]] = {"qcow2": "qcow2", "raw": "raw"}
 
@@ -381,6 +322,36 @@ def _with_parameters(
     return called
 
 
+def in_the_place_of(
+    name: str, parameters: Sequence[inspect.Parameter], value: Callable[[dict[str, Any], Mapping[str, Any]], object]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb these parameters in the place of one of its own.
+
+    name: its own, which gets what `value` makes of those given and of the verb's other arguments
+    """
+    names = [each.name for each in parameters]
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        shown = inspect.signature(function, eval_str=True)
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> None:
+            given = {each: kwargs.pop(each) for each in names}
+            function(*args, **{name: value(given, kwargs)}, **kwargs)
+
+        own = shown.parameters.values()
+        return _with_parameters(
+            called, shown, [each for old in own for each in ([old] if old.name != name else parameters)]
+        )
+
+    return decorate
+
+
+def as_parameter(name: str, annotation: Any, default: object = None) -> inspect.Parameter:
+    """A parameter that typer shows as an option. annotation: one of the types here"""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
 def takes_output(
     *, passphrase: bool = False, dry_run: bool = True, progress: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -408,176 +379,10 @@ def takes_output(
                 function(**kwargs, out=out)
 
         own = [each for each in shown.parameters.values() if each.name != "out"]
-        shared = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for name, (annotation, default) in chosen.items()
-        ]
+        shared = [as_parameter(name, annotation, default) for name, (annotation, default) in chosen.items()]
         return _with_parameters(called, shown, [*own, *shared])
 
     return decorate
-
-
-def guest_address(
-    *, domain: str | None, connect: str | None, qmp: Path | None, agent: Path | None, name: str | None
-) -> GuestAddress | None:
-    """The guest that the options name; None when they name none. Raises InvalidInput for options that contradict."""
-    for option, value in (("--domain", domain), ("--connect", connect), ("--qmp", qmp), ("--guest", name)):
-        if value is not None and not str(value):
-            raise InvalidInput(f"{option} is empty")
-    if domain is not None and qmp is not None:
-        raise InvalidInput(
-            "--domain and --qmp name two guests", hint="give --domain for a guest of libvirt, --qmp for any other"
-        )
-    if domain is None and connect is not None:
-        raise InvalidInput("--connect is given without --domain", subject=connect, hint="add --domain NAME")
-    for option, value in (("--agent", agent), ("--guest", name)):
-        if qmp is None and value is not None:
-            reason = "libvirt has this of its domains" if domain is not None else "no guest is named"
-            raise InvalidInput(f"{option} belongs to --qmp; {reason}", subject=value)
-    if domain is None and qmp is None:
-        return None
-    from snapchain.guest.address import GuestAddress
-
-    return GuestAddress(domain=domain, connect=connect, qmp=qmp, agent=agent, name=name)
-
-
-def check_either(given: object, guest: GuestAddress | None, *, metavar: str = "IMAGE") -> None:
-    """One of both must be named: an image (or what `metavar` says), or a guest. Raises InvalidInput.
-
-    given: what the argument holds; None and [] are nothing
-    """
-    is_given = given is not None and given != []
-    if guest is not None and is_given:
-        words = " ".join(map(str, given)) if isinstance(given, list) else given
-        raise InvalidInput(
-            f"{metavar} and {guest.option.split()[0]} are both given; a guest's images are found by the guest",
-            subject=words,
-            hint=f"leave out {metavar}, or {guest.option.split()[0]}",
-        )
-    if guest is None and not is_given:
-        raise InvalidInput(f"nothing is named: neither {metavar} nor a guest", hint="--domain NAME or --qmp SOCKET")
-
-
-def takes_guest(
-    *, instead_of: str | None = None, metavar: str = "IMAGE"
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb with a parameter `guest` the options that name one: --domain, --connect, --qmp, --agent, --guest.
-
-    The verb gets a GuestAddress, or None without any of them.
-    instead_of: the parameter that a guest replaces; exactly one of both must then be given. metavar: its name in errors
-    """
-    chosen: dict[str, tuple[Any, str]] = {
-        "domain": (Domain, "domain"),
-        "connect": (Connect, "connect"),
-        "qmp": (Qmp, "qmp"),
-        "agent": (AgentSocket, "agent"),
-        "guest_name": (GuestName, "name"),
-    }
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        shown = inspect.signature(function, eval_str=True)
-
-        @functools.wraps(function)
-        def called(*args: Any, **kwargs: Any) -> None:
-            guest = guest_address(**{name: kwargs.pop(option) for option, (_, name) in chosen.items()})
-            if instead_of is not None:
-                check_either(kwargs.get(instead_of), guest, metavar=metavar)
-            function(*args, guest=guest, **kwargs)
-
-        options = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-            for name, (annotation, _) in chosen.items()
-        ]
-        parameters = [each for old in shown.parameters.values() for each in ([old] if old.name != "guest" else options)]
-        return _with_parameters(called, shown, parameters)
-
-    return decorate
-
-
-_QUIESCE = "Snapshot of a guest"
-Disks = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--disk",
-        metavar="NAME",
-        help="Take this disk of the guest, not all. May be repeated. `snapchain guests` shows their names.",
-        rich_help_panel=_QUIESCE,
-    ),
-]
-QuiesceMode = Annotated[
-    str | None,
-    typer.Option(
-        "--quiesce",
-        metavar="auto|require|no",
-        autocompletion=of("auto", "require", "no"),
-        help="Freeze the filesystems by the guest agent: if one answers (auto, the default), always (require: fail "
-        "without), or not at all (no).",
-        rich_help_panel=_QUIESCE,
-    ),
-]
-FreezeTimeout = Annotated[
-    float | None,
-    typer.Option(
-        "--freeze-timeout",
-        metavar="SECONDS",
-        min=0.1,
-        max=600,
-        help="How long a freeze may take. Default: 10.",
-        rich_help_panel=_QUIESCE,
-    ),
-]
-PreFreeze = Annotated[
-    str | None,
-    typer.Option(
-        "--pre-freeze",
-        metavar="COMMAND",
-        help="Run this program of the host (no shell) before the freeze.",
-        rich_help_panel=_QUIESCE,
-    ),
-]
-PostThaw = Annotated[
-    str | None,
-    typer.Option(
-        "--post-thaw",
-        metavar="COMMAND",
-        help="Run this program of the host (no shell) after the thaw, whatever became of the snapshot.",
-        rich_help_panel=_QUIESCE,
-    ),
-]
-
-
-def snapshot_request(
-    *,
-    disk: list[str] | None,
-    quiesce: str | None,
-    freeze_timeout: float | None,
-    pre_freeze: str | None,
-    post_thaw: str | None,
-) -> SnapshotRequest | None:
-    """How a snapshot of a guest is taken; None where no option says so. Raises InvalidInput."""
-    from snapchain.guest.snapshot import Quiesce, SnapshotRequest
-
-    given: dict[str, Any] = {}
-    if disk:
-        given["disks"] = tuple(dict.fromkeys(disk))
-    if quiesce is not None:
-        if quiesce not in set(Quiesce):
-            raise InvalidInput(f"{quiesce!r} is no way to quiesce a guest", hint="--quiesce auto, require or no")
-        given["quiesce"] = Quiesce(quiesce)
-    if freeze_timeout is not None:
-        given["freeze_seconds"] = freeze_timeout
-    for name, command in (("pre_freeze", pre_freeze), ("post_thaw", post_thaw)):
-        if command is not None:
-            given[name] = argv_of(command, option=f"--{name.replace('_', '-')}")
-    return SnapshotRequest(**given) if given else None
-
-
-def check_no_snapshot_options(given: SnapshotRequest | None) -> None:
-    """Raises InvalidInput for options of a guest's snapshot where no guest is named."""
-    if given is not None:
-        raise InvalidInput(
-            "options of a guest's snapshot are given, and no guest is named", hint="add --domain NAME or --qmp SOCKET"
-        )
 
 
 def argv_of(command: str, *, option: str) -> tuple[str, ...]:
@@ -589,76 +394,3 @@ def argv_of(command: str, *, option: str) -> tuple[str, ...]:
     if not argv:
         raise InvalidInput(f"{option} is empty")
     return argv
-
-
-def takes_snapshot_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb with a parameter `snapshot` the options of a guest's snapshot: --disk, --quiesce, and others.
-
-    The verb gets a SnapshotRequest, or None without any of them; labels and image_dirs are left to it.
-    """
-    chosen: dict[str, Any] = {
-        "disk": Disks,
-        "quiesce": QuiesceMode,
-        "freeze_timeout": FreezeTimeout,
-        "pre_freeze": PreFreeze,
-        "post_thaw": PostThaw,
-    }
-    shown = inspect.signature(function, eval_str=True)
-
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> None:
-        function(*args, snapshot=snapshot_request(**{name: kwargs.pop(name) for name in chosen}), **kwargs)
-
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        for name, annotation in chosen.items()
-    ]
-    parameters = [each for old in shown.parameters.values() for each in ([old] if old.name != "snapshot" else options)]
-    return _with_parameters(called, shown, parameters)
-
-
-def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb with a parameter `policy` the options --keep-*: one for each rule of a retention Policy."""
-    from snapchain.model.retention import UNLIMITED, Policy
-
-    counts = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, int)}
-    lists = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, frozenset)}
-
-    def option(field: str) -> str:
-        return f"keep_{field.removesuffix('s') if field in lists else field}"
-
-    def parameter(field: str) -> inspect.Parameter:
-        kind: Any = str | None
-        more: dict[str, Any] = {"metavar": "DURATION"}
-        if field in counts:
-            kind, more = int, {"metavar": "N", "min": UNLIMITED}
-        elif field in lists:
-            kind, more = list[str] | None, {"metavar": "LABEL"}
-        shown = typer.Option(help=Policy.model_fields[field].title, rich_help_panel=panel, **more)
-        default = Policy.model_fields[field].default if field in counts else None
-        return inspect.Parameter(
-            option(field), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
-        )
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        shown = inspect.signature(function, eval_str=True)
-
-        @functools.wraps(function)
-        def called(*args: Any, **kwargs: Any) -> None:
-            given = {field: kwargs.pop(option(field)) for field in Policy.model_fields}
-            try:
-                policy = Policy(**{field: value for field, value in given.items() if value not in (None, [])})
-            except InvalidInput as error:
-                if error.subject in Policy.model_fields:
-                    error.subject = f"--{option(error.subject).replace('_', '-')}"
-                raise
-            function(*args, policy=policy, **kwargs)
-
-        parameters = [
-            each
-            for old in shown.parameters.values()
-            for each in ([old] if old.name != "policy" else map(parameter, Policy.model_fields))
-        ]
-        return _with_parameters(called, shown, parameters)
-
-    return decorate

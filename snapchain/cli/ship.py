@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from snapchain.cli import options, render
+from snapchain.cli import guest_options, options, render, snapshot_options
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import moment, size
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     when_interrupted="every earlier point is whole; run it again to finish: what was sent is not sent twice",
 )
 @options.takes_output(passphrase=True)
-@options.takes_guest()
-@options.takes_snapshot_options
+@guest_options.takes_guest()
+@snapshot_options.takes_snapshot_options
 def ship(
     image: Annotated[
         str | None,
@@ -147,7 +147,7 @@ def ship(
         return
     if bitmap or scratch is not None:
         raise InvalidInput("--bitmap and --scratch are for a guest", hint="name one: --qmp SOCKET")
-    options.check_no_snapshot_options(snapshot)
+    snapshot_options.check_no_snapshot_options(snapshot)
     from snapchain.ops.ship.run import plan, run
 
     place = opened()
@@ -176,13 +176,13 @@ def _named(image: str | None, target: str | None, guest: GuestAddress | None) ->
 
     if guest is None:
         if image is None:
-            options.check_either(None, None)
+            guest_options.check_either(None, None)
         if target is None:
             raise InvalidInput("no destination is named", hint="snapchain ship IMAGE DEST::DISK")
         disk = parse_disk_address(target)
         return image, disk.dest, disk.disk
     if target is not None:
-        options.check_either(image, guest)
+        guest_options.check_either(image, guest)
     if image is None:
         raise InvalidInput("no destination is named", hint=f"snapchain ship {guest.option} DEST")
     address = parse_destination(image)

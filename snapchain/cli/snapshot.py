@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from snapchain.cli import options, render
+from snapchain.cli import guest_options, options, render, snapshot_options
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.errors import InvalidInput
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     when_interrupted="the disks are as they were, or the snapshot is made; snapchain inspect IMAGE shows which",
 )
 @options.takes_output()
-@options.takes_guest(instead_of="image")
-@options.takes_snapshot_options
+@guest_options.takes_guest(instead_of="image")
+@snapshot_options.takes_snapshot_options
 def snapshot(
     image: Annotated[
         Path | None,
@@ -85,7 +85,7 @@ def snapshot(
             raise InvalidInput(f"{option} is for an image, not for a guest", hint=f"leave out {option}")
         _snapshot_guest(guest, snapshot, label or [], image_dir, out)
         return
-    options.check_no_snapshot_options(snapshot)
+    snapshot_options.check_no_snapshot_options(snapshot)
     assert image is not None  # takes_guest has seen to it
     from snapchain.ops import snapshot as ops
 

@@ -78,6 +78,7 @@ def _draw(console: Console, report: StatusReport) -> None:
                 ("behind", _lag(guest)),
                 ("others", ", ".join(guest.others)),
                 *(("no answer", each) for each in guest.silent),
+                *(("gone", each) for each in guest.gone),
                 ("verified", _checked(guest.verified, with_share=True)),
                 ("boot tested", _checked(guest.booted)),
                 *(("owed", each) for each in guest.owed),

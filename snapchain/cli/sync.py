@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
-from snapchain.cli import options, quantities, render
+from snapchain.cli import guest_options, options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.options import DiskPairs, disk_pairs
 from snapchain.cli.output import Output
@@ -53,7 +53,7 @@ _MIGRATE = "For the migration"
     when_interrupted="what is durable at the replica stays, and what was sealed stays sealed; run it again to go on",
 )
 @options.takes_output()
-@options.takes_guest()
+@guest_options.takes_guest()
 def sync(
     disks: DiskPairs,
     *,
@@ -145,7 +145,7 @@ def sync(
         _sync_guest(guest, disks[0], disk or (), common, uri=dest_uri, connections=connections, check=check, out=out)
         return
     if guest is not None and guest.qmp is not None:
-        options.check_either(disks, guest)
+        guest_options.check_either(disks, guest)
     if disk:
         raise InvalidInput("--disk is for a guest; here images are named", hint="leave it out")
     _sync_images(

@@ -44,6 +44,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "failover": "Take guests over whose host is gone.",
         "failback": "Move a guest that was taken over back to its old host.",
         "fence": "Keep a guest from running here that another host has taken over.",
+        "retire": "Say that a destination of a guest never comes back.",
     },
     "Keep small": {
         "merge": "Make one layer of several, in a chain of files or at a destination.",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from snapchain.cli import options, render
+from snapchain.cli import guest_options, options, policy_options, render, snapshot_options
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import duration, moment, parse_size, size
@@ -43,9 +43,9 @@ _SHORTEST = 10.0
     when_interrupted="every guest point that was reported is whole; start it again to go on",
 )
 @options.takes_output(passphrase=True)
-@options.takes_policy(panel="Points to keep at the destinations")
-@options.takes_guest()
-@options.takes_snapshot_options
+@policy_options.takes_policy(panel="Points to keep at the destinations")
+@guest_options.takes_guest()
+@snapshot_options.takes_snapshot_options
 def watch(
     dests: Annotated[
         list[str],

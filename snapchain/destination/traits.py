@@ -11,7 +11,6 @@ class Traits:
 
     kind: the word for people
     bootable_files: its points are files that a guest can start from
-    merge_moves_no_data: a merge changes records only
     deduplicates: equal blocks of different disks are stored once
     needs_collecting: space of dropped points is given back by `gc` alone
     branches: the points of one disk may lie on different chains; False: a disk is one chain
@@ -22,7 +21,6 @@ class Traits:
 
     kind: str
     bootable_files: bool
-    merge_moves_no_data: bool
     deduplicates: bool
     needs_collecting: bool
     branches: bool
@@ -34,7 +32,6 @@ class Traits:
 REPOSITORY = Traits(
     kind="repository",
     bootable_files=False,
-    merge_moves_no_data=True,
     deduplicates=True,
     needs_collecting=True,
     branches=True,
@@ -45,7 +42,6 @@ REPOSITORY = Traits(
 REPLICA = Traits(
     kind="replica",
     bootable_files=True,
-    merge_moves_no_data=False,
     deduplicates=False,
     needs_collecting=False,
     branches=False,

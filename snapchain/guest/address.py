@@ -60,7 +60,7 @@ def open_guest(address: GuestAddress, *, on_event: OnEvent = ignore) -> Iterator
     else:
         from snapchain.guest.libvirt_guest import LibvirtGuest
 
-        guest = LibvirtGuest(address, on_event=on_event)
+        guest = LibvirtGuest(address)
     try:
         yield guest
     finally:

@@ -79,7 +79,7 @@ def parsed_name(name: str) -> tuple[str, str] | None:
 
 
 CLUSTER = 64 << 10
-"""Bytes. No request for data crosses a multiple of it; see guest/capture_qmp.py."""
+"""Bytes. No request for data crosses a multiple of it; see guest/capture_filters.py."""
 
 
 def dirty(export: NbdExport, context: str) -> Extents:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -121,7 +121,7 @@ def obstacle(disk: XmlDisk) -> str | None:
     return None
 
 
-def persistent_obstacle(live: XmlDisk, lasting: list[XmlDisk], *, is_same_file: bool) -> str | None:
+def persistent_obstacle(live: XmlDisk, lasting: Sequence[XmlDisk], *, is_same_file: bool) -> str | None:
     """Why libvirt would not write a new path into the definition by which the domain starts the next time.
 
     libvirt changes that definition only where it names the disk by the same target and the same path. Where it names

@@ -13,19 +13,22 @@ How the data become durable without QEMU's monitor, and why a result counts only
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from snapchain.errors import ToolFailed, Unavailable
+from snapchain.errors import Conflict, NotFound, SnapchainError, ToolFailed, Unavailable, Unsupported
 from snapchain.guest import journal
+from snapchain.guest.libvirt_disks import AGAIN
 from snapchain.guest.protocol import GuestDisk, JobKind, JobProgress, JobStatus, Layer, State
 from snapchain.host import libvirt
-from snapchain.host.files import fsync_file
+from snapchain.host.files import fsync_file, identity_of
 from snapchain.host.os_errors import os_errors
 from snapchain.host.qemu_processes import open_images
+from snapchain.host.virsh import SECONDS_TO_CHANGE
 
 if TYPE_CHECKING:
     from snapchain.guest.libvirt_guest import LibvirtGuest
@@ -33,6 +36,33 @@ if TYPE_CHECKING:
 OPERATION = "blockjob"
 _LOOK_SECONDS = 0.25
 _NO_JOB = "does not have an active block job"
+_NOT_IN_CHAIN = "is not in this backing file chain"
+"""QEMU's words for a layer that has left the chain."""
+_KINDS = {
+    "Block Commit": "commit",
+    "Active Block Commit": "active-commit",
+    "Block Pull": "stream",
+    "Block Copy": "mirror",
+    "Backup": "backup",
+}
+"""virsh's word for a type of block job -> ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockJob:
+    """A block job as libvirt lists it. done, total: bytes"""
+
+    kind: str
+    done: int
+    total: int
+
+
+def block_job(said: str) -> BlockJob | None:
+    """The job that `blockjob --raw` shows; None for none."""
+    values = dict(line.strip().split("=", 1) for line in said.splitlines() if "=" in line)
+    if "type" not in values:
+        return None
+    return BlockJob(_KINDS.get(values["type"], values["type"]), int(values["cur"]), int(values["end"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +187,7 @@ class LibvirtJob:
             return  # before the change of the graph: libvirt does not stop there
         if self._kind is JobKind.COMMIT:
             self._check_written_out(self._record.lowest)
-        self._guest.check_not_defined(self._record.merged)
+        _check_not_defined(self._guest, self._record.merged)
         if self._kind is JobKind.ACTIVE_COMMIT:
             return  # QEMU has flushed the result before the pivot
         for layer in disk.chain:
@@ -220,3 +250,124 @@ def is_merged(record: JobRecord, disk: GuestDisk) -> bool:
     """Whether the chain shows the result of a job."""
     paths = [layer.path for layer in disk.chain]
     return record.lowest in paths and not set(record.merged) & set(paths)
+
+
+def _check_not_defined(guest: LibvirtGuest, merged: Sequence[Path]) -> None:
+    """Raises Unavailable where the definition for the next start names one of these files."""
+    lasting = guest.lasting_disks()
+    named = {guest.path_of(layer) for disk in lasting for layer in disk.layers} & set(merged)
+    if named:
+        raise Unavailable(
+            "the definition for the guest's next start still names merged files, which stay: "
+            f"{', '.join(sorted(map(str, named)))}",
+            subject=guest.name,
+            hint="correct it by `virsh edit`, then run it again",
+        )
+
+
+# --- the command that begins one
+
+
+def start(
+    guest: LibvirtGuest,
+    kind: JobKind,
+    disk: str,
+    *,
+    lowest: Path,
+    uppermost: Path,
+    backing: str | None,
+    job_id: str,
+    speed: int,
+) -> LibvirtJob:
+    """See `Guest.start`."""
+    found = guest.disk(disk)
+    if found is None:
+        raise NotFound("the guest has no disk of this name", subject=f"{guest.name}/{disk}")
+    guest.check_idle([found])
+    inputs = _inputs(f"{guest.name}/{disk}", found, lowest, uppermost)
+    if kind is JobKind.COMMIT:
+        _check_visible(guest)
+    words = _job_words(kind, disk, found, inputs)
+    if speed:
+        words += ["--bandwidth", str(speed), "--bytes"]
+    record = note(guest, job_id, kind, disk, inputs)
+    job = LibvirtJob(guest, job_id, kind, disk, record)
+    try:
+        _begin(guest, words, keep_relative=backing is not None and not backing.startswith("/"))
+    except Unavailable:
+        raise  # it may have begun: its record stays
+    except SnapchainError:
+        job.dismiss()
+        raise
+    return job
+
+
+def _check_visible(guest: LibvirtGuest) -> None:
+    """Raises Unsupported where nobody could tell afterwards whether QEMU has written out the result."""
+    process = guest.process()
+    if process is None or open_images(process[0]) is None:
+        raise Unsupported(
+            "this user may not see which files the guest's QEMU has open, and a live merge relies on that",
+            subject=guest.name,
+            hint="run it as root",
+        )
+
+
+def _begin(guest: LibvirtGuest, words: list[str], *, keep_relative: bool) -> None:
+    try:
+        _order(guest, words, keep_relative=keep_relative)
+    except ToolFailed as error:
+        if _NOT_IN_CHAIN not in error.message:
+            raise
+        raise Conflict(
+            "libvirt lists layers that QEMU has merged already: libvirtd died at the end of that merge",
+            subject=guest.name,
+            hint="shut the guest down and start it again, so that libvirt reads its chains anew; then run it again",
+        ) from error
+
+
+def _order(guest: LibvirtGuest, words: list[str], *, keep_relative: bool) -> None:
+    verb, *more = words
+    if keep_relative and "--active" not in words:
+        try:
+            guest.command(verb, *more, "--keep-relative", timeout=SECONDS_TO_CHANGE)
+        except ToolFailed as error:
+            # libvirt keeps relative names only where all of them are.
+            if "relative" not in error.message:
+                raise
+        else:
+            return
+    guest.command(verb, *more, timeout=SECONDS_TO_CHANGE)
+
+
+def _inputs(subject: str, disk: GuestDisk, lowest: Path, uppermost: Path) -> tuple[Layer, ...]:
+    """The layers from `lowest` to `uppermost`. Raises Conflict where the chain is another one."""
+    numbers = {layer.identity: number for number, layer in enumerate(disk.chain) if layer.identity is not None}
+    first, last = numbers.get(identity_of(lowest) or (-1, -1)), numbers.get(identity_of(uppermost) or (-1, -1))
+    if first is None or last is None or first >= last:
+        raise Conflict(f"the chain of the disk does not have {lowest} below {uppermost}", subject=subject, hint=AGAIN)
+    if any(layer.path is None for layer in disk.chain[first : last + 1]):
+        raise Unsupported("a layer of the chain is no local file", subject=subject, hint="leave the disk out")
+    return disk.chain[first : last + 1]
+
+
+def _job_words(kind: JobKind, disk: str, found: GuestDisk, inputs: tuple[Layer, ...]) -> list[str]:
+    """The virsh command that begins a job. Layers are named by libvirt's number, which is exact.
+
+    Raises Unsupported for a stream: nothing but the guest, or QEMU's monitor, can flush its result (decision 0116).
+    """
+    is_active = inputs[-1] is found.active
+    if kind is JobKind.STREAM:
+        raise Unsupported(
+            "snapchain does not stream through libvirt", subject=disk, hint="merge by a commit: --strategy commit"
+        )
+    if is_active is not (kind is JobKind.ACTIVE_COMMIT):
+        raise Conflict(f"the active layer of the disk is {found.active.path} now", subject=disk, hint=AGAIN)
+    words = ["blockcommit", "--path", disk, "--base", _index(disk, inputs[0])]
+    return [*words, "--active"] if is_active else [*words, "--top", _index(disk, inputs[-1])]
+
+
+def _index(disk: str, layer: Layer) -> str:
+    """As libvirt names a layer: vda[3]."""
+    found = re.fullmatch(r"libvirt-(\d+)-format", layer.node)
+    return f"{disk}[{found[1]}]" if found else str(layer.path)

@@ -91,6 +91,11 @@ def arrival_of(virsh: Virsh, uuid: str) -> Arrived | None:
     return None
 
 
+def start_with_host(virsh: Virsh, uuid: str) -> None:
+    """Have libvirt start a domain when this host boots. Raises as `Virsh.text`."""
+    virsh.text("autostart", "--domain", uuid)
+
+
 @dataclass(frozen=True, slots=True)
 class DomainLook:
     """How a domain travels. Bytes, bytes a second. round: over its memory; 0 while only its disks are mirrored.
@@ -223,6 +228,11 @@ class LeavingDomain:
 
     def set_max_downtime(self, milliseconds: int) -> None:
         self._text("migrate-setmaxdowntime", "--downtime", str(max(1, milliseconds)))
+
+    def starts_with_host(self) -> bool:
+        """Whether libvirt here starts it when the host boots."""
+        values = _values(self._virsh.text("dominfo", "--domain", self.uuid, subject=self.name))
+        return values.get("Autostart") == "enable"
 
     def dirty_rate(self) -> float | None:
         """Bytes of memory a second that it dirties, over a second; None where libvirt cannot measure it."""

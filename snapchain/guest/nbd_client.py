@@ -35,8 +35,8 @@ SECONDS = 60.0
 """The deadline of a request."""
 CONNECTIONS = 4
 ALLOCATION = "base:allocation"
-HOLE, ZERO = 1, 2
-"""Flags of `base:allocation`. A flag of 1 of a dirty bitmap: written since it began to record."""
+ZERO = 2
+"""A flag of `base:allocation`. A flag of 1 of a dirty bitmap: written since it began to record."""
 DIRTY = 1
 
 _READ_BYTES = 32 << 20

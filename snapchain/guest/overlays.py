@@ -23,9 +23,10 @@ from snapchain.guest import journal
 from snapchain.guest.protocol import Guest
 from snapchain.guest.quiesce import THAW, settle_thaw
 from snapchain.host import files
-from snapchain.host.directory import Directory, open_behind, real_path
+from snapchain.host.directory import Directory, open_behind
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import real_path
 from snapchain.host.temporary_names import SNAPSHOT, temporary_beside
 from snapchain.image import ImageFile
 from snapchain.image.backing import Allowed, Place
@@ -106,7 +107,7 @@ def check(overlay: Path, sealed: Path, sealed_format: Format) -> None:
     if recorded is not None and recorded.format == sealed_format:
         whole = Place.of(overlay)
         found = Allowed(whole, [sealed.parent]).place(recorded, overlay=whole.path)
-        if identity(found.real) == identity(sealed):
+        if files.identity_of(found.real) == files.identity_of(sealed):
             return
     raise Conflict("the new overlay does not have the sealed file as its backing file", subject=overlay)
 
@@ -120,15 +121,6 @@ def note_sealed(paths: Sequence[Path], labels: Sequence[str], time: datetime, on
             if labels:
                 raise
             on_event(Notice(f"the time of the snapshot is not noted: {error}"))
-
-
-def identity(path: Path) -> tuple[int, int] | None:
-    """(device, inode) of what a path names now."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +195,7 @@ def settle_by_graph(guest: Guest, found: journal.Found, *, on_event: OnEvent = i
     if any((each.device, each.inode) in in_use for each in details.overlays):
         note_sealed([each.sealed for each in details.overlays], details.labels, found.record.time, on_event)
     else:
-        sealed = {identity(each.sealed) for each in details.overlays}
+        sealed = {files.identity_of(each.sealed) for each in details.overlays}
         if any(None in chain and sealed & set(chain[:-1]) for chain in chains):
             raise Unavailable("what lies on the sealed file cannot be told from the block graph", subject=guest.name)
         guest.release([each.overlay for each in details.overlays])

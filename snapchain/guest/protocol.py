@@ -66,6 +66,11 @@ class Layer:
     bitmaps: tuple[Bitmap, ...] = ()
     is_block_device: bool = False
 
+    @property
+    def known_format(self) -> str | None:
+        """As `scan` takes it. QEMU knows it, whatever the name says: libvirt calls an overlay web1.before-update."""
+        return self.image_format if self.image_format in ("qcow2", "raw") else None
+
 
 @dataclass(frozen=True, slots=True)
 class GuestDisk:
@@ -229,13 +234,11 @@ class Job(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DiskStatistics:
-    """Counters of one disk since the guest's start: operations, bytes, and nanoseconds spent in them."""
+    """Counters of one disk since the guest's start: operations, and nanoseconds spent in them."""
 
     reads: int
     writes: int
     flushes: int
-    read_bytes: int
-    written_bytes: int
     read_ns: int
     write_ns: int
     flush_ns: int

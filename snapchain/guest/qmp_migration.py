@@ -40,7 +40,6 @@ _UNDO_SECONDS = 60.0
 _QUESTIONS = 10
 _ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 """Milliseconds: how often its network cards tell switches where they are now, as QEMU itself does."""
-_NEWS = ("JOB_STATUS_CHANGE", "MIGRATION", "MIGRATION_PASS", "STOP", "RESUME")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +47,7 @@ class MemoryLook:
     """How the memory of a guest travels.
 
     status: as QEMU calls it; total, remaining, transferred: bytes; rate: bytes a second; round: over all pages, from 1
-    dirty_rate: bytes a second that the guest dirties; expected_pause: seconds, as QEMU predicts it
-    error: QEMU's words for one that failed
+    dirty_rate: bytes a second that the guest dirties; error: QEMU's words for one that failed
     """
 
     status: str
@@ -59,7 +57,6 @@ class MemoryLook:
     rate: float
     round: int
     dirty_rate: float
-    expected_pause: float | None
     error: str | None
 
     @property
@@ -82,7 +79,6 @@ def look_at_memory(monitor: Monitor) -> MemoryLook:
         value = row.get(name)
         return float(value) if isinstance(value, (int, float)) else 0.0
 
-    expected = answer.get("expected-downtime")
     error = answer.get("error-desc")
     return MemoryLook(
         status=str(answer.get("status", "none")),
@@ -92,7 +88,6 @@ def look_at_memory(monitor: Monitor) -> MemoryLook:
         rate=number(ram, "mbps") * 1e6 / 8,
         round=int(number(ram, "dirty-sync-count")),
         dirty_rate=number(ram, "dirty-pages-rate") * number(ram, "page-size"),
-        expected_pause=expected / 1000 if isinstance(expected, (int, float)) else None,
         error=None if error is None else str(error),
     )
 
@@ -112,13 +107,13 @@ def version_of(monitor: Monitor) -> tuple[int, int]:
     raise not_understood("query-version", "it has no version", subject=monitor.path)
 
 
-def measured_dirty_rate(monitor: Monitor, seconds: int = 1) -> float | None:
-    """Bytes of memory a second that the guest dirties, over that time; None where this QEMU cannot measure it."""
+def measured_dirty_rate(monitor: Monitor) -> float | None:
+    """Bytes of memory a second that the guest dirties, over one second; None where this QEMU cannot measure it."""
     if not monitor.has("calc-dirty-rate"):
         return None
     try:
-        monitor.execute("calc-dirty-rate", {"calc-time": seconds})
-        until = time.monotonic() + 10 * seconds
+        monitor.execute("calc-dirty-rate", {"calc-time": 1})
+        until = time.monotonic() + 10
         while time.monotonic() < until:
             found = monitor.fields("query-dirty-rate")
             rate = found.get("dirty-rate")

@@ -25,21 +25,15 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import (
-    Busy,
-    Conflict,
-    InvalidInput,
-    NotFound,
-    Unavailable,
-    Unsupported,
-)
+from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.guest import journal, overlays
 from snapchain.guest.disks import no_such_disk
 from snapchain.guest.protocol import Guest, GuestDisk, JobKind, NewOverlay, Outcome, State
 from snapchain.guest.quiesce import Quiesced, frozen, with_hooks
 from snapchain.host import files, hooks
-from snapchain.host.directory import open_behind, place_to_change
+from snapchain.host.directory import open_behind
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import place_to_change
 from snapchain.image.file import Format
 from snapchain.image.qcow2.header import Qcow2Header, read_header
 from snapchain.model.consistency import Consistency
@@ -550,7 +544,7 @@ def _check_graph(guest: Guest, planned: GuestSnapshotPlan) -> None:
     for each in planned.disks:
         chain = disks[each.disk].chain if each.disk in disks else ()
         shown = [layer.identity for layer in chain[-2:]]
-        if shown != [overlays.identity(each.sealed), overlays.identity(each.overlay)]:
+        if shown != [files.identity_of(each.sealed), files.identity_of(each.overlay)]:
             raise Conflict(
                 "after the snapshot the guest does not have the new overlay as its active layer",
                 subject=f"{planned.guest}/{each.disk}",

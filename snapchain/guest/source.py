@@ -31,6 +31,11 @@ class RunningDisk:
         """The active layer's path now. Raises NotFound for a disk that the guest no longer has."""
         return active_path(find_disk(self._guest, self.name), guest=self._guest)
 
+    @property
+    def image_format(self) -> str | None:
+        """Of that layer."""
+        return find_disk(self._guest, self.name).active.known_format
+
     @contextmanager
     def opened(self, scope: Scope = Scope.SEALED) -> Iterator[ImageChain]:
         """See `Source`: only what is sealed can be read while the guest runs. Raises Unsupported for anything else."""
@@ -69,7 +74,7 @@ class RunningDisk:
         return self._guest
 
     def _at_rest(self) -> ImageAtRest:
-        return ImageAtRest(self.image, image_dirs=self._image_dirs, on_event=self._on_event)
+        return ImageAtRest(self.image, format=self.image_format, image_dirs=self._image_dirs, on_event=self._on_event)
 
 
 class RunningDisks:

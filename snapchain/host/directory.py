@@ -1,17 +1,9 @@
 """A directory that is pinned by a descriptor, and the rights with which its names are used.
 
-Root meets directories of other users, who may swap any name in them at any moment.  The rule:
-
-    /  var  lib  nova  instances  disk        on the way from the root, the first directory that somebody else
-    root........ nova >>>>>>>>>>>>>>>>        than root may write to decides: from there on, with the rights of nova
-
-- An owner other than root is that somebody.  In a directory of root's it is the group, or everybody, with write access.
-  A sticky directory protects the entries of each user: root's are trusted, others are used with their owner's rights.
-- Symbolic links are followed here, one at a time, with the rights in force where they lie.
-- Two different such users on one path are refused: each could use root against the other.
-- In a directory that this user owns, root makes, renames and removes names itself: the user could do the same, and a
-  file that the user may not read stays unreadable for them.  Root opens a file that the user could not open only if it
-  is a regular file without a name elsewhere: then it cannot be a link to a file outside.
+Root uses another user's directory with that user's rights, from where path_resolution.py says.  In a directory that
+this user owns, root makes, renames and removes names itself: the user could do the same, and a file that the user may
+not read stays unreadable for them.  Root opens a file that the user could not open only if it is a regular file
+without a name elsewhere: then it cannot be a link to a file outside.
 
 A user other than root uses the same descriptors, with no other rights.
 """
@@ -21,21 +13,19 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from snapchain.errors import Conflict, InvalidInput, SnapchainError, Unsupported
-from snapchain.host.os_errors import os_errors
+from snapchain.errors import Conflict, InvalidInput, SnapchainError
+from snapchain.host.path_resolution import LOOK, entered, resolve, walk
 from snapchain.host.rights import EVERYBODY, DeniedToOther, Rights, acting_as
+from snapchain.host.writers import is_root, is_shared_by_sticky, writer_of
 
-_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _QUIETLY = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -43,11 +33,6 @@ _REMOVED = " (deleted)"
 """At the end of a descriptor's name in /proc, once that name was removed."""
 _STEP, _COARSE_STEP = 20_000_000, 1_000_000_000
 """Nanoseconds: the kernel stamps files by a clock that steps every 1 to 10 ms, some file systems by whole seconds."""
-_MOST_LINKS = 40
-"""As many as Linux follows in one name."""
-_ACCESS_LIST = "system.posix_acl_access"
-_ENTRY = struct.Struct("<HHI")
-_ACL_USER, _ACL_GROUP_OWNER, _ACL_GROUP, _ACL_MASK, _ACL_WRITE = 0x02, 0x04, 0x08, 0x10, 0x02
 MOST_MODE = 0o666
 """No file of ours gets more: no execute bit, no set-id bit."""
 _KINDS = (
@@ -57,43 +42,6 @@ _KINDS = (
     (stat.S_ISCHR, "a character device"),
     (stat.S_ISLNK, "a symbolic link"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """The target of a path.
-
-    real: without links, as far as it exists
-    chosen_by: the user whose link leads here from outside their own directories; None where root chose it, where this
-    process is not root, and for a place below the same user's directories
-    """
-
-    real: Path
-    chosen_by: Rights | None
-
-    def check_may_be_changed(self, path: Path) -> None:
-        """Raises Unsupported where root is about to change a file that another user's link leads to."""
-        if self.chosen_by is not None:
-            raise Unsupported(
-                f"a symbolic link of {self.chosen_by} leads to {self.real}, which root does not change for them",
-                subject=path,
-                hint="name the file itself, if that is the one you mean",
-            )
-
-
-@dataclass(slots=True)
-class _Walked:
-    """The position of a walk. fd: an O_PATH descriptor; parts: its path without links; missing: the rest is missing."""
-
-    fd: int
-    parts: list[str]
-    rights: Rights | None
-    links: int
-    missing: bool
-
-    @property
-    def real(self) -> Path:
-        return Path("/" + "/".join(self.parts))
 
 
 class Directory:
@@ -107,7 +55,7 @@ class Directory:
         self.path, self.fd, self.rights = path, fd, rights
         self._listed = -1
         status = os.fstat(fd)
-        self._is_sticky = _is_root() and _is_shared_by_sticky(status)
+        self._is_sticky = is_root() and is_shared_by_sticky(status)
         own = rights is not None and writer_of(status, fd) == rights
         # The rights for making and removing names here.
         self._naming = None if own else rights
@@ -126,7 +74,7 @@ class Directory:
         chosen_by: of the `Resolved` that gave the path; its names are listed with these rights
         Raises OSError; Unsupported where two users could use root against each other.
         """
-        walked = _walk(path, follow=follow)
+        walked = walk(path, follow=follow)
         if walked.missing or not stat.S_ISDIR(os.fstat(walked.fd).st_mode):
             os.close(walked.fd)
             number = errno.ENOENT if walked.missing else errno.ENOTDIR
@@ -150,9 +98,9 @@ class Directory:
         """Open a directory in this one; a link is refused."""
         with ExitStack() as acting:
             acting.enter_context(acting_as(self.rights))
-            fd = os.open(_single(name), _LOOK | os.O_DIRECTORY, dir_fd=self.fd)
+            fd = os.open(_single(name), LOOK | os.O_DIRECTORY, dir_fd=self.fd)
             try:
-                return type(self)(self.path / name, fd, _entered(fd, self.path / name, self.rights, acting))
+                return type(self)(self.path / name, fd, entered(fd, self.path / name, self.rights, acting))
             except BaseException:
                 os.close(fd)
                 raise
@@ -162,10 +110,10 @@ class Directory:
         with acting_as(self._naming):
             os.chmod(f"/proc/self/fd/{self.fd}", mode & 0o777)  # noqa: PTH101 - fchmod refuses an O_PATH descriptor
 
-    def create_unnamed(self, *, mode: int = 0o600) -> int:
+    def create_unnamed(self) -> int:
         """Create a file without a name; a descriptor for reading and writing."""
         with acting_as(self._naming):
-            return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode & MOST_MODE, dir_fd=self.fd)
+            return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
 
     def open_file(
         self,
@@ -184,7 +132,7 @@ class Directory:
         check: gets an O_PATH descriptor, and raises for a file that must not be opened
         """
         with acting_as(self._naming):
-            place = os.open(_single(name), _LOOK, dir_fd=self.fd)
+            place = os.open(_single(name), LOOK, dir_fd=self.fd)
         try:
             status = os.fstat(place)
             check_kind(status, subject or self.path / name, refusal)
@@ -376,7 +324,7 @@ def check_readable(path: Path | None, fd: int, *, rights: Rights | None) -> None
         os.close(_reopened(fd, os.O_RDONLY | _QUIETLY, rights))
         return
     with acting_as(rights):
-        place = os.open(path, _LOOK)
+        place = os.open(path, LOOK)
         try:
             if not same_file(os.fstat(place), os.fstat(fd)):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -389,52 +337,6 @@ def _reopened(place: int, flags: int, rights: Rights | None) -> int:
     """The very file that an O_PATH descriptor is of, whatever has its name by now."""
     with acting_as(rights):
         return os.open(f"/proc/self/fd/{place}", flags)
-
-
-def resolve(path: Path, *, strict: bool = False) -> Resolved:
-    """Follow all links of a path: for root as `Directory.open` does, for other users by `os.path.realpath`.
-
-    strict: the path must exist. Raises OSError, and Unsupported as `Directory.open`.
-    """
-    if not _is_root():
-        return Resolved(Path(os.path.realpath(path, strict=strict)), None)
-    walked = _walk(path, follow=True)
-    os.close(walked.fd)
-    if walked.missing and strict:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    if walked.rights is None or not walked.links:
-        return Resolved(walked.real, None)
-    direct = _walk(walked.real.parent, follow=True)
-    os.close(direct.fd)
-    return Resolved(walked.real, None if direct.rights == walked.rights else walked.rights)
-
-
-def real_path(path: Path) -> Path:
-    """The target of a path, for comparing names. Raises SnapchainError where it cannot be found out.
-
-    To change a file, or to create one beside it, use `place_to_change`.
-    """
-    with os_errors(path):
-        return resolve(path).real
-
-
-def real_name(path: str | Path) -> str:
-    """As `real_path` with root's own rights, for comparing names only; the path itself where links change meanwhile."""
-    try:
-        return os.path.realpath(path)
-    except OSError:
-        return os.path.abspath(path)  # noqa: PTH100 - a hot path
-
-
-def place_to_change(path: Path, *, strict: bool = False) -> Path:
-    """The target of a path, for writing there or beside it: every verb that changes an image calls this.
-
-    strict: the path must exist. Raises SnapchainError; Unsupported where another user's link leads root there.
-    """
-    with os_errors(path):
-        found = resolve(path, strict=strict)
-    found.check_may_be_changed(path)
-    return found.real
 
 
 def check_kind(status: os.stat_result, subject: object, refusal: type[SnapchainError] = InvalidInput) -> None:
@@ -450,152 +352,7 @@ def same_file(one: os.stat_result, other: os.stat_result) -> bool:
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
-def _is_root() -> bool:
-    return os.geteuid() == 0
-
-
 def _single(name: str) -> str:
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise InvalidInput("not the name of a file in a directory", subject=repr(name))
     return name
-
-
-def _walk(path: Path, *, follow: bool) -> _Walked:
-    """Open every part of a path. The last may be any kind of file, or missing: then fd is its parent."""
-    rest = list(reversed((Path.cwd() / path).parts[1:]))
-    at = _Walked(os.open("/", _LOOK | os.O_DIRECTORY), [], None, links=0, missing=False)
-    with ExitStack() as acting:
-        try:
-            at.rights = _entered(at.fd, path, None, acting)
-            while rest:
-                name = rest.pop()
-                try:
-                    below = os.open(name, _LOOK | (0 if follow else os.O_DIRECTORY), dir_fd=at.fd)
-                except FileNotFoundError:
-                    if not follow:
-                        raise
-                    for each in (name, *reversed(rest)):
-                        _step(at.parts, each)
-                    at.missing = True
-                    break
-                try:
-                    status = os.fstat(below)
-                    if stat.S_ISLNK(status.st_mode):
-                        at.rights = _entered_link(at.fd, status, at.rights, acting)
-                        rest.extend(reversed(_follow(at, os.readlink("", dir_fd=below), path)))
-                        continue
-                    if rest and not stat.S_ISDIR(status.st_mode):
-                        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-                    at.fd, below = below, at.fd
-                    _step(at.parts, name)
-                finally:
-                    os.close(below)
-                if stat.S_ISDIR(status.st_mode):
-                    at.rights = _entered(at.fd, path, at.rights, acting)
-        except BaseException:
-            os.close(at.fd)
-            raise
-    return at
-
-
-def _step(parts: list[str], name: str) -> None:
-    """Append a name, or remove the last one for `..`."""
-    if name != "..":
-        parts.append(name)
-    elif parts:
-        parts.pop()
-
-
-def _follow(at: _Walked, target: str, path: Path) -> list[str]:
-    """The parts of a link's target; an absolute one starts at the root again."""
-    at.links += 1
-    if at.links > _MOST_LINKS:
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    if target.startswith("/"):
-        root = os.open("/", _LOOK | os.O_DIRECTORY)
-        os.close(at.fd)
-        at.fd, at.parts = root, []
-    return [each for each in target.split("/") if each not in ("", ".")]
-
-
-def _entered(fd: int, path: Path, rights: Rights | None, acting: ExitStack) -> Rights | None:
-    """The rights in force from this directory on; this thread takes them on."""
-    status = os.fstat(fd)
-    if not _is_root() or (status.st_uid == 0 and not status.st_mode & 0o022):
-        return rights
-    writer = writer_of(status, fd, path)
-    if writer is None or writer == rights:
-        return rights
-    if rights is not None:
-        raise _two_users(path, [rights, writer])
-    acting.enter_context(acting_as(writer))
-    return writer
-
-
-def _entered_link(fd: int, link: os.stat_result, rights: Rights | None, acting: ExitStack) -> Rights | None:
-    """The rights in force behind a link. In a sticky directory of root's they are those of the link's owner."""
-    if rights is not None or not _is_root() or not _is_shared_by_sticky(os.fstat(fd)):
-        return rights
-    if link.st_uid == 0 and link.st_nlink == 1:
-        return None
-    chooser = EVERYBODY if link.st_uid == 0 else Rights.of_user(link.st_uid)
-    acting.enter_context(acting_as(chooser))
-    return chooser
-
-
-def _is_shared_by_sticky(status: os.stat_result) -> bool:
-    """Whether it is a directory of root's where other users may make names, and change only their own."""
-    return status.st_uid == 0 and bool(status.st_mode & stat.S_ISVTX) and bool(status.st_mode & 0o022)
-
-
-def writer_of(status: os.stat_result, fd: int, path: Path | None = None) -> Rights | None:
-    """The user or group besides root that may change any name of a directory. Raises Unsupported for several."""
-    if not _is_root() or (status.st_uid == 0 and status.st_mode & stat.S_ISVTX):
-        return None
-    writers = writers_of(status, fd)
-    if len(writers) > 1:
-        raise _two_users(path, writers)
-    return writers[0] if writers else None
-
-
-def writers_of(status: os.stat_result, fd: int) -> list[Rights]:
-    """The users that may write to a file or directory: its owner; for root's, the group, listed users, or everybody."""
-    if status.st_uid != 0:
-        return [Rights.of_user(status.st_uid)]
-    if status.st_mode & stat.S_IWOTH:
-        return [EVERYBODY]
-    return list(dict.fromkeys(_group_writers(status, fd))) if status.st_mode & stat.S_IWGRP else []
-
-
-def _group_writers(status: os.stat_result, fd: int) -> Iterator[Rights]:
-    """Users and groups that the group bits let write; in an access list these bits are the mask. Group 0 is root's."""
-    entries = _access_list(fd)
-    if not entries:
-        entries = [(_ACL_GROUP_OWNER, _ACL_WRITE, 0)]
-    mask = next((allowed for tag, allowed, _ in entries if tag == _ACL_MASK), _ACL_WRITE)
-    for tag, allowed, number in entries:
-        if not allowed & mask & _ACL_WRITE:
-            continue
-        if tag == _ACL_USER and number != 0:
-            yield Rights.of_user(number)
-        elif tag == _ACL_GROUP and number != 0:
-            yield Rights.of_group(number)
-        elif tag == _ACL_GROUP_OWNER and status.st_gid != 0:
-            yield Rights.of_group(status.st_gid)
-
-
-def _access_list(fd: int) -> list[tuple[int, int, int]]:
-    """(tag, rights, id) of each entry of an access list; empty where there is no list."""
-    with suppress(OSError):
-        value = os.getxattr(f"/proc/self/fd/{fd}", _ACCESS_LIST)
-        return [_ENTRY.unpack_from(value, at) for at in range(4, len(value) - _ENTRY.size + 1, _ENTRY.size)]
-    return []
-
-
-def _two_users(path: Path | None, writers: Sequence[Rights]) -> Unsupported:
-    names = " and ".join(map(str, writers[:2]))
-    return Unsupported(
-        f"{names} may both change what this path leads to, and could use root against each other",
-        subject=path,
-        hint="run snapchain as one of them, or let one user own every directory of the path below root's",
-    )

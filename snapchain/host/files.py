@@ -35,15 +35,6 @@ def directory_of(path: Path) -> Iterator[Directory]:
         yield directory
 
 
-def open_new(path: Path, *, mode: int = 0o600) -> int:
-    """Create a file that must not exist yet; a descriptor open for reading and writing.
-
-    Raises Conflict where the name exists, also as a dangling symbolic link.
-    """
-    with directory_of(path) as directory:
-        return directory.create(path.name, mode=mode)
-
-
 def open_or_make(path: Path) -> int:
     """A descriptor, for reading and writing, of a lock file, which is created where it does not exist."""
     with directory_of(path) as directory:
@@ -117,23 +108,10 @@ def fsync_dir(path: Path) -> None:
         directory.sync()
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Give a finished file its name, replacing any file of that name: fsync the file, rename, fsync the directory."""
-    fsync_file(temporary)
-    rename(temporary, final)
-
-
 def rename(source: Path, target: Path) -> None:
     """Rename within one directory, durably. The source's bytes must be on the disk already."""
     with directory_of(target) as directory:
         directory.rename(source.name, target.name)
-        directory.sync()
-
-
-def link(source: Path, target: Path) -> None:
-    """Give a file a second name in its directory, durably. Raises Conflict when the name is taken."""
-    with directory_of(target) as directory:
-        directory.link(source.name, target.name)
         directory.sync()
 
 
@@ -282,6 +260,17 @@ def _copy_attribute(source: int, target: int, name: str) -> None:
     except OSError as error:
         if error.errno not in _NO_ATTRIBUTES:
             raise
+
+
+def identity_of(path: Path | None) -> tuple[int, int] | None:
+    """(device, inode) of the file that a path leads to; None where there is none, or it cannot be seen."""
+    if path is None:
+        return None
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def free_bytes(directory: Path) -> int:

@@ -22,11 +22,13 @@ from typing import Self, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from snapchain.errors import Busy, Corrupt, InvalidInput
-from snapchain.host.directory import Directory, resolve, writer_of
+from snapchain.host.directory import Directory
 from snapchain.host.files import make_directories, read_in, write_in
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import resolve
 from snapchain.host.rights import EVERYBODY, Rights
 from snapchain.host.temporary_names import NEW, temporary_beside
+from snapchain.host.writers import writer_of
 
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600

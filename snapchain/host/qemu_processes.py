@@ -25,7 +25,7 @@ class QemuArguments:
     """What a command line of QEMU tells about its guest.
 
     name, uuid: of the guest, None where it has none; is_libvirt: libvirt started it
-    qmp: paths of QMP sockets that QEMU listens on; agent: of the guest agent's; is_incoming: it waits for a migration
+    qmp: paths of QMP sockets that QEMU listens on; agent: of the guest agent's
     """
 
     name: str | None = None
@@ -33,7 +33,6 @@ class QemuArguments:
     is_libvirt: bool = False
     qmp: tuple[str, ...] = ()
     agent: str | None = None
-    is_incoming: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ def parse(argv: Sequence[str]) -> QemuArguments:
     """Read a command line. Options that are unknown, or lack their value, are passed over."""
     chardevs: dict[str, str] = {}
     name = uuid = None
-    is_libvirt = is_incoming = False
+    is_libvirt = False
     sockets: list[str] = []
     monitors: list[str] = []
     agent_device: str | None = None
@@ -94,8 +93,6 @@ def parse(argv: Sequence[str]) -> QemuArguments:
             name = _name(value)
         elif option == "uuid":
             uuid = value.lower()
-        elif option == "incoming":
-            is_incoming = True
         elif option == "chardev":
             chardevs |= _listening(value)
         elif option in {"qmp", "qmp-pretty"}:
@@ -112,9 +109,7 @@ def parse(argv: Sequence[str]) -> QemuArguments:
         elif option == "object" and _LIBVIRT_SECRETS in value:
             is_libvirt = True
     sockets += [chardevs[each] for each in monitors if each in chardevs]
-    return QemuArguments(
-        name, uuid, is_libvirt, tuple(dict.fromkeys(sockets)), chardevs.get(agent_device or ""), is_incoming
-    )
+    return QemuArguments(name, uuid, is_libvirt, tuple(dict.fromkeys(sockets)), chardevs.get(agent_device or ""))
 
 
 def _options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -27,6 +27,8 @@ from snapchain.host.terminal import shell_line
 
 SECONDS = 40.0
 """Deadline of a command. libvirt itself gives up after 30, where something else holds its lock on the domain."""
+SECONDS_TO_CHANGE = 120.0
+"""Deadline of a command that changes the block graph."""
 SYSTEM, SESSION = "qemu:///system", "qemu:///session"
 _SOCKETS = ("libvirt-sock", "virtqemud-sock", "libvirt-sock-ro", "virtqemud-sock-ro")
 _OUTPUT_CAP = 16 << 20

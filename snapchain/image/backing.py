@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import Unsupported
-from snapchain.host.directory import real_name, resolve
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import real_name, resolve
 from snapchain.host.replica_layout import layers_of
 from snapchain.host.rights import Rights
 from snapchain.host.terminal import shell_word
@@ -28,7 +28,7 @@ from snapchain.image.qcow2.header import Backing
 class Place:
     """A file by two names: `path` as QEMU would open it (absolute), `real` with all links resolved.
 
-    chosen_by: the user whose link leads there (host/directory.py)
+    chosen_by: the user whose link leads there (host/path_resolution.py)
     """
 
     path: Path

@@ -15,9 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from snapchain.errors import SnapchainError
-from snapchain.host.directory import Directory, Resolved, real_path, resolve
+from snapchain.host.directory import Directory
 from snapchain.host.files import is_leftover
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import Resolved, real_path, resolve
 from snapchain.host.temporary_names import MERGE, RESTORE, SNAPSHOT, temporary_of
 from snapchain.image import ImageChain
 from snapchain.image.dependents import Dependent, Dependents, Kind, search

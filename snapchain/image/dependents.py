@@ -29,7 +29,8 @@ from typing import NamedTuple
 
 from snapchain.errors import SnapchainError
 from snapchain.host import libvirt
-from snapchain.host.directory import Directory, Resolved, open_behind, real_name, resolve
+from snapchain.host.directory import Directory, open_behind
+from snapchain.host.path_resolution import Resolved, real_name, resolve
 from snapchain.host.rights import Rights, acting_as
 from snapchain.host.terminal import encodable
 from snapchain.image.references import mentions, named_files, recorded_names

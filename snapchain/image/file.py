@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from snapchain.errors import Busy, Corrupt, InvalidInput
-from snapchain.host.directory import Resolved
+from snapchain.host.path_resolution import Resolved
 from snapchain.host.rights import Rights
 from snapchain.image.backing import Place
 from snapchain.image.holes import without_holes

@@ -22,7 +22,6 @@ from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, Sum, empty_s
 from snapchain.model.extents import Extents, Int64s
 
 T = TypeVar("T")
-Words = npt.NDArray[np.uint64]
 WORKERS = max(2, min(4, os.cpu_count() or 1))
 _UNDER_WAY = 4
 

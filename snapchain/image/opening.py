@@ -2,8 +2,8 @@
 
 Every directory of the path is opened with O_NOFOLLOW from the root on, and the file's type is checked before it is
 opened for reading: a FIFO does not block, a character device is never touched, a swapped name is detected.  For root,
-host/directory.py decides the rights. A user who named the file, by a link or as the backing file of their image, must
-be able to read it; otherwise root would show them other users' disks.
+host/path_resolution.py decides the rights. A user who named the file, by a link or as the backing file of their image,
+must be able to read it; otherwise root would show them other users' disks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.host.directory import Directory, check_readable, writers_of
+from snapchain.host.directory import Directory, check_readable
 from snapchain.host.os_errors import REMEDIES, denied, denied_to
 from snapchain.host.rights import DeniedToOther, Rights
+from snapchain.host.writers import writers_of
 
 
 @dataclass(frozen=True, slots=True)

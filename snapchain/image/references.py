@@ -15,16 +15,11 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from snapchain.errors import SnapchainError
-from snapchain.host.directory import Directory, open_behind, real_name
+from snapchain.host.directory import Directory, open_behind
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import real_name
 from snapchain.host.rights import acting_as
-from snapchain.image.qcow2.format import (
-    EXTENSION,
-    MAGIC,
-    MAX_BACKING_NAME_BYTES,
-    MAX_CLUSTER_BITS,
-    ExtensionType,
-)
+from snapchain.image.qcow2.format import EXTENSION, MAGIC, MAX_BACKING_NAME_BYTES, MAX_CLUSTER_BITS, ExtensionType
 
 _FIRST_BYTES = 512
 _HEAD_BYTES = 64 << 10

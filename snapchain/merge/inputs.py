@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
-from snapchain.host.directory import real_path
+from snapchain.host.path_resolution import real_path
 from snapchain.host.replica_layout import layers_of
 from snapchain.host.terminal import counted, shell_word
 from snapchain.image import ImageChain, ImageFile

@@ -11,7 +11,7 @@ from typing import cast
 from snapchain.errors import Conflict, Corrupt, NotFound, Unsupported
 from snapchain.guest.disks import find_disk
 from snapchain.guest.protocol import Guest, GuestDisk
-from snapchain.host.directory import real_path
+from snapchain.host.path_resolution import real_path
 from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.image.backing import Place
 from snapchain.image.file import Format

@@ -19,7 +19,7 @@ from snapchain.guest.address import GuestAddress
 from snapchain.guest.jobs import End, Ended, OnLook, drive, give_up
 from snapchain.guest.protocol import Activity, Guest, GuestDisk, Job, JobKind, JobProgress, JobStatus
 from snapchain.host import files
-from snapchain.host.directory import real_path
+from snapchain.host.path_resolution import real_path
 from snapchain.image import ImageChain
 from snapchain.image.dependent_search import search_directories
 from snapchain.merge import settle

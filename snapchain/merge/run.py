@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, SnapchainError, Unavailable
 from snapchain.host import files
-from snapchain.host.directory import place_to_change
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
+from snapchain.host.path_resolution import place_to_change
 from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, scan
 from snapchain.merge import live_settle, settle

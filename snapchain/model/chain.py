@@ -86,12 +86,6 @@ class Chain:
         """Virtual size of the top, in bytes."""
         return self.top.size
 
-    def upto(self, last: str) -> Chain:
-        """The chain whose top is the layer of this id. Raises InvalidInput when it is not in the chain."""
-        if last not in self.ids:
-            raise InvalidInput("no such layer in the chain", subject=last)
-        return Chain(self.layers[: self.ids.index(last) + 1])
-
     def resolve(self) -> Extents:
         """What the chain reads as: DATA is the place of the owning layer, 0 for the root."""
         return fold(layer.extents.owned_by(place) for place, layer in enumerate(self.layers))

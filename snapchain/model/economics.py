@@ -15,9 +15,8 @@ from enum import Enum
 
 import numpy as np
 
-from snapchain.errors import InvalidInput
 from snapchain.model.chain import Chain
-from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s, blocks, fold, over, pairwise
+from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s, blocks, over
 
 
 class Into(Enum):
@@ -26,44 +25,6 @@ class Into(Enum):
     NEW = "new"  # a new file beside all inputs
     UPPER = "upper"  # the range's upper layer absorbs what shows through it
     LOWER = "lower"  # the upper layers are committed into the range's lowest one
-
-
-@dataclass(frozen=True, slots=True)
-class Gain:
-    """One merge in guest bytes.
-
-    bytes_freed: held by the range before, less what the merged layer holds
-    bytes_moved: DATA written to where it was not; sharing extents moves it at no cost
-    peak_bytes:  space needed beside what the range already takes, until the inputs go
-    """
-
-    bytes_freed: int
-    bytes_moved: int
-    peak_bytes: int
-
-
-def gain(chain: Chain, first: int, last: int, *, into: Into = Into.NEW) -> Gain:
-    """What merging the layers at places `first` to `last`, both included, would give.
-
-    Raises InvalidInput unless 0 <= first < last < len(chain).
-    """
-    if not 0 <= first < last < len(chain):
-        raise InvalidInput(f"layers {first} to {last} are no range of a chain of {len(chain)}")
-    maps = [layer.extents for layer in chain.layers[first : last + 1]]
-    merged = fold(layer.owned_by(place) for place, layer in enumerate(maps))
-    freed = sum(layer.data_bytes for layer in maps) - merged.data_bytes
-    match into:
-        case Into.NEW:
-            moved = peak = merged.data_bytes
-        case Into.UPPER:
-            moved = peak = merged.data_bytes - maps[-1].data_bytes
-        case Into.LOWER:
-            moved = merged.bytes_where(merged.val > 0)
-            # What is written over the lower layer's own DATA needs no new space.
-            at, lower, result = pairwise(maps[0].resized(merged.size, ABSENT), merged)
-            grown = (result > 0) & (lower != DATA)
-            peak = int(np.diff(at, append=merged.size)[grown].sum())
-    return Gain(freed, moved, peak)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +40,7 @@ class RangeGains:
 
 
 def gains_of(hidden: Int64s) -> RangeGains:
-    """`gain` of all ranges of a chain, without the peaks, for a planner that chooses among them.
+    """What merging each range of a chain frees and moves, for a planner that chooses among them.
 
     hidden: as `hidden_by` gives it
     """

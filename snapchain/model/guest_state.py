@@ -21,9 +21,10 @@ A record is written with the number after the one that its writer has read, so o
 PROMOTE and WITHDRAW raise the epoch, and with it the epochs of all disks of the guest: these stay the guard that
 refuses an old master's writes.  Where the disks are in a later epoch than the record, they have gone on without it.
 
-A guest may have several destinations, each with a record of its own.  KNOW adds others to what one knows.  FOLLOW makes
-a record say that the guest was taken over at another destination: from any state to protected, in that later epoch.
-Whoever takes a guest over writes at one destination first, and then at all others (ops/other_destinations.py).
+A guest may have several destinations, each with a record of its own.  KNOW adds others to what one knows, and
+says which of them are gone for good.  FOLLOW makes a record say that the guest was taken over at another destination:
+from any state to protected, in that later epoch.  Whoever takes a guest over writes at one destination first, and then
+at all others (ops/other_destinations.py).
 """
 
 from __future__ import annotations
@@ -158,7 +159,29 @@ def apart_from(places: Sequence[Place], *own: Place | None) -> tuple[Place, ...]
     return tuple(each for each in places if not any(mine is not None and each.is_same(mine) for mine in own))
 
 
-_OPTIONS = "others", "at", "here", "epoch", "seen_epoch", "lease"
+class Gone(Part):
+    """A destination that never comes back, as a person has said. who: the user and host that said so, and when"""
+
+    place: Place
+    who: Name
+    time: AwareDatetime
+
+    def means(self, place: Place | None) -> bool:
+        """By the id where it has one: what is made anew at its address is another destination."""
+        if place is None or self.place.id is not None:
+            return place is not None and self.place.id == place.id
+        return place.id is None and place.url == self.place.url
+
+    def __str__(self) -> str:
+        return f"{self.who} said so, {self.time:%Y-%m-%d %H:%M} UTC"
+
+
+def gone_of(gone: Sequence[Gone], place: Place | None) -> Gone | None:
+    """Whether a destination is gone, and who said it."""
+    return next((each for each in gone if each.means(place)), None)
+
+
+_OPTIONS = "others", "gone", "back", "at", "here", "epoch", "seen_epoch", "lease"
 """Fields that are written only where they say something: programs from before them refuse them."""
 
 
@@ -174,7 +197,8 @@ class GuestStanding(Part):
     token: of the move or failover that the state belongs to; by: the host that made the change
     vouched: why the former master counts as gone; point, instant: the guest point that was taken over
     lease: that the master holds; while the guest is promoting, that the former one held
-    others: the guest's other destinations; at: the one at which the master took it over, None for this one
+    others: the guest's other destinations, and those of them that are gone; at: the one at which the master took it
+    over, None for this one
     here: this destination, as it describes itself; never stored
     """
 
@@ -192,6 +216,7 @@ class GuestStanding(Part):
     instant: Token | None = None
     lease: Lease | None = None
     others: tuple[Place, ...] = Field(default=(), max_length=MOST_PLACES)
+    gone: tuple[Gone, ...] = Field(default=(), max_length=MOST_PLACES)
     at: Place | None = None
     here: Place | None = None
 
@@ -211,7 +236,7 @@ class GuestStanding(Part):
 
     def for_older(self) -> GuestStanding:
         """As programs understand it that do not know of several destinations."""
-        return self.model_copy(update={"others": (), "at": None, "here": None})
+        return self.model_copy(update={"others": (), "gone": (), "at": None, "here": None})
 
 
 class TakenDisk(Part):
@@ -230,7 +255,7 @@ class GuestChange(Part):
     vouched, point, instant: as the record has them, for PROMOTE
     disks: for PROMOTE, all disks of the guest point
     lease: for LEASE; its token is the change's, as it is by RENEW and UNLEASE
-    others: for KNOW, destinations that this one is to know
+    others: for KNOW, destinations that this one is to know; gone: those that never come back; back: those that did
     epoch: for FOLLOW, that of the takeover; for PROMOTE, the newest that is known of the guest anywhere, 0 if none is
     seen_epoch, at: for FOLLOW, the epoch that the caller has read here, and where the guest was taken over, None where
     it is its former host's again
@@ -249,6 +274,8 @@ class GuestChange(Part):
     disks: tuple[TakenDisk, ...] = Field(default=(), max_length=MOST_DISKS)
     lease: Lease | None = None
     others: tuple[Place, ...] = Field(default=(), max_length=MOST_PLACES)
+    gone: tuple[Gone, ...] = Field(default=(), max_length=MOST_PLACES)
+    back: tuple[Place, ...] = Field(default=(), max_length=MOST_PLACES)
     epoch: int = Field(default=0, ge=0, le=LARGEST_EPOCH)
     seen_epoch: int = Field(default=0, ge=0, le=LARGEST_EPOCH)
     at: Place | None = None
@@ -332,13 +359,14 @@ def as_disks_stand(
         at=at,
         former=record.master,
         others=record.others,
+        gone=record.gone,
     )
 
 
 def is_done(now: GuestStanding, change: GuestChange) -> bool:
     """Whether a change was made already, by an earlier run whose answer was lost."""
     if change.transition is Transition.KNOW:
-        return not apart_from(change.others, now.here, *now.others)
+        return knows(now, change)
     if change.transition is Transition.FOLLOW and now.epoch != change.epoch:
         return False
     if change.transition is Transition.LEASE:
@@ -348,6 +376,15 @@ def is_done(now: GuestStanding, change: GuestChange) -> bool:
     if change.transition is Transition.RENEW:
         return True
     return (now.token, now.state, now.number) == (change.token, LEGAL[change.transition][1], change.seen + 1)
+
+
+def knows(now: GuestStanding, change: GuestChange) -> bool:
+    """Whether a destination knows all that KNOW says."""
+    return (
+        not apart_from(change.others, now.here, *now.others)
+        and all(gone_of(now.gone, each.place) for each in change.gone)
+        and not any(gone_of(now.gone, place) for place in change.back)
+    )
 
 
 def after(now: GuestStanding, change: GuestChange, *, time: datetime, subject: object) -> GuestStanding:
@@ -363,7 +400,12 @@ def after(now: GuestStanding, change: GuestChange, *, time: datetime, subject: o
         known = updated(now.others, apart_from(change.others, now.here))
         if len(known) > MOST_PLACES:
             raise Conflict(f"a guest has at most {MOST_PLACES} destinations", subject=subject)
-        return now.model_copy(update={"number": now.number + 1, "time": time, "by": change.by, "others": known})
+        if gone_of(change.gone, now.here):
+            raise Conflict("it is said to be gone for good, and is here", subject=subject)
+        new = [each for each in change.gone if not gone_of(now.gone, each.place)]
+        lost = [each for each in (*now.gone, *new) if not any(map(each.means, change.back))][-MOST_PLACES:]
+        said = {"number": now.number + 1, "time": time, "by": change.by, "others": known, "gone": tuple(lost)}
+        return now.model_copy(update=said)
     if change.of_lease:
         return _leased(now, change, time=time, subject=subject)
     states, target = LEGAL[change.transition]

@@ -88,16 +88,13 @@ class UpToDate:
 class Send:
     """Put source layers `first` and up on the lowest `base_count` destination layers.
 
-    `repeated`: how many of those base layers, the uppermost ones, hold parts of source layer `first`, which the
-    source has merged since.  Putting it on top of them reads right (merging is idempotent), and they can be merged
-    into it once no kept point needs them.
-    `inside`: where the destination ends inside that layer, be it in the middle of one of its own, which then counts as
-    no repeated one.
+    The uppermost of those may hold parts of source layer `first`, which the source has merged since: putting it on top
+    of them reads right, since merging is idempotent.
+    `inside`: where the destination ends inside that layer, be it in the middle of one of its own
     """
 
     base_count: int
     first: int
-    repeated: int = 0
     inside: Inside | None = None
 
 
@@ -112,7 +109,6 @@ class Collapse:
     merges: tuple[Span, ...]
     base_count: int
     first: int
-    repeated: int = 0
     inside: Inside | None = None
 
 
@@ -171,13 +167,11 @@ def missing(have: Sequence[Held], want: Sequence[Wanted], *, same: Same = operat
         if reached is None:
             return _parted(have, want, base_count=ends[common_place], first=common_first, ahead=False)
         if not reached.whole:
-            # The row ended inside this layer: the destination holds its lower parts.  A destination layer that
-            # began below them has more to say, so it does not count as repeated.
-            above = min(count for end, count in ends.items() if end >= place)
+            # The row ended inside this layer: the destination holds its lower parts.
             if place in ends:
                 common_place, common_first = place, number
             inside = Inside(reached.rest, ends[common_place], common_first)
-            return _covered(merges, base_count=len(have), first=number, repeated=len(have) - above, inside=inside)
+            return _covered(merges, base_count=len(have), first=number, inside=inside)
         if reached.place in ends:
             first, stop = ends[common_place], ends[reached.place]
             if common_place == place and stop - first > 1:
@@ -224,12 +218,10 @@ def _follow(wanted: Wanted, row: Sequence[Hashable], place: int, same: Same) -> 
     return _Reached(place, whole=True)
 
 
-def _covered(
-    merges: Sequence[Span], *, base_count: int, first: int, repeated: int = 0, inside: Inside | None = None
-) -> Send | Collapse:
+def _covered(merges: Sequence[Span], *, base_count: int, first: int, inside: Inside | None = None) -> Send | Collapse:
     if merges:
-        return Collapse(tuple(merges), base_count, first, repeated, inside)
-    return Send(base_count, first, repeated, inside)
+        return Collapse(tuple(merges), base_count, first, inside)
+    return Send(base_count, first, inside)
 
 
 def _parted(have: Sequence[Held], want: Sequence[Wanted], *, base_count: int, first: int, ahead: bool) -> Diverged:

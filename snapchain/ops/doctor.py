@@ -26,10 +26,11 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError, Unavailable
 from snapchain.guest.address import GuestAddress, open_guest
-from snapchain.host.directory import Directory, place_to_change, real_path, same_file
+from snapchain.host.directory import Directory, same_file
 from snapchain.host.files import is_leftover, remove_leftover
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import place_to_change, real_path
 from snapchain.host.temporary_names import MERGE, NEW, RESTORE, SNAPSHOT, Temporary, temporary_of
 from snapchain.image import scan
 from snapchain.image.dependent_search import Kind as Use, find_dependents

@@ -11,7 +11,7 @@ from snapchain.errors import Busy, SnapchainError
 from snapchain.guest.disks import find_disk
 from snapchain.guest.protocol import Guest, GuestDisk, State
 from snapchain.guest.snapshot import LeftOut
-from snapchain.host.directory import real_path
+from snapchain.host.path_resolution import real_path
 from snapchain.merge import live, live_run, plan as at_rest, run as run_at_rest
 from snapchain.merge.journal import unsettled
 from snapchain.merge.live import LiveMergePlan

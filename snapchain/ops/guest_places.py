@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,11 +27,13 @@ from snapchain.host.replica_layout import layers_of
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.guest_state import (
     MOST_PLACES,
+    Gone,
     GuestChange,
     GuestStanding,
     Place,
     Transition,
     apart_from,
+    gone_of,
     joined,
     updated,
 )
@@ -158,6 +160,35 @@ def tell_others(
     Nothing is written where it knows them all: None where it has nothing of the guest either.
     Raises NotFound where nothing is there, and as `Writing.change_guest`.
     """
+
+    def more(standing: GuestStanding | None) -> dict[str, object]:
+        known = () if standing is None else (standing.here, *standing.others)
+        return {"others": found} if (found := apart_from(others, *known)) else {}
+
+    return _say(destination, guest, more, by=by, begins=begins)
+
+
+def tell_gone(destination: Writing, guest: str, gone: Gone, *, by: str, undo: bool = False) -> None:
+    """Make a destination count another one as gone, or with undo no longer. Raises as `Writing.change_guest`."""
+
+    def more(standing: GuestStanding | None) -> dict[str, object]:
+        is_known = standing is not None and gone_of(standing.gone, gone.place) is not None
+        if is_known is not undo:
+            return {}
+        return {"back": (gone.place,)} if undo else {"gone": (gone,)}
+
+    _say(destination, guest, more, by=by)
+
+
+def _say(
+    destination: Writing,
+    guest: str,
+    more: Callable[[GuestStanding | None], dict[str, object]],
+    *,
+    by: str,
+    begins: bool = False,
+) -> GuestStanding | None:
+    """KNOW, decided anew where another change came first. more: its fields, none where all of it is known."""
     for attempt in range(_TRIES):
         standing: GuestStanding | None = None
         try:
@@ -165,18 +196,19 @@ def tell_others(
         except NotFound:
             if not begins:
                 raise
-        known = () if standing is None else (standing.here, *standing.others)
-        more = apart_from(others, *known)
-        if not more:
+        fields = more(standing)
+        if not fields:
             return standing
-        change = GuestChange(
-            guest=guest,
-            transition=Transition.KNOW,
-            seen=0 if standing is None else standing.number,
-            token=_NO_TOKEN,
-            by=by,
-            host=by,
-            others=more,
+        change = GuestChange.model_validate(
+            {
+                "guest": guest,
+                "transition": Transition.KNOW,
+                "seen": 0 if standing is None else standing.number,
+                "token": _NO_TOKEN,
+                "by": by,
+                "host": by,
+                **fields,
+            }
         )
         try:
             return destination.change_guest(change)[0]

@@ -80,7 +80,8 @@ def as_named_now(guest: Guest, taken: GuestSnapshot) -> GuestSnapshot | None:
 
 def epoch_of(guest: Guest, disk: str, *, image_dirs: Sequence[Path] = ()) -> int:
     """In which epoch this host writes a disk. Raises as reading its sealed files does."""
-    path = active_path(find_disk(guest, disk), guest=guest)
-    source = ImageAtRest(path, image_dirs=(*image_dirs, path.parent))
+    found = find_disk(guest, disk)
+    path = active_path(found, guest=guest)
+    source = ImageAtRest(path, format=found.active.known_format, image_dirs=(*image_dirs, path.parent))
     with source.opened(Scope.SEALED) as chain:
         return source.epoch(chain)

@@ -31,7 +31,7 @@ class GuestStatus(_Shown):
     lag_seconds: since its time; lag_bytes: what the guest wrote since, by the rate between its last two points, or None
     ahead_bytes: DATA that the destination has beyond it
     taken_at: the other destination at which the master took the guest over; others: all other destinations that are
-    known; silent: those of them that did not answer, and why
+    known; silent: those of them that did not answer, and why; gone: those that never come back, and who said so
     verified, booted: what came of the last verification of the guest, and of the last boot of a clone (failover --test)
     owed: what must still be done about it, sentences; fault: why it could not be asked
     """
@@ -55,6 +55,7 @@ class GuestStatus(_Shown):
     taken_at: str | None = None
     others: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
     verified: GuestCheck | None = None
     booted: GuestCheck | None = None
     owed: tuple[str, ...] = ()
@@ -83,30 +84,33 @@ def status(
     rows: list[GuestStatus] = []
     for place, name in places:
         disks = place.disks()
-        rows += _all(place, disks, now) if name is None else [_one(place, disks, name, now)]
-    if reach is not None:
-        rows = [_with_others(row, place, reach) for row in rows for place, _ in places if place.url == row.destination]
+        asked = _all(place, disks, now) if name is None else [_one(place, disks, name, now)]
+        for row, standing in asked:
+            rows.append(row if reach is None or standing is None else _with_others(row, standing, place, reach))
     return StatusReport(guests=tuple(sorted(rows, key=lambda row: row.guest)))
 
 
-def _all(place: Destination, disks: Sequence[DiskRecord], now: datetime) -> list[GuestStatus]:
+_Row = tuple[GuestStatus, GuestStanding | None]
+
+
+def _all(place: Destination, disks: Sequence[DiskRecord], now: datetime) -> list[_Row]:
     """Guests with points, and those of which only a state is recorded: a guest that was moved there has no points."""
     views = guests_of(disks)
     others = {disk.name.rpartition("/")[0] for disk in disks} - {"", *(view.name for view in views)}
     rows = [_row(place, view.name, view, now) for view in views]
-    return rows + [row for row in (_row(place, name, None, now) for name in sorted(others)) if row.is_recorded]
+    return rows + [found for found in (_row(place, name, None, now) for name in sorted(others)) if found[0].is_recorded]
 
 
-def _one(place: Destination, disks: Sequence[DiskRecord], name: str, now: datetime) -> GuestStatus:
+def _one(place: Destination, disks: Sequence[DiskRecord], name: str, now: datetime) -> _Row:
     view = guest_named(disks, name)
-    row = _row(place, name, view, now)
+    row, standing = _row(place, name, view, now)
     if view is None and not row.is_recorded:
         raise NotFound("there is no such guest", subject=f"{place.url}::{name}")
-    return row
+    return row, standing
 
 
-def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -> GuestStatus:
-    row = GuestStatus(guest=name, destination=place.url)
+def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -> _Row:
+    row, standing = GuestStatus(guest=name, destination=place.url), None
     try:
         standing, checks = place.guest_state(name), place.guest_checks(name)
         row = row.model_copy(
@@ -138,23 +142,20 @@ def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -
                 }
             )
     except SnapchainError as error:
-        return row.model_copy(update={"fault": str(error)})
-    return row
+        return row.model_copy(update={"fault": str(error)}), standing
+    return row, standing
 
 
-def _with_others(row: GuestStatus, place: Destination, reach: Reach) -> GuestStatus:
+def _with_others(row: GuestStatus, standing: GuestStanding, place: Destination, reach: Reach) -> GuestStatus:
     """What the guest's other destinations say. Where one has a newer master, that is what is shown."""
-    try:
-        standing = place.guest_state(row.guest)
-    except SnapchainError:
-        return row
     known = [*standing.others, *([] if standing.at is None else [standing.at])]
     own = [Place(url=place.url), *([] if standing.here is None else [standing.here])]
-    others = OtherDestinations(row.guest, known, reach, own=own)
+    others = OtherDestinations(row.guest, known, reach, own=own, gone=standing.gone)
     newest = others.newest(standing)
     found: dict[str, object] = {
         "taken_at": None if standing.at is None else str(standing.at),
         "others": tuple(map(str, others.places)),
+        "gone": tuple(f"{each.place}: {each}" for each in others.gone),
         "silent": tuple(f"{each.place}: {each.fault}" for each in others.answers if each.standing is None),
     }
     if newest.epoch > standing.epoch:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.guest_record import record_disk
 from snapchain.errors import InvalidInput, NotFound, SnapchainError, Unsupported
-from snapchain.host.directory import place_to_change
+from snapchain.host.path_resolution import place_to_change
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.holds import check_tag
 from snapchain.source.lineage import held_by_another

@@ -23,12 +23,14 @@ from snapchain.errors import Conflict, InvalidInput, SnapchainError, Unavailable
 from snapchain.host.terminal import shell_line
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.guest_state import (
+    Gone,
     GuestChange,
     GuestStanding,
     Place,
     Transition,
     apart_from,
     describe_takeover,
+    gone_of,
     joined,
     outranks,
 )
@@ -76,13 +78,22 @@ class OtherDestinations:
     """Of one guest. own: destinations that are not asked: the caller's own, and that to which the guest goes."""
 
     def __init__(
-        self, guest: str, places: Sequence[Place], reach: Reach, *, own: Sequence[Place], on_event: OnEvent = ignore
+        self,
+        guest: str,
+        places: Sequence[Place],
+        reach: Reach,
+        *,
+        own: Sequence[Place],
+        gone: Sequence[Gone] = (),
+        on_event: OnEvent = ignore,
     ) -> None:
-        """Asks them all. places: as this host names them"""
+        """Asks them all. places: as this host names them; gone: those of them that are, as a destination says"""
         self._guest, self._reach, self._on_event = guest, reach, on_event
         self._places, self._own = joined(*places), own
         self._may_be_silent: Callable[[Place], bool] = lambda _: False
+        self._said_gone = tuple(gone)
         self.answers: tuple[Answer, ...] = ()
+        self.gone: tuple[Gone, ...] = ()
         self.ask()
 
     def ask(self) -> None:
@@ -100,7 +111,9 @@ class OtherDestinations:
             if apart_from((place,), *self._own, *(each.place for each in found)):
                 found.append(self._asked(place, is_named=place in self._places))
                 left += _named_by(found[-1])
-        self.answers = tuple(each for each in found if apart_from((each.place,), *self._own))
+        self.gone = (*self._said_gone, *(gone for each in found if each.standing for gone in each.standing.gone))
+        others = (each for each in found if apart_from((each.place,), *self._own))
+        self.answers = tuple(each for each in others if each.standing or not gone_of(self.gone, each.place))
 
     def _asked(self, place: Place, *, is_named: bool) -> Answer:
         """is_named: whether this host has named it, so that its address is surely meant here"""
@@ -128,7 +141,7 @@ class OtherDestinations:
     def silent(self) -> tuple[Answer, ...]:
         """Those that do not answer, but for those whose word was given."""
         for word in self._reach.without:
-            if not any(_is_meant(each.place, word) for each in self.answers):
+            if not any(is_meant(each.place, word) for each in self.answers):
                 raise InvalidInput(
                     "it is no other destination of the guest",
                     subject=word,
@@ -141,7 +154,7 @@ class OtherDestinations:
         return self._may_be_silent(place) or self._is_vouched(place)
 
     def _is_vouched(self, place: Place) -> bool:
-        return any(_is_meant(place, word) for word in self._reach.without)
+        return any(is_meant(place, word) for word in self._reach.without)
 
     @property
     def words(self) -> str:
@@ -171,7 +184,17 @@ class OtherDestinations:
         self._may_be_silent = lambda place: not apart_from((place,), *places)
 
     def check_silent(self) -> None:
-        """Raises Unavailable for a destination that does not answer, unless it may, or the caller vouches for it."""
+        """Raises Unavailable for a destination that does not answer, unless it may, or the caller vouches for it.
+
+        Conflict where the others count the caller's own as gone: they have not asked it before they decided.
+        """
+        for place in self._own:
+            if (said := gone_of(self.gone, place)) is not None:
+                raise Conflict(
+                    f"the guest's other destinations count it as gone for good: {said}",
+                    subject=f"{place}::{self._guest}",
+                    hint="take the guest over at one of those; if this one is back for good: `snapchain retire --undo`",
+                )
         for each in self.silent:
             raise Unavailable(
                 f"the guest may have been taken over there, and it does not answer: {each.fault}",
@@ -296,8 +319,9 @@ def _named_by(answer: Answer) -> Iterator[Place]:
             yield answer.standing.at
 
 
-def _is_meant(place: Place, word: str) -> bool:
+def is_meant(place: Place, word: str) -> bool:
+    """Whether an id or an address that a person gives is that of a destination."""
     return word in (place.id, place.url) or located(word) == place.url
 
 
-__all__ = ["Answer", "OtherDestinations", "Overtaken", "Reach", "follow_change", "who"]
+__all__ = ["Answer", "OtherDestinations", "Overtaken", "Reach", "follow_change", "is_meant", "who"]

@@ -110,11 +110,6 @@ class Arrival:
         view = ImageChain([*(below.files if below else ()), growing], owned=False)
         return Counting(growing.extents, view, below, self._below_sum)
 
-    @property
-    def on_base(self) -> bool:
-        """Whether data may come from layers below."""
-        return self._below is not None
-
     def _open_file(self, file_bytes: int) -> int:
         """The guest offset up to which an earlier run made this very layer durable, else 0 with an empty file."""
         offer, path = self._offer, self._disk.path(names.INCOMING)

@@ -10,19 +10,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from blake3 import blake3
-from pydantic import (
-    AwareDatetime,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    StringConstraints,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from snapchain.errors import Unsupported
 from snapchain.host.files import directory_of, write_in
@@ -32,19 +23,8 @@ from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.fingerprint import SHORT_KEY_BYTES, Fingerprint, ShortKey, short_key
 from snapchain.model.inventory import MAX_LAYERS
 from snapchain.replica.access import Access
-from snapchain.replica.stream.messages import (
-    MOST_HOLDS,
-    MOST_OLDER,
-    POINT_OPTIONS,
-    Digest,
-    HeldLayer,
-    Hold,
-    Instant,
-    Label,
-    LayerId,
-    PointNumber,
-    without_unset,
-)
+from snapchain.replica.stream.fields import MOST_HOLDS, MOST_OLDER, Digest, Instant, Label, LayerId, PointNumber
+from snapchain.replica.stream.messages import OF_GUEST_POINTS, HeldLayer, Hold, Terse
 from snapchain.source.handed_over import HandedOver, read_checked
 
 LARGEST_FILE = 16 << 20
@@ -67,13 +47,14 @@ class Layer(HeldLayer):
         return decode_sum(self.content_sum)
 
 
-class Point(BaseModel):
+class Point(Terse):
     """A moment of the disk. layer: the top of the chain that gives it; size: virtual, bytes; holds: why it stays.
 
     instant, consistency: of the guest point that it belongs to
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    newer = OF_GUEST_POINTS
 
     point: PointNumber
     time: AwareDatetime
@@ -84,10 +65,6 @@ class Point(BaseModel):
     holds: tuple[Hold, ...] = Field(default=(), max_length=MOST_HOLDS)
     instant: Instant | None = None
     consistency: Consistency | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_unset(handler(self), POINT_OPTIONS)
 
 
 class Catalogue(BaseModel):

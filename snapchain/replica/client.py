@@ -17,32 +17,26 @@ from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestChange, GuestStanding, is_as_asked
 from snapchain.model.retention import DropPoints, Rules
 from snapchain.replica.endpoint import Endpoint
+from snapchain.replica.stream.fields import MOST_POINTS
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import AskGuest, Handed, HandedDisk, Handover, Standing, Stands, Step
 from snapchain.replica.stream.messages import (
-    MOST_POINTS,
     PROGRESS,
     Ask,
-    AskGuest,
     DecidedPoint,
-    Feature,
     Finding,
-    Handed,
-    HandedDisk,
-    Handover,
     Held,
     HeldDisk,
     HeldPoint,
     HoldPoint,
-    Kind,
     M,
     Merge,
     Merged,
     Outcome,
     ReleasePoint,
-    Standing,
-    Stands,
-    Step,
     Verdict,
 )
+from snapchain.replica.stream.requests import Feature
 from snapchain.replica.stream.session import ONE_DISK, ClientSession, OnBeat, printable
 
 OnBytes = Callable[[int, int], None]

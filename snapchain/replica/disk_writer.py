@@ -43,7 +43,8 @@ from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Marks, Sender
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.messages import Feature, Inventory, Open
+from snapchain.replica.stream.messages import Inventory, Open
+from snapchain.replica.stream.requests import Feature
 
 
 class ReplicaWriting:

@@ -18,15 +18,24 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from snapchain.errors import Busy, Conflict, NotFound, Unsupported
+from snapchain.errors import Busy, Conflict, NotFound, SnapchainError, Unsupported
 from snapchain.guest import journal
-from snapchain.guest.libvirt_migration import Arrived, Presence, arrival_of, host_uuid, names_taken, presence
+from snapchain.guest.libvirt_migration import (
+    Arrived,
+    Presence,
+    arrival_of,
+    host_uuid,
+    names_taken,
+    presence,
+    start_with_host,
+)
 from snapchain.host import run_directory
 from snapchain.host.virsh import Virsh, is_installed, socket_of
 from snapchain.model.guest_state import Transition
-from snapchain.replica.guest_server import GuestArrival, details_of, remove_overlay
+from snapchain.replica.guest_server import GuestArrival
 from snapchain.replica.handover import Case
-from snapchain.replica.stream.messages import DomainPresence, Move, MoveStep, Moving, MovingDomain
+from snapchain.replica.move_record import details_of, remove_made
+from snapchain.replica.stream.guest_messages import DomainPresence, Move, MoveStep, Moving, MovingDomain
 
 _WAIT_SECONDS = 60.0
 """For a QEMU that waits for its memory to be let run or ended by libvirt, which notices a lost client within 30."""
@@ -49,7 +58,7 @@ class DomainArrival(GuestArrival):
         self, root: Path, request: Move, cases: list[Case], found: journal.Found | None, domain: MovingDomain
     ) -> None:
         super().__init__(root, request, cases, found)
-        self._uuid, self._title = domain.uuid, domain.name
+        self._uuid, self._title, self._starts_with_host = domain.uuid, domain.name, domain.starts_with_host
         self._virsh = Virsh()
         self._arrived: Arrived | None = None
         self._host = ""
@@ -110,6 +119,9 @@ class DomainArrival(GuestArrival):
         self._change(Transition.START, host=socket.gethostname())
         self._has_run = True
         self._arrived = arrival_of(self._virsh, self._uuid)
+        if self._starts_with_host:
+            with suppress(SnapchainError):  # a guest without a definition that lasts cannot
+                start_with_host(self._virsh, self._uuid)
         if self._found is not None:
             run_directory.remove(details_of(self._found).directory)
             journal.remove(self._found.path)
@@ -129,7 +141,7 @@ class DomainArrival(GuestArrival):
         details = details_of(self._found)
         self._change(Transition.ABORT, host=self._by)
         for made in details.overlays:
-            remove_overlay(made)
+            remove_made(made)
         run_directory.remove(details.directory)
         journal.remove(self._found.path)
         self._found = None

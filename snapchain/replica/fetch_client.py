@@ -26,20 +26,10 @@ from snapchain.objects.throttle import TokenBucket
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import check_offered
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.frames import FRAME_BYTES, Frame
+from snapchain.replica.stream.frames import FRAME_BYTES, Frame, Kind
 from snapchain.replica.stream.maps import Arrived, DataRuns, MapReader, Part, decode_data, layer_id
-from snapchain.replica.stream.messages import (
-    FROM_FETCH,
-    PROGRESS,
-    Done,
-    Feature,
-    Fetch,
-    HeldDisk,
-    HeldPoint,
-    Kind,
-    LayerOffer,
-    decode,
-)
+from snapchain.replica.stream.messages import PROGRESS, Done, Fetch, HeldDisk, HeldPoint, LayerOffer, decode
+from snapchain.replica.stream.requests import FROM_FETCH, Feature
 from snapchain.replica.stream.session import ClientSession
 
 _LONGEST_NAME = 250

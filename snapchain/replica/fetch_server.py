@@ -31,18 +31,10 @@ from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.status import held_point
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream.compression import Levels, Link
+from snapchain.replica.stream.fields import MAX_RUNS
+from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.maps import encode_leaves, layer_id, map_frames, words_of
-from snapchain.replica.stream.messages import (
-    MAX_RUNS,
-    PROGRESS,
-    Done,
-    Fetch,
-    HeldDisk,
-    Kind,
-    LayerOffer,
-    WantLeaves,
-    encode,
-)
+from snapchain.replica.stream.messages import PROGRESS, Done, Fetch, HeldDisk, LayerOffer, WantLeaves, encode
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver, Transfer

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from snapchain.errors import Corrupt
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.stream.messages import HandedDisk, Kind, Move, MoveStep, Moving, MovingDomain
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import HandedDisk, Move, MoveStep, Moving, MovingDomain
 from snapchain.replica.stream.session import ClientSession, printable
 
 _ALIVE_SECONDS = 5.0
@@ -40,8 +41,6 @@ class GuestMove:
         self._heard = time.monotonic()
         self.round_trip = float("inf")
         """Seconds: of the LOOK that was answered soonest."""
-        self.write_seconds = 0.0
-        """What a durable record took there at the last LOOK."""
         self.clock_ahead = 0.0
         """Seconds that the other host's clock is ahead of the one here, known to half that round trip."""
 
@@ -78,10 +77,8 @@ class GuestMove:
         answer = self._session.decode(Moving, self._session.expect(Kind.MOVING))
         self._heard = time.monotonic()
         took = self._heard - asked
-        if step is MoveStep.LOOK:
-            self.write_seconds = answer.write
-            if took - answer.write < self.round_trip:
-                self.round_trip, self.clock_ahead = took - answer.write, answer.clock - (clock + took / 2)
+        if step is MoveStep.LOOK and took - answer.write < self.round_trip:
+            self.round_trip, self.clock_ahead = took - answer.write, answer.clock - (clock + took / 2)
         for text in (
             answer.directory,
             *answer.overlays,

@@ -26,7 +26,8 @@ from snapchain.replica.guest_states import look
 from snapchain.replica.guest_store import alone_with, disks_of, guest_of, read_standing, write_standing
 from snapchain.replica.handover import Case, cases_of, give, standing_of, take_back
 from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_replica
-from snapchain.replica.stream.messages import Handed, Handover, Kind, Step
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import Handed, Handover, Step
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver
@@ -130,7 +131,7 @@ def _raise_epochs(others: Sequence[ReplicaDisk], request: Handover) -> None:
 def _is_awaited(token: str | None) -> bool:
     """Whether a QEMU of this host awaits the guest of a move."""
     from snapchain.guest import journal  # inside: few handovers find a guest that is being moved
-    from snapchain.replica.guest_server import OPERATION
+    from snapchain.replica.move_record import OPERATION
 
     records, _ = journal.find(operation=OPERATION)
     return token is not None and any(each.record.details.get("token") == token for each in records)

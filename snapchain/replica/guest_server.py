@@ -15,8 +15,6 @@ stream that names the token, by the next move of these disks, or by `snapchain d
 from __future__ import annotations
 
 import os
-import shutil
-import signal
 import socket
 import syslog
 import time
@@ -25,10 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from typing import TYPE_CHECKING
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable
 from snapchain.guest import journal
@@ -38,56 +33,26 @@ from snapchain.host import files, run_directory, site_hooks
 from snapchain.host.detached import start_program
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.priority import urgent
-from snapchain.host.process_identity import Identity, boot_id, identity, own_identity, still_runs
+from snapchain.host.process_identity import identity
 from snapchain.host.site_hooks import run_site_hooks
 from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Transition, after, is_done
 from snapchain.replica.guest_states import look
 from snapchain.replica.guest_store import alone_with, disks_of, make_nvram, write_standing
 from snapchain.replica.handover import Case, cases_of, check_may_be_given, record_given, revoke_given
+from snapchain.replica.incoming_qemu import LOG, NBD, RAM, cpu_digest, is_alive, kill, program_of, wait_for_monitor
 from snapchain.replica.left_behind import remove_left_behind
+from snapchain.replica.move_record import OPERATION, MoveDetails, details_of, made_file, record_of, remove_made, write
 from snapchain.replica.store import Work, in_turn, open_replica
-from snapchain.replica.stream.messages import ActiveState, HandedDisk, Kind, Move, MoveStep, Moving, MovingDomain
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import HandedDisk, Move, MoveStep, Moving, MovingDomain
+from snapchain.replica.stream.messages import ActiveState
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver
 
-OPERATION = "incoming"
-"""Of the journal's records."""
 PATIENCE = 60.0
 """Seconds without a word from the peer, which sends one every few seconds but while its ssh logs in once more."""
-_START_SECONDS = 60.0
 _COMPLETE_SECONDS = 20.0
-_END_SECONDS = 30.0
-_POLL_SECONDS = 0.02
-_LOG, NBD, RAM = "qemu.log", "snapchain.nbd", "snapchain.ram"
-_LOG_SHOWN = 2000
-
-
-class _Made(BaseModel):
-    """An overlay that this guest will write to. device, inode: of the file, whatever has its path later."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    path: Path
-    device: int
-    inode: int
-
-
-class _Details(BaseModel):
-    """What the journal records of a move."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    token: str
-    by: str
-    root: Path
-    disks: tuple[HandedDisk, ...]
-    overlays: tuple[_Made, ...]
-    nvram: tuple[_Made, ...] = ()
-    directory: Path
-    stage: Literal["prepared", "started", "ran"]
-    qemu: Identity | None = None
-    domain: MovingDomain | None = None
 
 
 def answer(receiver: Receiver, request: Move) -> None:
@@ -115,7 +80,7 @@ def _opened(root: Path, request: Move) -> Iterator[GuestArrival]:
         elif request.step is MoveStep.START:
             raise InvalidInput("a move begins with PREPARE", subject=root)
         cases = _locked(root, request.disks, locks)
-        found = _record_of(request.token)
+        found = record_of(request.token)
         if request.step is not MoveStep.PREPARE and found is not None and not details_of(found).disks == request.disks:
             raise Conflict("these are not the disks of that move", subject=root)
         arrival = _arrival(root, request, cases, found)
@@ -239,7 +204,7 @@ class GuestArrival:
             with ImageLock(case.path, LockMode.WRITE):
                 pass  # nobody runs on it yet
         standing = self._standing_now()
-        if standing.state is GuestState.MOVING and standing.token and _record_of(standing.token) is None:
+        if standing.state is GuestState.MOVING and standing.token and record_of(standing.token) is None:
             # Nobody works at that move, since the disks are ours, and no QEMU of it is known.
             self._change(Transition.ABORT, host=self._by, token=standing.token)
         if standing.epoch + 1 != self._epoch:
@@ -253,13 +218,13 @@ class GuestArrival:
         self._settles = True
         # The journal first: whoever finds the guest `moving` finds out what became of the move.
         self._write(
-            _Details(
+            MoveDetails(
                 token=self._token,
                 by=self._by,
                 root=self._root,
                 disks=tuple(case.asked for case in self._cases),
-                overlays=tuple(_made(case.path) for case in self._cases),
-                nvram=tuple(_made(path) for path in nvram),
+                overlays=tuple(made_file(case.path) for case in self._cases),
+                nvram=tuple(made_file(path) for path in nvram),
                 directory=directory,
                 stage="prepared",
                 domain=self._domain,
@@ -275,14 +240,14 @@ class GuestArrival:
         details = self._at("prepared")
         if not request.argv or not request.qmp:
             raise InvalidInput("there is no command to start", subject=self._guest)
-        argv = _program(request.argv, request.directory)
+        argv = program_of(request.argv, request.directory)
         qmp = Path(request.qmp)
-        pid = start_program(argv, log=details.directory / _LOG, environment=dict(os.environ))
+        pid = start_program(argv, log=details.directory / LOG, environment=dict(os.environ))
         found = identity(pid)
         self._urgent.enter_context(urgent())  # from now on it waits for what is sent, and the guest for it
         # Recorded before anything else can fail: a program that nobody knows of would stay for ever.
         details = self._write(details.model_copy(update={"stage": "started", "qemu": found}), qmp=qmp)
-        self._monitor = self._wait_for_monitor(qmp, details)
+        self._monitor = wait_for_monitor(qmp, found, log=details.directory / LOG)
         if (peer := self._monitor.peer) not in (None, pid) and peer is not None:  # the command was a wrapper
             self._write(details.model_copy(update={"qemu": identity(peer)}), qmp=qmp)
         incoming = Incoming(self._monitor)
@@ -290,23 +255,6 @@ class GuestArrival:
         machine = self._monitor.execute("qom-get", {"path": "/machine", "property": "type"})
         self._machine = str(machine).removesuffix("-machine")
         incoming.listen(details.directory / RAM, details.directory / NBD, self._exports)
-
-    def _wait_for_monitor(self, qmp: Path, details: _Details) -> Monitor:
-        until = time.monotonic() + _START_SECONDS
-        while True:
-            try:
-                return Monitor(qmp)
-            except (NotFound, Unavailable) as error:
-                if details.qemu is not None and not _alive(details.qemu):
-                    said = _end_of(details.directory / _LOG)
-                    raise Conflict(
-                        f"the QEMU for the guest ended at its start: {said}",
-                        subject=qmp,
-                        hint="this host must have the same machine types, CPUs and files that the command line names",
-                    ) from error
-                if time.monotonic() >= until:
-                    raise
-            time.sleep(_POLL_SECONDS)
 
     def _give(self) -> None:
         self._at("started")
@@ -386,14 +334,14 @@ class GuestArrival:
             self._monitor.close()
             self._monitor = None
         self._urgent.close()
-        _kill(details.qemu)
+        kill(details.qemu)
         if given:
             self._change(Transition.WITHDRAW, host=self._by)
             self._cases = [revoke_given(case, self._token) for case in self._cases]
         else:
             self._change(Transition.ABORT, host=self._by)
         for made in (*details.overlays, *details.nvram):
-            remove_overlay(made)
+            remove_made(made)
         run_directory.remove(details.directory)
         journal.remove(self._found.path)
         self._found = None
@@ -440,7 +388,7 @@ class GuestArrival:
             subject = f"{self._root}: {self._guest}"
             write_standing(self._root, after(now, asked, time=datetime.now(UTC), subject=subject))
 
-    def _at(self, *stages: str) -> _Details:
+    def _at(self, *stages: str) -> MoveDetails:
         details = None if self._found is None else details_of(self._found)
         if details is None or details.stage not in stages:
             raise Conflict(
@@ -449,28 +397,12 @@ class GuestArrival:
             )
         return details
 
-    def _write(self, details: _Details, *, qmp: Path | None = None) -> _Details:
-        values: dict[str, JsonValue] = details.model_dump(mode="json")
-        before = None if self._found is None else self._found.record
-        record = journal.InFlight(
-            operation=OPERATION,
-            guest=self._guest,
-            qmp=str(qmp) if qmp is not None else None if before is None else before.qmp,
-            process=details.qemu,
-            boot=boot_id(),
-            writer=own_identity(),
-            time=datetime.now(UTC),
-            details=values,
-        )
-        if self._found is None:
-            self._found = journal.Found(journal.write(record), record)
-        else:
-            journal.replace(self._found.path, record)
-            self._found = journal.Found(self._found.path, record)
+    def _write(self, details: MoveDetails, *, qmp: Path | None = None) -> MoveDetails:
+        self._found = write(details, guest=self._guest, before=self._found, qmp=qmp)
         return details
 
     def _alive(self) -> bool:
-        return self._found is not None and _alive(details_of(self._found).qemu, boot=self._found.record.boot)
+        return self._found is not None and is_alive(details_of(self._found).qemu, boot=self._found.record.boot)
 
     def _connected(self) -> Monitor:
         if self._monitor is None:
@@ -514,7 +446,7 @@ def settle_record(found: journal.Found) -> None:
         domain=details.domain,
     )
     with ExitStack() as locks:
-        now = _record_of(details.token)
+        now = record_of(details.token)
         if now is None:
             return
         arrival = _arrival(details.root, request, _locked(details.root, details.disks, locks), now)
@@ -533,80 +465,3 @@ def _settle_others(root: Path, request: Move) -> None:
         details = details_of(found)
         if details.root == root and names & {each.disk for each in details.disks}:
             settle_record(found)
-
-
-def _record_of(token: str) -> journal.Found | None:
-    records, _ = journal.find(operation=OPERATION)
-    return next((each for each in records if each.record.details.get("token") == token), None)
-
-
-def details_of(found: journal.Found) -> _Details:
-    try:
-        return _Details.model_validate(found.record.details)
-    except ValidationError as error:
-        raise Corrupt("not the record of a move", subject=found.path, hint="remove it") from error
-
-
-def _made(path: Path) -> _Made:
-    with files.directory_of(path) as place:
-        status = place.status(path.name)
-    return _Made(path=path, device=status.st_dev, inode=status.st_ino)
-
-
-def remove_overlay(made: _Made) -> None:
-    """What was mirrored into it is no guest's."""
-    with suppress(NotFound), files.directory_of(made.path) as place:
-        if not place.has(made.path.name):
-            return
-        status = place.status(made.path.name)
-        if (status.st_dev, status.st_ino) != (made.device, made.inode):
-            return
-        with ImageLock(made.path, LockMode.WRITE):
-            place.remove(made.path.name, only=status)
-        place.sync()
-
-
-def _program(argv: tuple[str, ...], directory: str | None) -> list[str]:
-    """The command with whole paths. directory: where it is started, if that is a directory here."""
-    program = argv[0] if argv[0].startswith("/") and Path(argv[0]).exists() else shutil.which(Path(argv[0]).name)
-    env = shutil.which("env")
-    if program is None or env is None:
-        raise NotFound("there is no such program on this host", subject=argv[0], hint="install it, or name another one")
-    place = directory if directory is not None and Path(directory).is_dir() else "/"
-    return [env, "-C", place, program, *argv[1:]]
-
-
-def _alive(process: Identity | None, *, boot: str | None = None) -> bool:
-    if process is None:
-        return False
-    with suppress(ChildProcessError, OSError):  # a child of ours that has ended
-        os.waitpid(process[0], os.WNOHANG)
-    return still_runs(process, boot=boot_id() if boot is None else boot)
-
-
-def _kill(process: Identity | None) -> None:
-    if process is None or not _alive(process):
-        return
-    with suppress(ProcessLookupError):
-        os.kill(process[0], signal.SIGKILL)
-    until = time.monotonic() + _END_SECONDS
-    while _alive(process):
-        if time.monotonic() >= until:
-            raise Unavailable("the QEMU of the guest does not end", subject=f"process {process[0]}")
-        time.sleep(_POLL_SECONDS)
-
-
-def _end_of(log: Path) -> str:
-    with suppress(SnapchainError):
-        lines = files.read_small(log, cap=1 << 24).decode(errors="replace").split("\n")
-        return " ".join(line.strip() for line in lines[-5:] if line.strip())[-_LOG_SHOWN:] or "it said nothing"
-    return "it said nothing"
-
-
-def cpu_digest() -> str:
-    """Of the processor's model and features: equal on two hosts that a guest with the host's CPU can move between."""
-    with suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        wanted = sorted({line for line in text.splitlines() if line.startswith(("model name", "flags", "Features"))})
-        return blake3("\n".join(wanted).encode()).hexdigest()[:32]
-    return ""

@@ -56,15 +56,16 @@ from snapchain.replica.guest_store import (
     write_standing,
 )
 from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_replica
-from snapchain.replica.stream.messages import Active, AskGuest, Feature, HandedDisk, Kind, Standing, Stands
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import AskGuest, HandedDisk, Standing, Stands
+from snapchain.replica.stream.messages import Active
+from snapchain.replica.stream.requests import Feature
 from snapchain.source.handed_over import HandedOver
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import note_epoch
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver
-
-_SECTOR = 512
 
 
 def answer(receiver: Receiver, request: AskGuest) -> None:

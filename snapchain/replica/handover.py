@@ -34,14 +34,9 @@ from snapchain.replica.catalogue import Catalogue, empty_catalogue
 from snapchain.replica.merge_journal import others_on, undisturbed
 from snapchain.replica.status import verify_disk
 from snapchain.replica.store import Replica, ReplicaDisk
-from snapchain.replica.stream.messages import (
-    Active,
-    ActiveState,
-    HandedDisk,
-    Kind,
-    Readiness,
-    Standing,
-)
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import HandedDisk, Standing
+from snapchain.replica.stream.messages import Active, ActiveState, Readiness
 from snapchain.source.handed_over import HandedOver
 
 if TYPE_CHECKING:

@@ -15,7 +15,9 @@ from snapchain.model.points import chosen_point
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import FOR_CHANGES, Catalogue, Point
 from snapchain.replica.store import ReplicaDisk, Work, in_turn, open_replica
-from snapchain.replica.stream.messages import MOST_HOLDS, Held, Hold, HoldPoint, Kind, ReleasePoint
+from snapchain.replica.stream.fields import MOST_HOLDS
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.messages import Held, Hold, HoldPoint, ReleasePoint
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver

@@ -21,10 +21,10 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError
-from snapchain.host.directory import place_to_change, resolve
 from snapchain.host.files import directory_of, remove, set_mode
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import place_to_change, resolve
 from snapchain.image import scan
 from snapchain.image.dependents import Dependents, search
 from snapchain.model.events import ignore
@@ -32,7 +32,7 @@ from snapchain.model.inventory import MAX_LAYERS
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, joined
 from snapchain.replica.store import ReplicaDisk, Work
-from snapchain.replica.stream.messages import LayerId
+from snapchain.replica.stream.fields import LayerId
 
 _PATIENCE = 60.0
 _POLL_SECONDS = 0.1

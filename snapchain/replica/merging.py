@@ -23,17 +23,9 @@ from snapchain.replica.epochs import check_epoch
 from snapchain.replica.layer_merge import LayerMergePlan
 from snapchain.replica.merge_journal import undisturbed
 from snapchain.replica.store import ReplicaDisk, Work, in_turn, open_replica
-from snapchain.replica.stream.messages import (
-    POINTS_AT_ONCE,
-    PROGRESS,
-    DecidedPoint,
-    Kind,
-    Merge,
-    Merged,
-    Message,
-    Outcome,
-    Staying,
-)
+from snapchain.replica.stream.fields import POINTS_AT_ONCE
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.messages import PROGRESS, DecidedPoint, Merge, Merged, Message, Outcome, Staying
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver

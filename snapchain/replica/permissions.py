@@ -10,7 +10,7 @@
     guests    MOVE: programs are started here, with a command line of the peer: as much as a login
 
 ASK, the points and their soundness, needs `send` or `fetch`: either shows as much; so does a GUEST that only
-looks. HOLD needs `send` or `merge`. Which request needs which right is in `stream.messages.REQUESTS`.
+looks. HOLD needs `send` or `merge`. Which request needs which right is in `stream.requests.REQUESTS`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
-from snapchain.host.directory import place_to_change
+from snapchain.host.path_resolution import place_to_change
 from snapchain.model.guest_state import Transition
-from snapchain.replica.stream.messages import REQUESTS, Active, AskGuest, Kind, Message, Open, Right
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import AskGuest
+from snapchain.replica.stream.messages import Active, Message, Open
+from snapchain.replica.stream.requests import REQUESTS, Right
 
 _APPENDING = frozenset({Right.SEND, Right.FETCH})
 """Rights with which nothing that is there can be removed or replaced."""
@@ -42,7 +45,8 @@ class Permissions:
         if kind is Kind.ACTIVE and isinstance(request, Active) and request.make:
             needed = frozenset({Right.HANDOVER})
         if kind is Kind.GUEST and isinstance(request, AskGuest) and request.change is not None:
-            only_adds = request.change.transition is Transition.KNOW
+            change = request.change
+            only_adds = change.transition is Transition.KNOW and not change.gone and not change.back
             needed = frozenset({Right.HANDOVER, Right.SEND} if only_adds else {Right.HANDOVER})
         if kind is Kind.OPEN and isinstance(request, Open) and request.by_name:
             self._check(frozenset({Right.EPOCHS}), "skip epochs, or end a handover", subject)

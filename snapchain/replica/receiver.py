@@ -3,7 +3,7 @@
     HELLO OPEN (CUT | LAYER MAP* (DATA | MARK)* END | POINT | ACTIVE | LEAVES)* STOP
     HELLO (ASK | HANDOVER | FETCH | MERGE | HOLD | RELEASE)
 
-Which function answers a request is in the table `stream.messages.REQUESTS`. Nothing that a sender says is believed:
+Which function answers a request is in the table `stream.requests.REQUESTS`. Nothing that a sender says is believed:
 sizes and counts have bounds, data must follow the map and be complete, and a layer counts only when its file, read
 back, shows the announced content. A sender can cause a clear error, and the loss of its own layer, and nothing else.
 """
@@ -33,22 +33,11 @@ from snapchain.replica.epochs import check_epoch, enter_epoch
 from snapchain.replica.merge_journal import others_on
 from snapchain.replica.permissions import EVERYTHING, Permissions, chosen
 from snapchain.replica.store import ReplicaDisk, Work, check_free, in_turn, open_replica
-from snapchain.replica.stream.frames import Frame
+from snapchain.replica.stream.fields import MOST_POINTS
+from snapchain.replica.stream.frames import Frame, Kind
 from snapchain.replica.stream.maps import DataRuns, MapReader, decode_data, layer_id
-from snapchain.replica.stream.messages import (
-    MOST_POINTS,
-    REQUESTS,
-    Cut,
-    Feature,
-    HeldLayer,
-    Inventory,
-    Kind,
-    LayerOffer,
-    Message,
-    Open,
-    PointOffer,
-    Stored,
-)
+from snapchain.replica.stream.messages import Cut, HeldLayer, Inventory, LayerOffer, Message, Open, PointOffer, Stored
+from snapchain.replica.stream.requests import REQUESTS, Feature
 from snapchain.replica.stream.session import ServerSession, describe
 
 _OFFSET = struct.Struct("<Q")

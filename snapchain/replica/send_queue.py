@@ -18,8 +18,9 @@ from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.batches import Buffer
 from snapchain.host.channel import Channel
 from snapchain.objects.throttle import TokenBucket
-from snapchain.replica.stream.frames import FRAME_BYTES, Frame, FrameWriter
-from snapchain.replica.stream.messages import REQUESTS, Done, Kind, Message, Stored, decode, encode
+from snapchain.replica.stream.frames import FRAME_BYTES, Frame, FrameWriter, Kind
+from snapchain.replica.stream.messages import Done, Message, Stored, decode, encode
+from snapchain.replica.stream.requests import REQUESTS
 from snapchain.replica.stream.session import BEAT_SECONDS, ClientSession, describe
 
 WINDOW = 256 << 20

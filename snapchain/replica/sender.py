@@ -29,7 +29,7 @@ from snapchain.replica.names import ACTIVE
 from snapchain.replica.outgoing import Outgoing, OutgoingLayer
 from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.stream.compression import Levels, Link
-from snapchain.replica.stream.frames import Frame
+from snapchain.replica.stream.frames import Frame, Kind
 from snapchain.replica.stream.maps import decode_leaves, layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import (
     PROGRESS,
@@ -37,9 +37,7 @@ from snapchain.replica.stream.messages import (
     ActiveState,
     Cut,
     Done,
-    Feature,
     Inventory,
-    Kind,
     LayerOffer,
     Open,
     Partial,
@@ -48,6 +46,7 @@ from snapchain.replica.stream.messages import (
     WantLeaves,
     encode,
 )
+from snapchain.replica.stream.requests import Feature
 from snapchain.replica.stream.session import ClientSession, hello
 
 MARK_BYTES = 32 << 20

@@ -18,7 +18,8 @@ from snapchain.host.records import state_dir
 from snapchain.image import ImageChain
 from snapchain.model.content import content_id
 from snapchain.model.fingerprint import short_key
-from snapchain.replica.stream.messages import Digest, HeldLayer
+from snapchain.replica.stream.fields import Digest
+from snapchain.replica.stream.messages import HeldLayer
 from snapchain.source.counted_sums import CountedSums
 
 _MOST = 4096

@@ -26,17 +26,10 @@ from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Catalogue, Point
 from snapchain.replica.merge_journal import is_under_way, wait_for_merge
 from snapchain.replica.store import ReplicaDisk, open_replica
-from snapchain.replica.stream.messages import (
-    POINTS_AT_ONCE,
-    PROGRESS,
-    Ask,
-    Feature,
-    Finding,
-    HeldDisk,
-    HeldPoint,
-    Kind,
-    Verdict,
-)
+from snapchain.replica.stream.fields import POINTS_AT_ONCE
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.messages import PROGRESS, Ask, Finding, HeldDisk, HeldPoint, Verdict
+from snapchain.replica.stream.requests import Feature
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver

@@ -39,6 +39,7 @@ _LENGTH = struct.Struct("<I")
 _LONGEST_HEADER = 16 * 1024 * 1024
 _AHEAD_BYTES = 16 * 1024 * 1024
 _AHEAD_PAGES = 256
+_CACHED_BYTES = 64 * 1024 * 1024
 LEAVES_AT_ONCE = 1 << 18
 _PIECE = LEAVES_AT_ONCE * LEAF_BYTES
 _LONGEST_PLAUSIBLE = 1 << 46
@@ -125,10 +126,10 @@ def read(store: ObjectStore, keys: Keyring, layer: str) -> tuple[LayerHeader, Pa
 
 
 class PageCache:
-    """Decoded pages by blob id, least recently used out first. Thread-safe. limit: bytes."""
+    """Decoded pages by blob id, least recently used out first. Thread-safe."""
 
-    def __init__(self, reader: BlobReader, limit: int = 64 * 1024 * 1024) -> None:
-        self._reader, self._limit = reader, limit
+    def __init__(self, reader: BlobReader) -> None:
+        self._reader = reader
         self._lock = threading.Lock()
         self._pages: OrderedDict[tuple[bytes, int, int], tuple[Page, int]] = OrderedDict()
         self._bytes = 0
@@ -166,7 +167,7 @@ class PageCache:
             if key not in self._pages:
                 self._pages[key] = page, page.memory()
                 self._bytes += page.memory()
-                while self._bytes > self._limit and len(self._pages) > 1:
+                while self._bytes > _CACHED_BYTES and len(self._pages) > 1:
                     self._bytes -= self._pages.popitem(last=False)[1][1]
 
 

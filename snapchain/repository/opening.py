@@ -84,7 +84,7 @@ def create_repository(
 
 
 def check_can_be_made(url: str) -> None:
-    """Raises what `create_destination` would find in the way at `url`; makes nothing."""
+    """Raises what `create_repository` would find in the way at `url`; makes nothing."""
     try:
         store = _store(url)
     except NotFound:  # a directory that would be made

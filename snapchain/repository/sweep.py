@@ -69,7 +69,6 @@ class Swept:
     objects_deleted: int = 0
     packs_deleted: int = 0
     packs_moved: int = 0
-    layers_rewritten: int = 0
     marked: Marked | None = None
 
 
@@ -309,7 +308,6 @@ def _move(
             header = repository.layer(layer).header.model_copy(update={"id": fresh_id()})
             records.write(repository.store, repository.keys, header, table)
             renamed[layer] = header.id
-            done.layers_rewritten += 1
         packer.flush()
     for current in marked.newest:
         if renamed.keys() & current[0].parents.keys():

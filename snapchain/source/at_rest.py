@@ -19,7 +19,7 @@ from snapchain.model.fingerprint import Fingerprint
 from snapchain.source import sealing
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import check_not_given, epoch_of, note_epoch
-from snapchain.source.protocol import Scope, Sealer
+from snapchain.source.protocol import Scope
 
 
 class ImageAtRest:
@@ -32,7 +32,7 @@ class ImageAtRest:
         self, image: Path, *, format: str | None = None, image_dirs: Sequence[Path] = (), on_event: OnEvent = ignore
     ) -> None:
         self.image = image
-        self._format, self._image_dirs, self._on_event = format, image_dirs, on_event
+        self.image_format, self._image_dirs, self._on_event = format, image_dirs, on_event
 
     @contextmanager
     def opened(self, scope: Scope = Scope.ALL) -> Iterator[ImageChain]:
@@ -46,7 +46,7 @@ class ImageAtRest:
         with ExitStack() as stack:
             is_written = scope is Scope.SEALED
             chain = stack.enter_context(
-                scan(self.image, format=self._format, image_dirs=self._image_dirs, is_written=is_written)
+                scan(self.image, format=self.image_format, image_dirs=self._image_dirs, is_written=is_written)
             )
             count = len(chain.files)
             if scope is Scope.SEALED and count < 2:
@@ -63,7 +63,7 @@ class ImageAtRest:
 
     def plan(self) -> sealing.SnapshotPlan:
         """What `seal` would do. Raises as `sealing.plan`."""
-        return sealing.plan(self.image, image_format=self._format, image_dirs=self._image_dirs)
+        return sealing.plan(self.image, image_format=self.image_format, image_dirs=self._image_dirs)
 
     def seal(self) -> Path:
         """See `Sealer`. Raises Busy when somebody has the image open, and as `sealing.plan`."""
@@ -84,17 +84,6 @@ class ImageAtRest:
     def note_epoch(self, epoch: int) -> None:
         """See `Source`. Raises as `ownership.note_epoch`."""
         note_epoch(self.image, epoch)
-
-
-class SealerOfOne:
-    """Adapts a Sealer to the SetSealer protocol for single-disk guests."""
-
-    def __init__(self, sealer: Sealer) -> None:
-        self._sealer = sealer
-
-    def seal(self) -> Sequence[Path]:
-        """As the sealer."""
-        return [self._sealer.seal()]
 
 
 class OfflineSet:

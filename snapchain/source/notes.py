@@ -36,9 +36,10 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.host import files, records
-from snapchain.host.directory import Directory, Resolved
+from snapchain.host.directory import Directory
 from snapchain.host.files import remove_leftover
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import Resolved
 from snapchain.host.records import StateKey, made_key, own_key
 from snapchain.host.rights import Rights, user_name
 from snapchain.host.temporary_names import NEW, temporary_of

@@ -17,9 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, Unsupported
-from snapchain.host.directory import MOST_MODE, Resolved, place_to_change, resolve
+from snapchain.host.directory import MOST_MODE
 from snapchain.host.files import directory_of, set_mode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import Resolved, place_to_change, resolve
 from snapchain.host.replica_layout import is_disk
 from snapchain.host.terminal import shell_line
 from snapchain.image import ImageChain, ImageFile
@@ -45,14 +46,14 @@ class GivenAwayError(Conflict):
         self.mark = mark
 
 
-def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Path | None = None) -> None:
+def check_not_given(chain: ImageChain, *, image: Path | None = None) -> None:
     """Raises Conflict when a file of the chain was given to another host, and what reading the notes raises.
 
     GivenAwayError where the disk is that other host's; else the handover is under way, or another disk's.
 
     image: the top, where the chain is only what is sealed below it
     """
-    found = _in_force(chain, notes or Notes(), image)
+    found = _in_force(chain, Notes(), image)
     if not found:
         return
     top, mark = _top(chain, image).real, found[0][1]

@@ -43,10 +43,13 @@ class SetSealer(Protocol):
 
 
 class Source(Sealer, Protocol):
-    """One disk of this host. image: the path by which it is known, the top of its chain."""
+    """One disk of this host. image: the path by which it is known, the top of its chain, in a format as of `scan`"""
 
     @property
     def image(self) -> Path: ...
+
+    @property
+    def image_format(self) -> str | None: ...
 
     def opened(self, scope: Scope = Scope.ALL) -> AbstractContextManager[ImageChain]:
         """Its chain, locked against writers as far as `scope` says; released at the end of the block.

@@ -24,9 +24,10 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files
-from snapchain.host.directory import Directory, place_to_change, same_file
+from snapchain.host.directory import Directory, same_file
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import place_to_change
 from snapchain.host.temporary_names import SNAPSHOT, temporary_beside
 from snapchain.image import ImageFile, scan
 from snapchain.image.backing import Allowed, Place

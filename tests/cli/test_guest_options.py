@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from snapchain.cli import completion, options
+from snapchain.cli import completion, guest_options, options
 from snapchain.cli.output import Output
 from snapchain.errors import InvalidInput
 from snapchain.guest.address import GuestAddress
@@ -20,10 +20,10 @@ NOTHING = {"domain": None, "connect": None, "qmp": None, "agent": None, "name": 
 
 
 def test_each_kind_is_named_by_its_options() -> None:
-    assert options.guest_address(**NOTHING) is None
-    here = options.guest_address(domain="web1", connect="qemu:///session", qmp=None, agent=None, name=None)
+    assert guest_options.guest_address(**NOTHING) is None
+    here = guest_options.guest_address(domain="web1", connect="qemu:///session", qmp=None, agent=None, name=None)
     assert here == GuestAddress(domain="web1", connect="qemu:///session")
-    socket = options.guest_address(domain=None, connect=None, qmp=Path("/q"), agent=Path("/a"), name="web1")
+    socket = guest_options.guest_address(domain=None, connect=None, qmp=Path("/q"), agent=Path("/a"), name="web1")
     assert socket == GuestAddress(qmp=Path("/q"), agent=Path("/a"), name="web1")
 
 
@@ -43,20 +43,20 @@ def test_each_kind_is_named_by_its_options() -> None:
 )
 def test_options_that_contradict_are_refused(given: dict[str, object], words: str) -> None:
     with pytest.raises(InvalidInput) as refused:
-        options.guest_address(**{**NOTHING, **given})  # type: ignore[arg-type]
+        guest_options.guest_address(**{**NOTHING, **given})  # type: ignore[arg-type]
     assert words in str(refused.value)
 
 
 def test_an_image_or_a_guest_and_not_both() -> None:
     guest = GuestAddress(domain="web1")
-    options.check_either(Path("a.qcow2"), None)
-    options.check_either(None, guest)
-    options.check_either([], guest)
+    guest_options.check_either(Path("a.qcow2"), None)
+    guest_options.check_either(None, guest)
+    guest_options.check_either([], guest)
     with pytest.raises(InvalidInput, match="IMAGE and --domain are both given") as both:
-        options.check_either(Path("a.qcow2"), guest)
+        guest_options.check_either(Path("a.qcow2"), guest)
     assert (both.value.subject, both.value.hint) == ("a.qcow2", "leave out IMAGE, or --domain")
     with pytest.raises(InvalidInput, match="neither ADDRESS nor a guest"):
-        options.check_either(None, None, metavar="ADDRESS")
+        guest_options.check_either(None, None, metavar="ADDRESS")
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def command() -> Callable[..., str]:
 
     @app.command()
     @options.takes_output()
-    @options.takes_guest(instead_of="image")
+    @guest_options.takes_guest(instead_of="image")
     def seal(
         image: Annotated[Path | None, typer.Argument(metavar="IMAGE")] = None,
         *,

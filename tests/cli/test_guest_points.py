@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from snapchain.cli import completion
-from snapchain.destinations import create_destination, open_destination
+from snapchain.destinations import open_destination
 from snapchain.ops.ship.run import ShipRequest, run as ship
+from snapchain.repository.opening import create_repository
 from tests.cli.conftest import Run
 from tests.ops.guest_points import Guest
 
@@ -19,7 +20,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository and a replica with three guest points of web1, and a disk that is no guest's."""
     folder = tmp_path_factory.mktemp("history")
     guest = Guest(folder / "g")
-    create_destination(folder / "repo", encryption="none")
+    create_repository(str(folder / "repo"), passphrase=lambda: None, encryption="none")
     for number in (1, 2, 3):
         guest.grow(number)
         for url in (str(folder / "repo"), f"dir:{folder}/replica"):

@@ -18,7 +18,11 @@ from snapchain.cli import exits, main
 from snapchain.cli.streams import ReaderGone, Stderr, Stdout
 from snapchain.cli.verbs import VERBS
 from snapchain.errors import InvalidInput, OutputFailed
+from snapchain.model.guest_state import Place
 from snapchain.ops import guests
+from snapchain.ops.guest_places import tell_others
+from snapchain.replica.disk_writer import ReplicaWriting
+from snapchain.replica.endpoint import DirectoryEndpoint
 from tests.cli.conftest import MiB, Run, qemu_img, write
 from tests.ops.taken_over import made_point, taken_over
 
@@ -50,6 +54,7 @@ CHANGING = {
     "failover": ["failover", "dir:{here}/failover/points::web1", "--source-is-gone", "--yes"],
     "fence": ["fence", "fence/vda.qcow2", "dir:{here}/fence/points::web1/vda"],
     "failback": ["failback", "--prepare", "failback/vda.qcow2", "dir:{here}/back::web1/vda"],
+    "retire": ["retire", "dir:{here}/retire/points::web1", "dir:{here}/gone", "--yes"],
     "doctor": ["doctor", "."],
 }
 ELSEWHERE = {"receive", "serve-replica"}
@@ -91,14 +96,16 @@ def ground(run: Run, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def made_guest(words: Sequence[str], here: Path) -> None:
     """What a verb about guests that are taken over needs."""
     verb = words[0]
-    if verb not in {"failover", "fence", "failback"}:
+    if verb not in {"failover", "fence", "failback", "retire"}:
         return
     image = here / verb / "vda.qcow2"
     image.parent.mkdir()
     qemu_img("create", "-q", "-f", "qcow2", image, "1M")
     with suppress(InvalidInput):  # a directory whose name cannot be that of a backing file
-        if verb == "failover":
+        if verb in {"failover", "retire"}:
             made_point(image, image.parent / "points")
+            place = ReplicaWriting(DirectoryEndpoint(image.parent / "points"))
+            tell_others(place, "web1", [Place(url=f"dir:{here}/gone")], by="kvm1")
         else:
             taken_over(image, image.parent / "points", fenced=verb == "failback")
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from snapchain.errors import InvalidInput, Unavailable
-from snapchain.guest.capture_qmp import CaptureInFlight
+from snapchain.guest.capture_record import CaptureInFlight
 from snapchain.guest.protocol import GuestDisk, Layer
 from tests.guest.machine import Machine, Monitor
 
@@ -26,7 +26,7 @@ class RawMonitor:
         self.commands: list[tuple[str, Mapping[str, Any]]] = []
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None, /) -> Any:
-        """See `capture_qmp.Monitor`."""
+        """See `capture_record.Monitor`."""
         self._before(command)
         self.commands.append((command, arguments or {}))
         try:

@@ -60,12 +60,23 @@ class Host:
         """What the disks hold now is what this guest point must show."""
         self.truths[number] = {name: bytearray(content) for name, content in self.now.items()}
 
-    def configure(self, text: str) -> None:
+    @property
+    def replica(self) -> str:
+        """Its address."""
+        return f"dir:{self.folder}/replica"
+
+    def configure(self, text: str, *, standby: bool = False) -> None:
+        """Write the configuration. One guest and the repository are in it, where `text` names no others.
+
+        standby: the replica, too
+        """
         head = 'time_zone = "UTC"\nstate = "state"\nmetrics = "nightly.prom"\n'
         if "[[guests]]" not in text:
             text += '\n[[guests]]\nqmp = "run/qmp"\n'
         if "[[destinations]]" not in text:
-            text += '\n[[destinations]]\nname = "vault"\nurl = "repo"\nverify = { share = 0 }\n'
+            places = {"vault": "repo"} | ({"standby": self.replica} if standby else {})
+            for name, url in places.items():
+                text += f'\n[[destinations]]\nname = "{name}"\nurl = "{url}"\nverify = {{ share = 0 }}\n'
         self.path.write_text(head + text)
 
     def night(self, number: int) -> NightlyReport:

@@ -15,7 +15,8 @@ import pytest
 
 from snapchain.errors import Busy, Unavailable, Unsupported
 from snapchain.guest.capture import Capture, CaptureRequest, bitmap_name
-from snapchain.guest.capture_qmp import captured, check_supported, remove_files, undo
+from snapchain.guest.capture_filters import check_supported, remove_files, undo
+from snapchain.guest.capture_qmp import captured
 from snapchain.guest.protocol import GuestDisk, Layer
 from snapchain.model.extents import DATA, Extents
 from tests.exhaustive import EXHAUSTIVE, some

@@ -352,7 +352,7 @@ QUESTIONS: dict[str, Callable[[QmpGuest], object]] = {
     "statistics": lambda guest: guest.statistics("vda"),
     "definition": lambda guest: guest.definition(with_secrets=True),
     "agent": lambda guest: guest.agent(),
-    "orphans": lambda guest: guest.close_orphans(),
+    "orphans": lambda guest: guest.overlays.close_orphans(),
     "job": lambda guest: guest.job("m", JobKind.COMMIT, "vda").progress(),
 }
 

@@ -113,10 +113,12 @@ def test_a_witness_that_takes_longer_than_the_lease_stops_nothing(leased: Leased
     link.late = Transition.LEASE
     link.is_open.clear()
     with leased.holder() as holder:
-        wait_until(lambda: Transition.LEASE in link.sent)
-        assert holder._qemu.guards == ()
-        assert not is_stopped(process)
-        link.is_open.set()
+        try:
+            wait_until(lambda: Transition.LEASE in link.sent)
+            assert holder._qemu.guards == ()
+            assert not is_stopped(process)
+        finally:
+            link.is_open.set()
         wait_until(lambda: holder.report().state == "held")
 
 

@@ -534,7 +534,7 @@ def test_without_a_look_at_qemus_files_no_commit_is_begun(
     start: Start, chain: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guest = opened(start(disks={"vda": chain[-1]}))
-    monkeypatch.setattr("snapchain.guest.libvirt_guest.open_images", lambda _pid: None)
+    monkeypatch.setattr("snapchain.guest.libvirt_jobs.open_images", lambda _pid: None)
     with pytest.raises(Unsupported, match="may not see which files"):
         merged(guest, JobKind.COMMIT, "vda", chain[0], chain[2])
     assert records() == []

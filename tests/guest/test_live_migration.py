@@ -26,7 +26,7 @@ from snapchain.ops.migrate.live_request import AbortReport, LiveDisk, LiveDiskPl
 from snapchain.replica.guest_client import GuestMove
 from snapchain.replica.guest_server import GuestArrival
 from snapchain.replica.guest_store import read_standing
-from snapchain.replica.stream.messages import MoveStep
+from snapchain.replica.stream.guest_messages import MoveStep
 from snapchain.source import ownership
 from tests.exhaustive import EXHAUSTIVE
 from tests.guest.counting_guest import Counting, arrived, check_numbers, counts_on, run_directory

@@ -30,23 +30,7 @@ def host(tmp_path: Path) -> Host:
 
 def configured(host: Host, *lines: str) -> None:
     """One guest at a repository and a replica."""
-    host.configure(
-        f"""
-        [test]
-        directory = "{ROOM}"
-        {chr(10).join(lines)}
-        [[guests]]
-        qmp = "run/qmp"
-        [[destinations]]
-        name = "vault"
-        url = "repo"
-        verify = {{ share = 0 }}
-        [[destinations]]
-        name = "standby"
-        url = "dir:{host.folder}/replica"
-        verify = {{ share = 0 }}
-        """
-    )
+    host.configure("\n".join(["[test]", f'directory = "{ROOM}"', *lines]), standby=True)
 
 
 def clones(host: Host) -> list[str]:
@@ -74,7 +58,7 @@ def test_one_clone_a_night_by_turns(host: Host) -> None:
         assert (test.guest, test.guest_point, test.by) == ("web1", number + 1, "running")
     assert clones(host) == []
     assert host.metric("guest_boot_test_success", guest="web1", destination="standby") == 1
-    (row,) = status([(open_destination(f"dir:{host.folder}/replica"), None)]).guests
+    (row,) = status([(open_destination(host.replica), None)]).guests
     assert isinstance(row.booted, GuestCheck)
     assert (row.booted.ok, row.booted.point) == (True, 2)
 

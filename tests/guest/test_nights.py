@@ -33,25 +33,7 @@ def _why(found: GuestReport) -> str:
 @pytest.mark.sampled
 def test_many_nights_of_a_writing_guest(host: Host) -> None:
     """Chain, local space, points and metrics stay as configured, and each kept point shows its own night."""
-    replica = f"dir:{host.folder}/replica"
-    host.configure(
-        f"""
-        [keep]
-        last = 3
-        weekly = 2
-        [[guests]]
-        qmp = "run/qmp"
-        merge_above = 4
-        [[destinations]]
-        name = "vault"
-        url = "repo"
-        verify = {{ share = 0 }}
-        [[destinations]]
-        name = "standby"
-        url = "{replica}"
-        verify = {{ share = 0 }}
-        """
-    )
+    host.configure('[keep]\nlast = 3\nweekly = 2\n[[guests]]\nqmp = "run/qmp"\nmerge_above = 4\n', standby=True)
     with host.machine() as machine:
         for night in range(NIGHTS):
             for disk in DISKS:
@@ -76,7 +58,7 @@ def test_many_nights_of_a_writing_guest(host: Host) -> None:
         # Two disks of 18 pieces that the guest overwrites again and again, in at most five files with their tables.
         assert local < 2 * 5 * (18 * PIECE + 512 * KiB)
         assert all(machine.reads(disk, 0, PIECE, host.now[disk][0]) for disk in DISKS)
-    for url in (str(host.folder / "repo"), replica):
+    for url in (str(host.folder / "repo"), host.replica):
         view = guest_named(open_destination(url, passphrase=lambda: None).disks(), "web1")
         assert view is not None
         assert [each.point for each in view.points][-3:] == [NIGHTS - 2, NIGHTS - 1, NIGHTS]

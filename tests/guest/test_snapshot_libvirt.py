@@ -176,8 +176,8 @@ def first_byte(path: Path) -> int:
 KILLED_WHEN_FROZEN = """
 import os, signal, sys
 from snapchain.cli import main
-from snapchain.guest import libvirt_guest
-libvirt_guest._LibvirtSwitch.run = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+from snapchain.guest import libvirt_snapshot
+libvirt_snapshot.LibvirtSwitch.run = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 main(sys.argv[1:])
 """
 

@@ -12,7 +12,8 @@ import pytest
 
 from snapchain.errors import Conflict, InvalidInput, SnapchainError, Unsupported
 from snapchain.host import files
-from snapchain.host.directory import Directory, open_behind, resolve
+from snapchain.host.directory import Directory, open_behind
+from snapchain.host.path_resolution import resolve
 from snapchain.host.rights import EVERYBODY, DeniedToOther, Rights
 from tests.host.others import ALICE, BOB, KVM, directory, file, link, root_only
 

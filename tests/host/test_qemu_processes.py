@@ -26,7 +26,7 @@ LIBVIRT_OBJECT = (
         (["-name", "web1"], QemuArguments("web1")),
         (["--name", "guest=web,,1,debug-threads=on"], QemuArguments("web,1")),
         (["-name", "web1,process=qemu"], QemuArguments("web1")),
-        (["-uuid", "ABCD-1", "-incoming", "defer"], QemuArguments(uuid="abcd-1", is_incoming=True)),
+        (["-uuid", "ABCD-1", "-incoming", "defer"], QemuArguments(uuid="abcd-1")),
         (["-qmp", "unix:/run/a,,b.qmp,server=on,wait=off"], QemuArguments(qmp=("/run/a,b.qmp",))),
         (["-qmp", "unix:/run/old.qmp,server,nowait"], QemuArguments(qmp=("/run/old.qmp",))),
         (["-qmp", "unix:/run/client.qmp"], QemuArguments()),

@@ -14,7 +14,7 @@ from pathlib import Path
 from snapchain.host import lanes as remote_lanes
 from snapchain.replica import sender
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.messages import Kind
+from snapchain.replica.stream.frames import Kind
 from tests.hostile import child
 from tests.hostile.child import Outcome, Shell, Step
 from tests.hostile.judge import Plan, unlike

@@ -25,8 +25,7 @@ from snapchain.errors import SnapchainError
 from snapchain.host.channel import Channel
 from snapchain.replica import endpoint
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.frames import CHECK_BYTES, HEAD, MAGIC
-from snapchain.replica.stream.messages import Kind
+from snapchain.replica.stream.frames import CHECK_BYTES, HEAD, MAGIC, Kind
 from tests.hostile.mutate import Draw, Pool, document, number, spoil
 
 PATIENCE = 0.6

@@ -280,7 +280,7 @@ class FeltGuest:
 
     def statistics(self, disk: str) -> DiskStatistics:
         assert disk == "vda"
-        found = DiskStatistics(0, self._operations, 0, 0, 0, 0, self._ns, 0)
+        found = DiskStatistics(0, self._operations, 0, 0, self._ns, 0)
         if self._latencies:
             self._operations += 100
             self._ns += 100 * self._latencies.pop(0)

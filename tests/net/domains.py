@@ -9,13 +9,11 @@ Spy: a proxy before a libvirtd that sees which calls of a migration come and are
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import socket
 import struct
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,6 +24,7 @@ from typing import Any
 
 from tests.guest.libvirt import definition, disk_xml
 from tests.libvirtd import LibvirtHost
+from tests.net.commands import reported, started
 from tests.net.libvirt_host import libvirt_host
 from tests.net.namespaces import Cable, two_hosts
 from tests.net.sshd import SshHost, sshd
@@ -85,15 +84,8 @@ class Side:
 
     def begin(self, *words: object) -> subprocess.Popen[str]:
         """snapchain on this host; the process is its own."""
-        argv = [*self.host.inside, "env", f"--chdir={Path.cwd()}", sys.executable, "-m", "snapchain", *map(str, words)]
-        return subprocess.Popen(
-            argv,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        inside = [*self.host.inside, "env", f"--chdir={Path.cwd()}"]
+        return started(words, environment=self.environment, inside=inside)
 
     def begin_migration(self, name: str, replica: Path, *words: object) -> subprocess.Popen[str]:
         address = self.other.way.url(replica)
@@ -101,18 +93,14 @@ class Side:
 
     def snapchain(self, *words: object) -> tuple[int, Any]:
         """Its exit code, and the JSON object that it prints."""
-        with self.begin(*words, "--json") as child:
-            out, error = child.communicate(timeout=300)
-        assert out, error
-        return child.returncode, json.loads(out)
+        return reported(self.begin(*words, "--json"))
 
     def migrate(self, name: str, replica: Path, *words: object) -> dict[str, Any]:
         """The report of a move to the other host that succeeds."""
-        with self.begin_migration(name, replica, *words) as child:
-            out, error = child.communicate(timeout=300)
-        assert child.returncode == 0, out + error
-        report: dict[str, Any] = json.loads(out)
-        return report
+        status, report = reported(self.begin_migration(name, replica, *words))
+        assert status == 0, report
+        found: dict[str, Any] = report
+        return found
 
     def state_of(self, name: str) -> str:
         """As libvirt says it; "" for a domain that it does not have."""
@@ -172,6 +160,7 @@ class Spy:
 
     def __init__(self, path: Path, daemon: Path, on: Callable[[str], bool]) -> None:
         self.events: list[str] = []
+        self.faults: list[Exception] = []
         self.uri = f"qemu+unix:///system?socket={path}"
         self._daemon, self._on = str(daemon), on
         self._listening = socket.socket(socket.AF_UNIX)
@@ -180,7 +169,10 @@ class Spy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
+        """Raises what `on` has raised."""
         self._listening.close()
+        if self.faults:
+            raise self.faults[0]
 
     def _accept(self) -> None:
         while True:
@@ -219,4 +211,8 @@ class Spy:
             return False
         event = f"{CALLS[procedure]} {('call', 'answer')[kind]}"
         self.events.append(event)
-        return self._on(event)
+        try:
+            return self._on(event)
+        except Exception as error:  # noqa: BLE001 - raised by `close`: a thread of ours would take it along
+            self.faults.append(error)
+            return True

@@ -16,12 +16,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.guest.counting_guest import arrived
+from tests.libvirtd import LibvirtHost
+from tests.net.commands import started
+from tests.net.libvirt_host import libvirt_host
 from tests.net.namespaces import Cable, Host, two_hosts
 from tests.net.sshd import SshHost, sshd
 from tests.waiting import started_with, wait_until
@@ -33,14 +36,20 @@ _AS = 'hostname "$0" && exec "$@"'
 
 @dataclass
 class Site:
-    """One host. run: of its sockets, a short path; sshd: by which the other one reaches it"""
+    """One host. run: of its sockets, a short path; sshd: by which the other one reaches it; libvirt: if it has one"""
 
     name: str
     host: Host
     folder: Path
     run: Path
     sshd: SshHost
+    libvirt: LibvirtHost | None = None
     peer: Site | None = field(default=None, repr=False)
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """What goes before an argument list to run it there."""
+        return self.host.inside if self.libvirt is None else self.libvirt.inside
 
     @property
     def replica(self) -> Path:
@@ -71,16 +80,8 @@ class Site:
         """A snapchain on this host. more: of its environment"""
         peer = self.peer
         there = {"SNAPCHAIN_SSH": shlex.join(peer.sshd.ssh), "SNAPCHAIN_REMOTE": peer.served} if peer else {}
-        argv = [*self.host.inside, "unshare", "--uts", "sh", "-c", _AS, self.name]
-        return subprocess.Popen(
-            [*argv, sys.executable, "-m", "snapchain", *map(str, words)],
-            env={**os.environ, **self.environment, **there, **more},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        inside = [*self.inside, "unshare", "--uts", "sh", "-c", _AS, self.name]
+        return started(words, environment={**os.environ, **self.environment, **there, **more}, inside=inside)
 
     def snapchain(self, *words: object, **more: str) -> tuple[int, str, str]:
         """Its exit code, and what it said on both streams."""
@@ -127,14 +128,29 @@ class Sites:
 
 
 @contextmanager
-def two_sites(folder: Path, *, delay: float = 0.0, loss: float = 0.0, rate: float = 0.0) -> Iterator[Sites]:
-    """The cable as Cable.set has it. QEMUs that arrived on either are ended with it. Needs root."""
+def two_sites(
+    folder: Path, *, delay: float = 0.0, loss: float = 0.0, rate: float = 0.0, libvirt: bool = False
+) -> Iterator[Sites]:
+    """The cable as Cable.set has it; libvirt: each has one. QEMUs that arrived on either are ended. Needs root."""
     with (
         two_hosts(delay=delay, loss=loss, rate=rate) as (near, far, cable),
         tempfile.TemporaryDirectory(prefix="sc") as short,
-        _site("kvm1", near, far, folder, Path(short)) as a,
-        _site("kvm2", far, near, folder, Path(short)) as b,
+        ExitStack() as stack,
     ):
+        hosts = {"kvm1": near, "kvm2": far}
+        daemons = {
+            name: stack.enter_context(libvirt_host(host, folder / name / "libvirt", name)) if libvirt else None
+            for name, host in hosts.items()
+        }
+        inside = {name: (daemons[name] or host).inside for name, host in hosts.items()}
+        sites = []
+        for name, other in (("kvm1", "kvm2"), ("kvm2", "kvm1")):
+            run = Path(short) / name[-1]
+            run.mkdir()
+            address = hosts[name].address
+            way = sshd(folder / name / "sshd", alias=name, address=address, there=inside[name], here=inside[other])
+            sites.append(Site(name, hosts[name], folder / name, run, stack.enter_context(way), daemons[name]))
+        a, b = sites
         a.peer, b.peer = b, a
         try:
             yield Sites(a, b, cable)
@@ -143,12 +159,3 @@ def two_sites(folder: Path, *, delay: float = 0.0, loss: float = 0.0, rate: floa
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             wait_until(lambda: not arrived(Path(short)))
-
-
-@contextmanager
-def _site(name: str, host: Host, other: Host, folder: Path, short: Path) -> Iterator[Site]:
-    run = short / name[-1]
-    run.mkdir()
-    place = folder / name
-    with sshd(place / "sshd", alias=name, address=host.address, there=host.inside, here=other.inside) as server:
-        yield Site(name, host, place, run, server)

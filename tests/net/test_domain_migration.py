@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -102,6 +103,7 @@ def check_clean(near: Side, far: Side) -> None:
 def test_there_and_back(hosts: Hosts, tmp_path: Path) -> None:
     """Defined there and forgotten here; no number is missing; nothing is left."""
     near, far, _ = hosts
+    near.host.virsh("autostart", NAME)
     for turn, (source, target) in enumerate(((near, far), (far, near))):
         words = ("--dest-uri", target.host.uri) if turn else ()
         images = tops(source)
@@ -111,6 +113,7 @@ def test_there_and_back(hosts: Hosts, tmp_path: Path) -> None:
         assert report["memory_rounds"] >= 1
         assert [disk["epoch"] for disk in report["disks"]] == [turn + 2] * 2
         assert source.state_of(NAME) == ""
+        assert "enable" in re.findall("Autostart: +(.*)", target.host.virsh("dominfo", NAME))
         assert runs_on(target)
         assert [str(path) for path in tops(target)] == [disk["overlay"] for disk in report["disks"]]
         assert not any(path.stat().st_mode & 0o222 for path in images)
@@ -309,7 +312,7 @@ def strike(who: str, hosts: Hosts, migrating: int) -> None:
     pids = {
         "snapchain": lambda: [migrating],
         "virsh": lambda: with_words(children(migrating), b"migrate"),
-        "ssh": lambda: with_words(children(migrating), b"ssh"),
+        "ssh": lambda: [pid for pid in children(migrating) if Path(f"/proc/{pid}/comm").read_text() == "ssh\n"],
         "snapchain there": lambda: serving(far),
         "libvirtd": lambda: [near.host.pid],
         "libvirtd there": lambda: [far.host.pid],

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +18,7 @@ from tests.guest.counting_guest import Counting, arrived, counts_on, run_directo
 from tests.guest.machine import Monitor
 from tests.guest.spy import Fault, Place, Spy, call, changing
 from tests.guest.test_live_migration import LAST, PATIENT, SWITCH, check_settled, quit_and_check, unfinished
+from tests.net.commands import reported, started
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
 from tests.net.test_replica_over_ssh import remote
@@ -51,22 +50,11 @@ class Moving:
         }
 
     def begin(self, *words: object) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-m", "snapchain", "migrate", *map(str, words), "--json", *PATIENT]
-        return subprocess.Popen(
-            argv,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        return started(["migrate", *words, "--json", *PATIENT], environment=self.environment)
 
     def go(self, qmp: Path, name: str = "b", *options: object) -> tuple[int, Any]:
         """The exit code, and what was reported."""
-        with self.begin("--qmp", qmp, self.host.url(self.folder / name), *options) as child:
-            out, error = child.communicate(timeout=300)
-        assert out, error
-        return child.returncode, json.loads(out)
+        return reported(self.begin("--qmp", qmp, self.host.url(self.folder / name), *options))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.net.commands import started
 from tests.net.sshd import SshHost, sshd
 from tests.net.test_replica_over_ssh import remote
 from tests.ops.stacks import Layer, build, clean, flat, same, write
@@ -25,16 +26,7 @@ MiB = 1 << 20
 
 def start(host: SshHost, verb: str, image: Path, to: str, *options: str, there: str = "") -> subprocess.Popen[str]:
     environment = {**os.environ, "SNAPCHAIN_SSH": shlex.join(host.ssh), "SNAPCHAIN_REMOTE": there or remote()}
-    argv = [sys.executable, "-m", "snapchain", verb, str(image), to, "--json", *options]
-    return subprocess.Popen(
-        argv,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # no terminal to ask at
-    )
+    return started([verb, image, to, "--json", *options], environment=environment)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:

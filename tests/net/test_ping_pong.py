@@ -11,13 +11,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import pytest
 
-from tests.guest.agent_guest import AgentGuest, Console, formatted
+from tests.guest.agent_guest import AgentGuest, Console, formatted, parts
 from tests.guest.counting_guest import Counting, check_numbers, counts_on
+from tests.guest.libvirt import definition
 from tests.guest.machine import Machine, Monitor
+from tests.libvirtd import LibvirtHost
 from tests.net import alpine
 from tests.net.sites import Site, Sites, two_sites
 from tests.ops.stacks import qemu_img
@@ -101,15 +103,72 @@ class ByQmp:
         wait_until(lambda: not self.site.processes())
 
 
-@contextmanager
-def small(site: Site, folder: Path) -> Iterator[Moving]:
-    """The guest with an agent, and two disks of 256 MiB with files."""
+class ByLibvirt:
+    """A domain; its console is a socket in its libvirt's directory, on either host."""
+
+    words: ClassVar[list[str]] = ["--domain", "web1"]
+
+    def __init__(self, site: Site, mounts: list[str]) -> None:
+        self.mounts, self.site = mounts, site
+        self._console = self._connected()
+
+    def _connected(self) -> Console:
+        console = Console()
+        console.connect(libvirt_of(self.site).folder / "run" / "qemu" / "console")
+        return console
+
+    def booted(self) -> None:
+        for words in (b"AGENT GUEST READY", b"# "):
+            self._console.read_until(words)
+
+    def arrived(self, _report: dict[str, Any], site: Site) -> None:
+        self.site = site
+        self._console.close()
+        self._console = self._connected()
+
+    def sh(self, command: str) -> str:
+        return self._console.sh(command)
+
+    def stop(self) -> None:
+        self._console.close()
+        libvirt_of(self.site).virsh("destroy", "web1")
+
+
+def libvirt_of(site: Site) -> LibvirtHost:
+    assert site.libvirt is not None
+    return site.libvirt
+
+
+def disks_with_files(site: Site, folder: Path) -> dict[str, Path]:
+    """Two of 256 MiB."""
     images = site.folder / "images"
     images.mkdir()
-    disks = {
+    return {
         name: formatted(images / f"{name}.qcow2", size="256M", files=files_that_stay(folder / name))
         for name in ("vda", "vdb")
     }
+
+
+@contextmanager
+def domain(site: Site, folder: Path) -> Iterator[Moving]:
+    """As `small`, by libvirt."""
+    kernel, initrd = parts()
+    boot = f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>console=ttyS0 quiet panic=-1</cmdline>"
+    serial = "<serial type='unix'><source mode='bind' path='/run/libvirt/qemu/console'/></serial>"
+    xml = site.folder / "web1.xml"
+    xml.write_text(definition("web1", disks_with_files(site, folder), os_more=boot, more=serial, memory=128))
+    libvirt_of(site).virsh("define", xml)
+    libvirt_of(site).virsh("start", "web1", "--paused")
+    guest = ByLibvirt(site, ["/mnt/vda", "/mnt/vdb"])
+    libvirt_of(site).virsh("resume", "web1")
+    guest.booted()
+    yield guest
+
+
+@contextmanager
+def small(site: Site, folder: Path) -> Iterator[Moving]:
+    """The guest with an agent, and two disks of 256 MiB with files."""
+    disks = disks_with_files(site, folder)
     with AgentGuest(folder / "m", disks=disks) as machine:
         yield ByQmp(machine, machine.console, site, ["/mnt/vda", "/mnt/vdb"])
 
@@ -135,7 +194,7 @@ def linux(site: Site, folder: Path) -> Iterator[Moving]:
         yield ByQmp(machine, console, site, ["/m"])
 
 
-KINDS = {"small": small, "alpine": linux}
+KINDS = {"small": small, "alpine": linux, "domain": domain}
 
 
 def move(guest: Moving, pair: Sites, *options: object) -> tuple[dict[str, Any], dict[str, float]]:
@@ -176,7 +235,7 @@ def used(site: Site) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_linux_goes_forth_and_back_under_load(kind: str, tmp_path: Path) -> None:
     """Files that stay, files that change, and a log without a gap; filesystems clean at the end."""
-    with two_sites(tmp_path) as pair, KINDS[kind](pair.a, tmp_path) as guest:
+    with two_sites(tmp_path, libvirt=kind == "domain") as pair, KINDS[kind](pair.a, tmp_path) as guest:
         guest.sh(WRITES.format(first=guest.mounts[0], last=guest.mounts[-1]))
         first, written, disks = None, 0, []
         for turn in range(MOVES):
@@ -212,7 +271,7 @@ def test_a_linux_goes_forth_and_back_under_load(kind: str, tmp_path: Path) -> No
 def _unmounted(guest: Moving) -> str:
     if guest.mounts == ["/m"]:
         return "sync; mount -o remount,ro /"
-    return f"umount {' '.join(guest.mounts)}"
+    return f"cd / && umount {' '.join(guest.mounts)}"
 
 
 NIGHT = """time_zone = "UTC"

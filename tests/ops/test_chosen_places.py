@@ -14,7 +14,7 @@ import pytest
 
 from snapchain.cli.verbs import VERBS
 from snapchain.errors import InvalidInput, SnapchainError, Unsupported
-from snapchain.host.directory import Resolved, resolve
+from snapchain.host.path_resolution import Resolved, resolve
 from snapchain.host.rights import Rights
 from snapchain.ops import doctor, hold
 from snapchain.source.notes import Notes
@@ -66,7 +66,7 @@ READS = (
     "verify {mine}/repo",
     "status {mine}/repo",
 )
-NO_IMAGE = {"receive", "serve-replica", "guests", "watch", "failover", "failback"}
+NO_IMAGE = {"receive", "serve-replica", "guests", "watch", "failover", "failback", "retire"}
 """They make files of a replica below a directory, as `send` does, or ask a guest for its images.
 
 failback takes only images that `fence` has marked.

@@ -16,7 +16,7 @@ from snapchain.ops.migrate.live_domain import judge_domain
 from snapchain.ops.migrate.live_settle import Verdict
 from snapchain.ops.restore.changed_definition import NewDisk
 from snapchain.ops.restore.domain_xml import change_for_migration
-from snapchain.replica.stream.messages import DomainPresence, Moving
+from snapchain.replica.stream.guest_messages import DomainPresence, Moving
 
 THERE = Moving(alive=False, given=False, ran=False, clock=0.0)
 

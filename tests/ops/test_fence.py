@@ -168,6 +168,18 @@ def test_the_hook_refuses_older_images_by_the_destination_alone(place: Open, gue
         guest.point(place(), 2, names=["vda"])
 
 
+def test_the_hook_sees_the_mark_below_an_overlay_with_any_name(place: Open, guest: Guest, tmp_path: Path) -> None:
+    """As libvirt names the overlay of a snapshot: only the definition says that it is qcow2."""
+    guest.point(place(), 1)
+    failover(place, tmp_path / "out").run()
+    fenced(place, guest)
+    overlay = guest.place / "vda.before-update"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", guest.images["vda"], "-F", "qcow2", overlay)
+    text = xml(guest).replace(str(guest.images["vda"]), str(overlay)).replace(str(guest.images["vdb"]), "/none")
+    with pytest.raises(Conflict, match="kvm2 has taken the guest web1 over"):
+        hook.check("web1", text, [])
+
+
 def test_the_hook_lets_the_new_master_start(place: Open, guest: Guest, tmp_path: Path) -> None:
     guest.point(place(), 1)
     report = failover(place, tmp_path / "out").run()

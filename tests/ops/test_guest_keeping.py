@@ -12,7 +12,7 @@ import pytest
 from snapchain.destination.protocol import Destination
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.writing import Moment
-from snapchain.destinations import create_destination, open_destination
+from snapchain.destinations import open_destination
 from snapchain.errors import Busy, InvalidInput, NotFound, Unavailable
 from snapchain.model.consistency import Consistency
 from snapchain.model.retention import Policy
@@ -22,6 +22,7 @@ from snapchain.ops.guest_points_merge import guest_at
 from snapchain.ops.hold import hold_guest, release_guest
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreRequest
 from snapchain.ops.ship.run import ShipRequest, run as ship
+from snapchain.repository.opening import create_repository
 from snapchain.testing.history import identical
 from tests.ops.guest_points import GUEST, Guest, Open, instant, numbers, opened, publish, publish_bytes
 
@@ -42,7 +43,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Guest]:
     """A repository and a replica, each with three guest points of two disks."""
     folder = tmp_path_factory.mktemp("history")
     guest = Guest(folder / "g")
-    create_destination(folder / "directory", encryption="none")
+    create_repository(str(folder / "directory"), passphrase=lambda: None, encryption="none")
     for number in (1, 2, 3):
         guest.grow(number)
         for url in (f"{folder}/directory", f"dir:{folder}/replica"):

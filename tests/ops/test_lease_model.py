@@ -53,7 +53,7 @@ from snapchain.ops.watch.sighting import Seen
 from snapchain.replica import guest_states
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.store import Replica, open_replica
-from snapchain.replica.stream.messages import AskGuest, HandedDisk
+from snapchain.replica.stream.guest_messages import AskGuest, HandedDisk
 from tests.exhaustive import examples
 from tests.ops.guest_points import GUEST
 from tests.ops.masters import World, made_copy, ship

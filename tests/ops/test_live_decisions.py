@@ -16,7 +16,7 @@ from snapchain.ops.restore.changed_definition import Changes, NewDisk
 from snapchain.ops.restore.qemu_argv import change_for_incoming
 from snapchain.ops.ship.request import ShipRequest
 from snapchain.ops.sync.request import SyncRequest
-from snapchain.replica.stream.messages import Moving
+from snapchain.replica.stream.guest_messages import Moving
 
 THERE = Moving(directory="/run/snapchain/web1", alive=True, given=False, ran=False, clock=0.0)
 

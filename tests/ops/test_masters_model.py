@@ -21,7 +21,8 @@ settle      In the end all links are up, and each interrupted command is run aga
 restores    Every point that was published reads as the guest's disk of its moment.
 
 What is assumed, and true only because a person or a program sees to it:
-- What a person vouches for about a destination that does not answer is true: the guest was not taken over there.
+- What a person vouches for about a destination that does not answer is true: the guest was not taken over there. One
+  that was retired takes nothing over as long as it cannot ask all others.
 - A guest is started through the hook, or by snapchain.  Bare QEMU asks nobody.
 - After a failover was withdrawn, a person names the epoch, on the host that was the master before.
 - Destinations do not go back in time.
@@ -62,6 +63,7 @@ from snapchain.ops.fence.returned import FenceRequest, run as fence_run
 from snapchain.ops.migrate import ready, run as migration
 from snapchain.ops.migrate.run import MigrateRequest, Move
 from snapchain.ops.restore.run import Restoration
+from snapchain.ops.retire import RetireRequest, retire
 from snapchain.replica import disk_writer
 from snapchain.repository import guest_states
 from snapchain.source.at_rest import ImageAtRest
@@ -145,6 +147,7 @@ class Masters(RuleBasedStateMachine):
         self.unaware: set[str] = set()
         self.withdrew = self.moved = False
         self.without: tuple[str, ...] = ()
+        self.retired: set[str] = set()
 
     @initialize(requires_answer=st.booleans(), ships=st.sampled_from([True, True, False]))
     def begin(self, requires_answer: bool, ships: bool) -> None:
@@ -277,7 +280,7 @@ class Masters(RuleBasedStateMachine):
         if stops:
             self._stop(self._copy(which))
         copy, host = self.copies[self._copy(which)], self.replicas[at % len(self.replicas)]
-        if host != copy.host:
+        if host != copy.host and not self._is_alone(copy.host, f"{host}/replica"):
             with self._vouching(copy.host, f"{host}/replica", vouches, known=copy.epoch()):
                 self._migrate(copy, host, fault, is_first=True)
 
@@ -383,7 +386,7 @@ class Masters(RuleBasedStateMachine):
     def failover(self, by: int, at: int, proof: str, vouches: bool, fault: Fault) -> None:
         place = self.world.places[at % len(self.world.places)]
         host = self._hosts_for(place)[by % len(self._hosts_for(place))]
-        if proof in ("lie", "word") and not self._is_true(host, place, known=1):
+        if self._is_alone(host, place) or (proof in ("lie", "word") and not self._is_true(host, place, known=1)):
             return
         with self._vouching(host, place, vouches and proof == "fence", known=1):
             self._failover(place, host, proof, fault, is_first=True)
@@ -491,6 +494,8 @@ class Masters(RuleBasedStateMachine):
         first, copy = self.copies[0], self.copies[self._copy(which)]
         if first.host not in self.replicas or copy.host == first.host:
             return
+        if self._is_alone(copy.host, f"{first.host}/replica"):
+            return
         self._stop(self._copy(which))
         endpoint = self.world.endpoint(f"{first.host}/replica")
         request = PrepareRequest(disks=[(path, f"{GUEST}/{name}") for name, path in first.images.items()])
@@ -522,6 +527,22 @@ class Masters(RuleBasedStateMachine):
         copy = self.copies[self._copy(which)]
         for image in copy.images.values():
             self._run(copy.host, ImageAtRest(image).seal, NONE)
+
+    @precondition(lambda self: self.world.cut)
+    @rule(by=st.integers(0, 2), at=st.integers(0, 3), lost=st.integers(0, 2))
+    def retire(self, by: int, at: int, lost: int) -> None:
+        """A person says of a silent destination that it never comes back; it does, later."""
+        host, place = self.hosts[by % len(self.hosts)], self.world.places[at % len(self.world.places)]
+        silent = self._silent(host, place)
+        if not silent or (host, place) in self.world.cut or not self._is_true(host, place, known=1):
+            return
+        gone = silent[lost % len(silent)]
+        asked = RetireRequest(destination=self.world.url(gone), reach=self.world.reach())
+        if self._run(host, lambda: retire(self.world.destination(place), GUEST, asked), NONE) is not None:
+            self.retired.add(gone)
+
+    def _is_alone(self, host: str, place: str) -> bool:
+        return place in self.retired and bool(self._silent(host, place))
 
     # --- the world
 

@@ -25,7 +25,8 @@ from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migra
 from snapchain.replica.client import ask_for_handover
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
-from snapchain.replica.stream.messages import Active, HandedDisk, Step
+from snapchain.replica.stream.guest_messages import HandedDisk, Step
+from snapchain.replica.stream.messages import Active
 from snapchain.source import sealing as snapshot
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import epoch_of

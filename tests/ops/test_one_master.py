@@ -21,11 +21,12 @@ from snapchain.merge.request import MergeRequest
 from snapchain.ops.migrate import run as module
 from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migrate, take_back
 from snapchain.ops.nightly.local_chain import look
-from snapchain.ops.sync.run import SyncRequest, sealed_request, sync
+from snapchain.ops.sync.run import SyncRequest, sealed_request, sync_set
 from snapchain.replica import guest_handover
 from snapchain.replica.client import ask_for_handover
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.replica.stream.messages import Active, Handed, HandedDisk, Step
+from snapchain.replica.stream.guest_messages import Handed, HandedDisk, Step
+from snapchain.replica.stream.messages import Active
 from snapchain.source import ownership, sealing as snapshot
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import epoch_of
@@ -242,7 +243,7 @@ def test_what_is_sealed_of_a_given_disk_is_not_sent(host: Host, tmp_path: Path) 
     assert move(clone, host.place.root).disks[0].fenced == (str(clone),)
     request = SyncRequest(send=sealed_request(clone, VDA))
     with pytest.raises(Conflict, match="was given") as error:
-        sync(request, DirectoryEndpoint(tmp_path / "third"))
+        sync_set([request], DirectoryEndpoint(tmp_path / "third"))
     assert f"migrate {clone} " in (error.value.hint or "")
 
 
@@ -252,7 +253,7 @@ def test_the_epoch_of_a_top_counts_for_what_is_sealed_below(host: Host, tmp_path
     take_back(MigrateRequest(moves=[Move(clone, VDA)]), host.endpoint)
     assert move(clone, host.place.root).disks[0].epoch == 4
     third = tmp_path / "third"
-    sync(SyncRequest(send=sealed_request(host.overlay(VDA), VDA)), DirectoryEndpoint(third))
+    sync_set([SyncRequest(send=sealed_request(host.overlay(VDA), VDA))], DirectoryEndpoint(third))
     assert json.loads((third / "web1%2Fvda" / "catalogue.json").read_text())["epoch"] == 4
 
 

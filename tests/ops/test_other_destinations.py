@@ -25,7 +25,9 @@ from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.disk_writer import ReplicaWriting
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.permissions import Permissions
-from snapchain.replica.stream.messages import AskGuest, Kind, Right
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import AskGuest
+from snapchain.replica.stream.requests import Right
 from snapchain.repository.disk_writer import RepositoryWriting
 from snapchain.source.ownership import check_not_given
 from tests.ops.guest_points import GUEST

@@ -18,7 +18,8 @@ from snapchain.ops.migrate.run import Move
 from snapchain.replica import client, guest_handover, guest_store, handover
 from snapchain.replica.client import guest_at
 from snapchain.replica.stream import session
-from snapchain.replica.stream.messages import Feature, Handed, Handover
+from snapchain.replica.stream.guest_messages import Handed, Handover
+from snapchain.replica.stream.requests import Feature
 from tests.exhaustive import some
 from tests.ops.test_migrate import VDA, Host
 

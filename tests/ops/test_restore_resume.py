@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from snapchain.destination.protocol import Destination
-from snapchain.destinations import create_destination, open_destination
+from snapchain.destinations import open_destination
 from snapchain.errors import Busy, Corrupt, Unavailable
 from snapchain.model.events import Event, Notice, Progress, ignore
 from snapchain.ops.restore import output
@@ -21,6 +21,7 @@ from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import RestoreReport
 from snapchain.ops.ship.request import ShipRequest
 from snapchain.ops.ship.run import run as ship
+from snapchain.repository.opening import create_repository
 from snapchain.testing.faults import Crash
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat, names, same
@@ -45,7 +46,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     layers = [Layer(32 * MiB, [f"write -s {noise} 1M 24M"]), Layer(32 * MiB, [f"write -s {noise} 3M 12M"])]
     files = build(directory / "c", layers)
     if request.param == "repository":
-        create_destination(directory / "there", encryption="none")
+        create_repository(str(directory / "there"), passphrase=lambda: None, encryption="none")
         where = open_destination(directory / "there", writing=True)
     else:
         where = open_destination(f"dir:{directory}/there")

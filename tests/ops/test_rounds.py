@@ -17,13 +17,14 @@ from typing import Protocol
 import pytest
 
 from snapchain.destination.protocol import Destination
-from snapchain.destinations import create_destination, open_destination
+from snapchain.destinations import open_destination
 from snapchain.errors import Conflict, Diverged
 from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.merge.request import MergeRequest
 from snapchain.model.retention import Policy
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship.run import Divergence, Files, ShipReport, ShipRequest, plan, run
+from snapchain.repository.opening import create_repository
 from snapchain.source import sealing as snapshot
 from tests.exhaustive import examples
 from tests.ops.shipping import DISK, MiB, same_bytes
@@ -39,7 +40,7 @@ class Kind(Protocol):
 
 
 def _repository(directory: Path) -> str:
-    create_destination(str(directory / "repo"), passphrase=lambda: None, encryption="none")
+    create_repository(str(directory / "repo"), passphrase=lambda: None, encryption="none")
     return str(directory / "repo")
 
 

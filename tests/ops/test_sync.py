@@ -29,7 +29,7 @@ from snapchain.ops.sync.run import (
     check,
     guest_of,
     sealed_request,
-    sync,
+    sync_set,
 )
 from snapchain.ops.sync.virsh import migrate_commands
 from snapchain.replica.endpoint import DirectoryEndpoint
@@ -67,7 +67,7 @@ def request(image: Path, **options: Any) -> SyncRequest:
 
 
 def run(image: Path, place: Place, *, sealer: Any = None, **options: Any) -> SyncReport:
-    return sync(request(image, **options), DirectoryEndpoint(place.root), sealer=sealer)
+    return sync_set([request(image, **options)], DirectoryEndpoint(place.root), sealer=sealer).disks[0]
 
 
 def look(image: Path, place: Place, **options: Any) -> Destination:
@@ -266,12 +266,12 @@ class Guestlike:
         self._sealer, self._image, self._writes = ImageAtRest(image), image, writes
         self.count = 0
 
-    def seal(self) -> Path:
+    def seal(self) -> list[Path]:
         sealed = self._sealer.seal()
         if self.count < len(self._writes):
             write(self._image, self._writes[self.count])
         self.count += 1
-        return sealed
+        return [sealed]
 
 
 def test_rounds_until_nothing_is_left(chain: list[Path], place: Place, tmp_path: Path) -> None:

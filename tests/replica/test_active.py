@@ -13,8 +13,8 @@ import pytest
 
 from snapchain.errors import Corrupt, Diverged, InvalidInput, SnapchainError, Unsupported
 from snapchain.ops.sync.run import Destination, SyncRequest, check, sealed_request
-from snapchain.replica.stream.frames import FrameReader
-from snapchain.replica.stream.messages import FROM_RECEIVER, FROM_SENDER, Kind
+from snapchain.replica.stream.frames import FrameReader, Kind
+from snapchain.replica.stream.requests import FROM_RECEIVER, FROM_SENDER
 from tests.ops.stacks import Layer, build, clean, same
 from tests.replica.conftest import DISK, Place
 from tests.replica.test_stream import (

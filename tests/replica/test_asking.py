@@ -19,18 +19,10 @@ from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.permissions import chosen
 from snapchain.replica.status import verify_disk
 from snapchain.replica.store import Replica, ReplicaDisk, open_replica
-from snapchain.replica.stream.frames import FrameReader
-from snapchain.replica.stream.messages import (
-    FROM_RECEIVER,
-    FROM_SENDER,
-    POINTS_AT_ONCE,
-    Ask,
-    Finding,
-    Hello,
-    Kind,
-    Verdict,
-    encode,
-)
+from snapchain.replica.stream.fields import POINTS_AT_ONCE
+from snapchain.replica.stream.frames import FrameReader, Kind
+from snapchain.replica.stream.messages import Ask, Finding, Hello, Verdict, encode
+from snapchain.replica.stream.requests import FROM_RECEIVER, FROM_SENDER
 from snapchain.replica.stream.session import MOST_BYTES
 from snapchain.replica.verification import verify_replica
 from tests.ops.shipping import MiB

@@ -38,8 +38,9 @@ from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.fetch_client import Answer
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.stream import session
-from snapchain.replica.stream.frames import FrameReader
-from snapchain.replica.stream.messages import FROM_FETCH, FROM_RECEIVER, FROM_SENDER, Fetch, Hello, Kind, encode
+from snapchain.replica.stream.frames import FrameReader, Kind
+from snapchain.replica.stream.messages import Fetch, Hello, encode
+from snapchain.replica.stream.requests import FROM_FETCH, FROM_RECEIVER, FROM_SENDER
 from tests.ops.shipping import MiB, random_stack, same_bytes
 from tests.ops.stacks import Layer, build, clean, flat, names, same, write
 from tests.replica.conftest import DISK, Bend, BentEndpoint, Place

@@ -16,7 +16,10 @@ from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.permissions import Permissions
 from snapchain.replica.sender import Sender
 from snapchain.replica.store import ReplicaDisk
-from snapchain.replica.stream.messages import Active, AskGuest, HandedDisk, Kind, Open, Right, Standing
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.guest_messages import AskGuest, HandedDisk, Standing
+from snapchain.replica.stream.messages import Active, Open
+from snapchain.replica.stream.requests import Right
 from tests.ops.stacks import Layer, MiB, build, write
 from tests.replica.conftest import send
 

@@ -17,8 +17,8 @@ from snapchain.model.content import LEAF_BYTES, leaf_hash
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.sender import Sender
 from snapchain.replica.stream import session
-from snapchain.replica.stream.frames import FrameReader
-from snapchain.replica.stream.messages import Kind, Open
+from snapchain.replica.stream.frames import FrameReader, Kind
+from snapchain.replica.stream.messages import Open
 from tests.ops.stacks import Layer, build, flat
 from tests.replica.conftest import DISK, Place
 from tests.replica.test_stream import ANSWER, EMPTY, puppet, stream

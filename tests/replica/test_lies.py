@@ -22,9 +22,9 @@ from snapchain.model.events import Event, Notice
 from snapchain.ops.ship.run import Divergence, ShipRequest
 from snapchain.replica import sender
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.replica.stream.frames import FrameReader
+from snapchain.replica.stream.frames import FrameReader, Kind
 from snapchain.replica.stream.maps import MapReader, layer_id
-from snapchain.replica.stream.messages import Cut, Inventory, Kind, LayerOffer, Open, PointOffer, encode
+from snapchain.replica.stream.messages import Cut, Inventory, LayerOffer, Open, PointOffer, encode
 from snapchain.replica.verification import verify_replica
 from snapchain.repository.opening import create_repository
 from snapchain.source import sealing as snapshot

@@ -18,7 +18,8 @@ from snapchain.ops.migrate.run import MigrateRequest, Move, migrate, take_back
 from snapchain.replica.client import ask_for_handover
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.permissions import CONFINED, EVERYTHING
-from snapchain.replica.stream.messages import Active, HandedDisk, Step
+from snapchain.replica.stream.guest_messages import HandedDisk, Step
+from snapchain.replica.stream.messages import Active
 from tests.ops.stacks import Layer, MiB, build, write
 from tests.replica.conftest import DISK, Place, send
 from tests.replica.test_permissions import LISTENS, ask, say

@@ -14,7 +14,10 @@ from snapchain.model.retention import DropPoints, Policy, Rules
 from snapchain.replica.client import merged_at
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.points_merge import ReplicaMerge
-from snapchain.replica.stream.messages import FROM_RECEIVER, FROM_SENDER, POINTS_AT_ONCE, Hello, Kind, Merge, encode
+from snapchain.replica.stream.fields import POINTS_AT_ONCE
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.messages import Hello, Merge, encode
+from snapchain.replica.stream.requests import FROM_RECEIVER, FROM_SENDER
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place

@@ -21,7 +21,7 @@ from snapchain.model.retention import Policy
 from snapchain.ops import doctor
 from snapchain.ops.log import log
 from snapchain.ops.ship.run import ShipRequest
-from snapchain.ops.sync.run import SyncRequest, check, sealed_request, sync
+from snapchain.ops.sync.run import SyncRequest, check, sealed_request, sync_set
 from snapchain.replica import merge_journal as unfinished, store as waiting
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.points_merge import ReplicaMerge
@@ -265,7 +265,7 @@ def test_a_sync_looks_while_and_after_layers_are_merged(sent: Pointed, chain: li
     to = endpoint(sent.place.root)
     asked = SyncRequest(send=sealed_request(chain[-1], DISK))
     seal(chain[-1], "write -P 77 2M 64k")
-    assert sync(asked, to).ready
+    assert sync_set([asked], to).ready
     with held_up(sent, last=2) as go, ThreadPoolExecutor(1) as pool:
         look = pool.submit(check, asked, to)
         time.sleep(0.5)

@@ -17,7 +17,7 @@ from snapchain.host.channel import Channel
 from snapchain.ops import receive as serve_replica
 from snapchain.replica.permissions import CONFINED, EVERYTHING, Permissions, parse_permissions
 from snapchain.replica.receiver import receive
-from snapchain.replica.stream.messages import Right
+from snapchain.replica.stream.requests import Right
 from tests.replica.conftest import DISK, Place
 from tests.replica.test_stream import ALL, GRAIN, HELLO, MAP, OPEN, STOP, end, offer, stream, take
 from tests.waiting import HANG

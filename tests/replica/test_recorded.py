@@ -32,8 +32,10 @@ from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.receiver import receive
 from snapchain.replica.sender import Sender
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.frames import FrameReader
-from snapchain.replica.stream.messages import FROM_FETCH, FROM_RECEIVER, Active, HandedDisk, Kind, Open, Step
+from snapchain.replica.stream.frames import FrameReader, Kind
+from snapchain.replica.stream.guest_messages import HandedDisk, Step
+from snapchain.replica.stream.messages import Active, Open
+from snapchain.replica.stream.requests import FROM_FETCH, FROM_RECEIVER
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK
 from tests.replica.test_stream import puppet, stream

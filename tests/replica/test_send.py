@@ -28,7 +28,7 @@ from snapchain.replica import arrival, sender
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.stream import session
-from snapchain.replica.stream.messages import Kind
+from snapchain.replica.stream.frames import Kind
 from tests.hostile.wire import Frame, meddling, pass_on
 from tests.ops.shipping import MiB, random_stack
 from tests.ops.stacks import Layer, build, flat, qemu_img, same, write

@@ -36,7 +36,7 @@ from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
 from snapchain.replica.receiver import receive
 from snapchain.replica.stream import compression as zstd
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.frames import MAGIC, MOST_BEATS, FrameReader
+from snapchain.replica.stream.frames import MAGIC, MOST_BEATS, FrameReader, Kind
 from snapchain.replica.stream.maps import (
     DataRuns,
     MapReader,
@@ -47,20 +47,8 @@ from snapchain.replica.stream.maps import (
     map_frames,
     words_of,
 )
-from snapchain.replica.stream.messages import (
-    FROM_FETCH,
-    FROM_RECEIVER,
-    FROM_SENDER,
-    REQUESTS,
-    Hello,
-    Inventory,
-    Kind,
-    LayerOffer,
-    Open,
-    PointOffer,
-    Stored,
-    encode,
-)
+from snapchain.replica.stream.messages import Hello, Inventory, LayerOffer, Open, PointOffer, Stored, encode
+from snapchain.replica.stream.requests import FROM_FETCH, FROM_RECEIVER, FROM_SENDER, REQUESTS
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, clean, write
 from tests.replica.conftest import DISK, Place, send

@@ -265,10 +265,10 @@ def test_a_page_in_the_cache_is_checked_again_for_another_place(monkeypatch: pyt
         shipped.repository._pages.get(layer.table[:1], LEAF + 512, subject="x")
 
 
-def test_a_small_cache_reads_again_and_says_the_same() -> None:
+def test_a_small_cache_reads_again_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     shuffle = random.Random(1)
     runs = [Run(shuffle.randrange(40 * LEAF), 512, 3000 + n) for n in range(200)]
     shipped = ship([drawn(40 * LEAF, runs, b"")])
-    shipped.repository._pages._limit = 100
+    monkeypatch.setattr("snapchain.repository.layers._CACHED_BYTES", 100)
     assert shipped.shows(shipped.layers) == shipped.stack[0].shown
     assert shipped.layers[0].extents() == shipped.layers[0].extents()

@@ -73,10 +73,10 @@ def header(layout: Layout) -> bytes:
     return (fields.pack() + extensions + name).ljust(layout.cluster_size, b"\0")
 
 
-def metadata(layout: Layout, *, batch: int = BATCH) -> Iterator[tuple[int, memoryview]]:
-    """(file offset, bytes) of the refcount table, the refcount blocks, L1 and L2; some `batch` bytes at a time."""
+def metadata(layout: Layout) -> Iterator[tuple[int, memoryview]]:
+    """(file offset, bytes) of the refcount table, the refcount blocks, L1 and L2; some BATCH bytes at a time."""
     yield layout.refcount_table_offset, _bytes(refcount_table(layout))
-    step = max(1, batch // layout.cluster_size)
+    step = max(1, BATCH // layout.cluster_size)
     for first in range(0, layout.refcount_blocks, step):
         count = min(step, layout.refcount_blocks - first)
         yield layout.refcount_blocks_offset + first * layout.cluster_size, _bytes(refcounts(layout, first, count))

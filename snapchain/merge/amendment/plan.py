@@ -47,7 +47,7 @@ class Amendment:
              with zeroes; all targets are offsets in the changed file
     cluster, entry, bitmap: the L2 entries that change: number of the guest cluster, ascending, and what its entry and
              its bitmap of subclusters (None where there are none) become
-    new_clusters: data clusters that come at `end`; surviving: guest bytes of DATA that the inputs hold together
+    new_clusters: data clusters that come at `end`
     """
 
     view: ImageChain
@@ -65,7 +65,6 @@ class Amendment:
     entry: UInt64s
     bitmap: UInt64s | None
     new_clusters: int
-    surviving: int
 
     @property
     def file(self) -> ImageFile:
@@ -156,7 +155,6 @@ def _amendment(view: ImageChain, first: int, target: int, backing: Backing | Non
     assert file.header is not None
     image = ImageFd(file.fileno(), file_bytes(file.fileno()), file.header, file.path)
     merged = merged_extents(view, first, in_place=target)
-    surviving = merged.data_bytes
     change = cells(view, target, merged, rooted=backing is None)
     del merged
     placed = allocate_clusters(image, change, size=view.size)
@@ -192,7 +190,6 @@ def _amendment(view: ImageChain, first: int, target: int, backing: Backing | Non
         entry,
         bitmap,
         placed.new_clusters,
-        surviving,
     )
 
 

@@ -42,7 +42,7 @@ from pydantic import (
 
 from snapchain.errors import InvalidInput
 from snapchain.model.points import check_label
-from snapchain.model.retention.clocks import Doubt, backdated, doubts, eras as eras_of
+from snapchain.model.retention.clocks import backdated, doubts, eras as eras_of
 from snapchain.model.retention.duration import Duration, parse_duration
 
 UNLIMITED = -1
@@ -221,15 +221,11 @@ def _invalid(error: ValidationError) -> InvalidInput:
 
 @dataclass(frozen=True, slots=True)
 class Decision(Generic[P]):
-    """What becomes of one point: for a kept one the reasons to keep it, for another one why each rule let it go.
-
-    doubt: why its time does not count
-    """
+    """What becomes of one point: for a kept one the reasons to keep it, for another one why each rule let it go."""
 
     point: P
     kept: bool
     reasons: tuple[str, ...]
-    doubt: Doubt | None = None
 
 
 def _unheld(_: object) -> Sequence[str]:
@@ -259,10 +255,7 @@ def decide(
     times = [point.time for point in points]
     doubtful = [None] * len(points) if now is None else doubts(times, now)
     if policy.is_empty:
-        return tuple(
-            Decision(point, kept=True, reasons=("no rule given",), doubt=doubt)
-            for point, doubt in zip(points, doubtful, strict=True)
-        )
+        return tuple(Decision(point, kept=True, reasons=("no rule given",)) for point in points)
     back = [False] * len(points) if now is None else backdated(times, doubtful)
     era = [0] * len(points) if now is None else eras_of(times)
 
@@ -288,7 +281,7 @@ def decide(
         mine = opinions.get(place, [])
         reasons += [opinion.reason for opinion in mine if opinion.keeps]
         kept = bool(reasons)
-        decisions.append(Decision(point, kept, tuple(reasons or [opinion.reason for opinion in mine]), doubt))
+        decisions.append(Decision(point, kept, tuple(reasons or [opinion.reason for opinion in mine])))
     return tuple(decisions)
 
 

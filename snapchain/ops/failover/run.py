@@ -267,7 +267,7 @@ class Failover:
             reach = with_witness(reach, self._request.lease.witness)
         places = [*standing.others, *([] if standing.at is None else [standing.at])]
         own = [self._place, Place(url=self._destination.url)]
-        return OtherDestinations(self._view.name, places, reach, own=own, on_event=self._on_event)
+        return OtherDestinations(self._view.name, places, reach, own=own, gone=standing.gone, on_event=self._on_event)
 
     @property
     def _place(self) -> Place:

@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.writing import Writing
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unavailable
-from snapchain.host.directory import Directory, resolve
+from snapchain.host.directory import Directory
 from snapchain.host.files import make_directories, read_small, remove, write_in
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import resolve
 from snapchain.host.terminal import shell_line
 from snapchain.image import scan
 from snapchain.model.guest_state import GuestStanding, describe_takeover
@@ -140,7 +141,7 @@ def check(guest: str, xml: str, places: Sequence[Callable[[], Writing]], *, requ
     """
     notes: list[str] = []
     images = _images(xml, guest)
-    epochs = [epoch for image in images if (epoch := _looked_at(image, notes)) is not None]
+    epochs = [epoch for image, kind in images if (epoch := _looked_at(image, kind, notes)) is not None]
     if not places or not images:
         return notes
     answers, silent = _asked(guest, places)
@@ -169,22 +170,24 @@ def check(guest: str, xml: str, places: Sequence[Callable[[], Writing]], *, requ
     return notes
 
 
-def _images(xml: str, guest: str) -> list[Path]:
-    """The files of all disks that the guest may write to."""
+def _images(xml: str, guest: str) -> list[tuple[Path, str | None]]:
+    """The files of all disks that the guest may write to, each with its format, None where the definition has none."""
     root = domain_xml.parse(xml[:_LARGEST_XML], subject=guest)
     found = []
     for disk in root.iterfind("devices/disk"):
         source = disk.find("source")
         path = None if source is None else source.get("file")
         if path and disk.get("device", "disk") == "disk" and disk.find("readonly") is None:
-            found.append(Path(path))
+            driver = disk.find("driver")
+            kind = None if driver is None else driver.get("type")
+            found.append((Path(path), kind if kind in ("qcow2", "raw") else None))
     return found
 
 
-def _looked_at(image: Path, notes: list[str]) -> int | None:
+def _looked_at(image: Path, image_format: str | None, notes: list[str]) -> int | None:
     """The epoch of an image. Raises Conflict where another host has it, Corrupt for a mark that cannot be read."""
     try:
-        with scan(image) as chain:
+        with scan(image, format=image_format) as chain:
             check_not_given(chain)
             return epoch_of(chain, Notes())
     except (Conflict, Corrupt):

@@ -13,7 +13,7 @@ from contextlib import suppress
 from snapchain.errors import NotFound, SnapchainError, Unsupported
 from snapchain.image import scan
 from snapchain.model.events import Notice, OnEvent
-from snapchain.model.guest_state import GuestStanding, GuestState, Place
+from snapchain.model.guest_state import Gone, GuestStanding, GuestState, Place
 from snapchain.ops.guest_places import guest_named_by, own_places, places_of, told_of
 from snapchain.ops.migrate.request import MigrateRequest
 from snapchain.ops.other_destinations import OtherDestinations, Overtaken
@@ -35,12 +35,14 @@ class Elsewhere:
         if self._guest is None:
             return
         places = list(places_of(self._images, self._guest))
+        gone: tuple[Gone, ...] = ()
         with suppress(NotFound, Unsupported):  # a disk that is new there, or a snapchain that keeps no such records
             standing, _ = guest_at(endpoint, self._guest)
             self._target = standing.here or self._target
             places += standing.others
+            gone = standing.gone
         own = [self._target, Place(url=endpoint.url), *own_places(self._images)]
-        self._others = OtherDestinations(self._guest, places, request.reach, own=own, on_event=on_event)
+        self._others = OtherDestinations(self._guest, places, request.reach, own=own, gone=gone, on_event=on_event)
 
     def check(self, epoch: int, token: str) -> None:
         """Raises Overtaken where another host has taken the guest over since this one wrote it in an epoch.
@@ -86,7 +88,8 @@ class Elsewhere:
         url = self._target.url if standing.here is None else standing.here.url
         dirs = self._request.image_dirs
         for move in self._request.moves:
-            with suppress(SnapchainError), scan(move.image, format=self._request.format, image_dirs=dirs) as chain:
+            kind = move.format or self._request.format
+            with suppress(SnapchainError), scan(move.image, format=kind, image_dirs=dirs) as chain:
                 mark_taken_over(chain, standing, destination=url, disk=move.disk, image_dirs=dirs)
 
     def tell(self, token: str, epoch: int) -> None:

@@ -9,7 +9,7 @@ from snapchain.errors import Busy, Conflict, Unsupported
 from snapchain.guest.protocol import Definition, Guest, GuestDisk, State
 from snapchain.model.convergence import Rules, Verdict, judge
 from snapchain.ops.lease_notes import note_of
-from snapchain.replica.stream.messages import Moving
+from snapchain.replica.stream.guest_messages import Moving
 
 _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
 """Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""

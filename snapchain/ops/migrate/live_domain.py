@@ -24,9 +24,8 @@ from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.live_settle import MoveRecord, Verdict
 from snapchain.ops.migrate.look import opened
-from snapchain.ops.migrate.request import Move as MovedImage
 from snapchain.replica.guest_client import moving
-from snapchain.replica.stream.messages import DomainPresence, MoveStep, Moving
+from snapchain.replica.stream.guest_messages import DomainPresence, MoveStep, Moving
 from snapchain.source import ownership
 
 _ABORT_SECONDS = 60.0
@@ -136,7 +135,7 @@ class _End:
         record = self._record
         if was_asked:
             for each in record.disks:
-                with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
+                with opened(record.request, each.moved) as chain:
                     ownership.unfence(chain, record.token, epoch=each.mark.epoch + 1 if is_gone else 1)
         if here is Presence.WAITING and was_asked:  # else somebody has paused it
             self._leaving.resume()

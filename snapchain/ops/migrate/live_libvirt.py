@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from statistics import median
 from xml.etree import ElementTree as ET
 
 from snapchain.errors import Conflict, SnapchainError, Unavailable, Unsupported
@@ -37,27 +38,19 @@ from snapchain.host.virsh import Virsh, socket_of
 from snapchain.host.virsh_session import VirshSession
 from snapchain.model.events import Progress
 from snapchain.ops.migrate import live_settle
-from snapchain.ops.migrate.live_check import (
-    MemoryWatch,
-    MirrorWatch,
-    check_cpu,
-    check_guest,
-    check_pause,
-    check_room,
-)
+from snapchain.ops.migrate.live_check import MemoryWatch, MirrorWatch, check_cpu, check_guest, check_pause, check_room
 from snapchain.ops.migrate.live_kind import Asked, Moved
 from snapchain.ops.migrate.live_prepare import check_same_layers, link_rate
 from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.live_settle import LeavingRecord, MoveRecord
 from snapchain.ops.migrate.look import opened
-from snapchain.ops.migrate.request import Move as MovedImage
 from snapchain.ops.restore import domain_xml
 from snapchain.ops.restore.changed_definition import NewDisk
 from snapchain.ops.sync.request import SetReport
 from snapchain.replica.guest_client import GuestMove, moving
-from snapchain.replica.guest_server import cpu_digest
+from snapchain.replica.incoming_qemu import cpu_digest
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.messages import DomainPresence, MoveStep, Moving
+from snapchain.replica.stream.guest_messages import DomainPresence, MoveStep, Moving
 from snapchain.source import ownership
 
 _LOOK_SECONDS = 0.5
@@ -70,6 +63,8 @@ _DEVICE_STATE_SECONDS = 0.12
 """Of a pause: devices, the ends of the mirrors, the end of QEMU here; measured 0.08 to 0.12 with 1 to 3 disks."""
 _ROUND_TRIPS = 4
 """Of a pause."""
+_QUESTIONS = 5
+"""How often a round trip is measured: a busy machine is late with some answers."""
 
 
 class LibvirtKind:
@@ -116,6 +111,7 @@ class LibvirtKind:
             uuid=self._guest.uuid,
             is_lasting=self._definition.inactive is not None,
             max_downtime=self._leaving.max_downtime(),
+            starts_with_host=self._leaving.starts_with_host(),
         )
         run_directory.make_for_libvirt(self._token)
         directory = run_directory.make(f"{self._guest.name}-out", self._token)
@@ -148,7 +144,7 @@ class LibvirtKind:
                 self._leaving.set_max_downtime(int(limit * 1000))
                 found = live_settle.restaged(found, "switching")
                 for each in record.disks:
-                    with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
+                    with opened(record.request, each.moved) as chain:
                         ownership.fence(chain, each.mark, top_only=True, stays_writable=True)
                 last = self._migrate(route, record, there, limit)
                 moved.memory_rate = last.rate
@@ -299,9 +295,12 @@ def _switch_seconds(round_trip: float) -> float:
 
 
 def _round_trip(uri: str) -> float:
-    """Seconds of a question to a daemon of libvirt."""
+    """Seconds of a question to a daemon of libvirt, as most of them take."""
+    took = []
     with VirshSession(Virsh(uri, elsewhere=True)) as session:
         session.ready()
-        begun = time.monotonic()
-        session.text("hostname")
-        return time.monotonic() - begun
+        for _ in range(_QUESTIONS):
+            begun = time.monotonic()
+            session.text("hostname")
+            took.append(time.monotonic() - begun)
+    return median(took)

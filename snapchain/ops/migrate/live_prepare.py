@@ -27,7 +27,7 @@ from snapchain.ops.sync.request import SetReport
 from snapchain.ops.sync.run import sync_set
 from snapchain.replica.client import guest_at
 from snapchain.replica.endpoint import GuestEndpoint
-from snapchain.replica.stream.messages import HandedDisk
+from snapchain.replica.stream.guest_messages import HandedDisk
 from snapchain.source import ownership
 from snapchain.source.notes import Given
 from snapchain.source.protocol import Scope
@@ -71,7 +71,7 @@ def ship(guest: Guest, request: LiveRequest, endpoint: GuestEndpoint, on_event: 
 
 
 def _epoch_here(guest: Guest, disk: GuestDisk, request: LiveRequest) -> int:
-    move = MovedImage(active_path(disk, guest=guest), "disk")
+    move = MovedImage(active_path(disk, guest=guest), "disk", disk.active.known_format)
     return look_at(MigrateRequest(moves=[move], running=True, image_dirs=_image_dirs([move], request)), move).epoch
 
 
@@ -83,7 +83,9 @@ def prepare(guest: Guest, request: LiveRequest, endpoint: GuestEndpoint, token: 
     """Have the overlays made; what is recorded of the move."""
     disks = disks_to_protect(guest)
     name = request.prefix or guest.name
-    moves = [MovedImage(active_path(disk, guest=guest), f"{name}/{disk.name}") for disk in disks]
+    moves = [
+        MovedImage(active_path(disk, guest=guest), f"{name}/{disk.name}", disk.active.known_format) for disk in disks
+    ]
     images = MigrateRequest(
         moves=moves, running=True, divergence=request.divergence, image_dirs=_image_dirs(moves, request)
     )
@@ -115,7 +117,7 @@ def prepare(guest: Guest, request: LiveRequest, endpoint: GuestEndpoint, token: 
             together=tuple(each.disk for each in moves),
         )
         handed = HandedDisk(disk=move.disk, epoch=epoch, overlay=active_of(overlay))
-        found.append(MovingDisk(name=disk.name, image=move.image, handed=handed, mark=mark))
+        found.append(MovingDisk(name=disk.name, image=move.image, format=move.format, handed=handed, mark=mark))
     return MoveRecord(
         token=token,
         destination=endpoint.url,

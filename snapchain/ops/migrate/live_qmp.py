@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from statistics import median
 
 from snapchain.errors import Conflict, SnapchainError, Unsupported
 from snapchain.guest import journal
@@ -47,21 +48,20 @@ from snapchain.ops.migrate.live_prepare import check_same_layers, link_rate
 from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.live_settle import MoveRecord
 from snapchain.ops.migrate.look import opened
-from snapchain.ops.migrate.request import Move as MovedImage
 from snapchain.ops.restore.changed_definition import Changes, NewDisk
 from snapchain.ops.restore.qemu_argv import change_for_incoming
 from snapchain.ops.sync.request import SetReport
 from snapchain.replica.guest_client import GuestMove, moving
-from snapchain.replica.guest_server import NBD, RAM, cpu_digest
-from snapchain.replica.stream.messages import MoveStep, Moving
+from snapchain.replica.incoming_qemu import NBD, RAM, cpu_digest
+from snapchain.replica.stream.guest_messages import MoveStep, Moving
 from snapchain.source import ownership
 
 _GIVE_UP_SECONDS = 3.0
 """For mirrors to end while their link is still there; where that hangs, they end when it is closed."""
 _SWITCH_SECONDS = 10.0
 """How much longer than was allowed each of the two steps of QEMU's switch may take, before they are undone."""
-_LOOKS = 3
-"""The shortest of so many questions is the round trip: a busy machine answers some of them late."""
+_LOOKS = 5
+"""How often each step is tried: a busy machine is late with some of them."""
 _CLOCKS_APART = 1.0
 """Seconds from which on the user is told."""
 _QMP = "qmp"
@@ -128,10 +128,7 @@ class QmpKind:
             far = [Path(prepared.directory) / name for name in (NBD, RAM)]
             give_access(record.directory, self._process)
             nbd, ram = stack.enter_context(self._endpoint.forwarded(far, record.directory))
-            chains = [
-                stack.enter_context(opened(record.request, MovedImage(each.image, each.mark.disk)))
-                for each in record.disks
-            ]
+            chains = [stack.enter_context(opened(record.request, each.moved)) for each in record.disks]
             self._outgoing.mirror(nbd, speed=self._request.bandwidth or 0)
             check_same_layers(self._guest, record)
             self._outgoing.wait_until_mirrored(self._report_mirrors(there))
@@ -162,14 +159,18 @@ class QmpKind:
 
     def _measure(self, there: GuestMove) -> Measured:
         """What one of each of the steps takes now of which a pause consists."""
+        trips, writes_here, writes_there, answers = [], [], [], []
         with urgent():  # as in the pause
             for _ in range(_LOOKS):
-                there.step(MoveStep.LOOK)
-            begun = time.monotonic()
-            self._found = live_settle.restaged(self._found, "moving")
-            written = time.monotonic()
-            answer = self._outgoing.answer_seconds()
-        return Measured(there.round_trip, answer, written - begun, there.write_seconds)
+                begun = time.monotonic()
+                writes_there.append(there.step(MoveStep.LOOK).write)
+                looked = time.monotonic()
+                trips.append(looked - begun - writes_there[-1])
+                self._found = live_settle.restaged(self._found, "moving")
+                written = time.monotonic()
+                writes_here.append(written - looked)
+                answers.append(self._outgoing.answer_seconds())
+        return Measured(median(trips), median(answers), median(writes_here), median(writes_there))
 
     def _compare_clocks(self, there: GuestMove) -> None:
         self._moved.clock_ahead = there.clock_ahead

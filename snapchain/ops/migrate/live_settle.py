@@ -35,7 +35,7 @@ from snapchain.ops.migrate.live_request import SettledMove
 from snapchain.ops.migrate.look import opened
 from snapchain.ops.migrate.request import MigrateRequest, Move as MovedImage
 from snapchain.replica.guest_client import MovingGuest, moving
-from snapchain.replica.stream.messages import HandedDisk, MoveStep, Moving, MovingDomain
+from snapchain.replica.stream.guest_messages import HandedDisk, MoveStep, Moving, MovingDomain
 from snapchain.source import ownership
 from snapchain.source.notes import Given
 
@@ -52,20 +52,26 @@ Answer = TypeVar("Answer")
 
 
 class MovingDisk(BaseModel):
-    """One disk of a move. name: in the guest; image: its active layer here; handed: as the destination is asked"""
+    """One disk of a move. name: in the guest; image: its active layer here, in its format; handed: as is asked there"""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: str
     image: Path
+    format: str | None = None
     handed: HandedDisk
     mark: Given
+
+    @property
+    def moved(self) -> MovedImage:
+        """For opening it."""
+        return MovedImage(self.image, self.mark.disk, self.format)
 
 
 class LeavingRecord(BaseModel):
     """What is recorded of a domain of libvirt. is_lasting: whether it has a definition that lasts
 
-    max_downtime: libvirt's bound before the move, milliseconds
+    max_downtime: libvirt's bound before the move, milliseconds; starts_with_host: libvirt starts it at boot
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -74,6 +80,7 @@ class LeavingRecord(BaseModel):
     uuid: str
     is_lasting: bool
     max_downtime: int
+    starts_with_host: bool = False
 
 
 class MoveRecord(BaseModel):
@@ -98,7 +105,7 @@ class MoveRecord(BaseModel):
     @property
     def request(self) -> MigrateRequest:
         """For opening the images."""
-        moves = [MovedImage(each.image, each.mark.disk) for each in self.disks]
+        moves = [each.moved for each in self.disks]
         return MigrateRequest(moves=moves, running=True, image_dirs=self.image_dirs)
 
     @property
@@ -109,7 +116,8 @@ class MoveRecord(BaseModel):
     @property
     def what(self) -> MovingGuest:
         """As the destination is told."""
-        domain = None if self.domain is None else MovingDomain(name=self.domain.name, uuid=self.domain.uuid)
+        of = self.domain
+        domain = None if of is None else MovingDomain(name=of.name, uuid=of.uuid, starts_with_host=of.starts_with_host)
         return MovingGuest(self.token, self.name, [each.handed for each in self.disks], self.names, domain)
 
 
@@ -335,7 +343,7 @@ def fence_all(record: MoveRecord) -> list[tuple[Path, ...]]:
     """Mark all files of the disks, and note that the destination has them; the files, by disk. May be repeated."""
     fenced = []
     for each in record.disks:
-        with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
+        with opened(record.request, each.moved) as chain:
             fenced.append(tuple(ownership.fence(chain, each.mark, image_dirs=record.image_dirs)))
             ownership.confirm(chain, record.token, started=True)
     return fenced
@@ -351,7 +359,7 @@ def remove_directories(record: MoveRecord) -> None:
 def unfence_all(record: MoveRecord, *, was_given: bool = False) -> None:
     """The opposite of `fence_all`. was_given: to the destination, which has ended that. May be repeated."""
     for each in record.disks:
-        with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
+        with opened(record.request, each.moved) as chain:
             ownership.unfence(chain, record.token, epoch=each.mark.epoch + 1 if was_given else 1)
 
 

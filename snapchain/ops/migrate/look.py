@@ -46,7 +46,8 @@ class Look:
 @contextmanager
 def opened(request: MigrateRequest, move: Move) -> Iterator[ImageChain]:
     """Its chain. Raises Unsupported, before anything is asked or done, for a disk that is not to be marked."""
-    with scan(move.image, format=request.format, image_dirs=request.image_dirs, is_written=request.running) as chain:
+    kind = move.format or request.format
+    with scan(move.image, format=kind, image_dirs=request.image_dirs, is_written=request.running) as chain:
         chain.top.check_may_be_changed()
         yield chain
 

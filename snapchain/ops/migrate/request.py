@@ -17,10 +17,11 @@ from snapchain.source.protocol import Scope
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A disk of the guest. image: the top of its chain here; disk: its name at the replica."""
+    """A disk of the guest. image: the top of its chain, in a format as of `scan`; disk: its name at the replica"""
 
     image: Path
     disk: str
+    format: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ class MigrateRequest:
             files=Files.EACH,
             scope=scope,
             divergence=self.divergence,
-            format=self.format,
+            format=move.format or self.format,
             image_dirs=self.image_dirs,
             limit_rate=self.limit_rate,
             though_given=though_given,

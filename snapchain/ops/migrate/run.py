@@ -54,7 +54,8 @@ from snapchain.replica.disk_writer import ReplicaWriting
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.guest_store import guest_of
 from snapchain.replica.sender import Sender
-from snapchain.replica.stream.messages import MOST_DISKS, ActiveState, HandedDisk, Open, Standing, Step
+from snapchain.replica.stream.guest_messages import MOST_DISKS, HandedDisk, Standing, Step
+from snapchain.replica.stream.messages import ActiveState, Open
 from snapchain.source import ownership
 from snapchain.source.notes import Given, Overlay
 

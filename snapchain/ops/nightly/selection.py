@@ -20,7 +20,7 @@ from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
-from snapchain.host.directory import place_to_change, real_path
+from snapchain.host.path_resolution import place_to_change, real_path
 from snapchain.image.references import children
 from snapchain.ops.nightly.config import Disks, Nightly
 from snapchain.ops.nightly.plan import order

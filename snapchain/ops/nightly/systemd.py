@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.destination.address import local_directory
 from snapchain.destinations import traits_of
 from snapchain.errors import Unsupported
-from snapchain.host.directory import real_path
+from snapchain.host.path_resolution import real_path
 from snapchain.host.terminal import printable
 from snapchain.ops.nightly.config import Hooks, Nightly
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from snapchain.errors import Corrupt
-from snapchain.host.directory import real_path
+from snapchain.host.path_resolution import real_path
 from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.image.backing import Place
 from snapchain.image.leaves import counted
@@ -85,10 +85,10 @@ def chain_content_id(path: Path, *, format: Literal["qcow2", "raw"], size: int) 
         return content_id(size, total)
 
 
-def raw_content_id(fd: int, extents: Extents, *, subject: object, on_bytes: Callable[[int], None] = _unheard) -> str:
+def raw_content_id(fd: int, extents: Extents, *, subject: object) -> str:
     """Of the first bytes of a raw file or device. extents: its map; what is no DATA there must be zero."""
     view = _Bytes(fd, extents, subject)
-    return content_id(extents.size, counted(extents, view, None, empty_sum(), on_bytes=on_bytes))
+    return content_id(extents.size, counted(extents, view, None, empty_sum(), on_bytes=_unheard))
 
 
 class _Bytes(ImageChain):

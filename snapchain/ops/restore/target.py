@@ -19,11 +19,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unavailable, Unsupported
-from snapchain.host.directory import place_to_change, real_path
 from snapchain.host.files import free_bytes
 from snapchain.host.links import Followed, follow, others_may_write
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import place_to_change, real_path
 from snapchain.host.terminal import shell_line
 from snapchain.image.block_device import claimed as claimed_device
 from snapchain.image.dependent_search import find_dependents, image_directories

@@ -32,7 +32,7 @@ from snapchain.ops.ship.request import CapturedBy, ShipReport
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """top: the chain that shows the disk, to be published; layers: that were made; compared_bytes: read to compare
+    """top: the chain that shows the disk, to be published; layers: that were made
 
     why: no bitmap could be used, a sentence
     """
@@ -40,7 +40,6 @@ class Stored:
     top: HeldLayer
     layers: int
     captured_by: CapturedBy
-    compared_bytes: int = 0
     why: str | None = None
 
 
@@ -59,14 +58,7 @@ def store(disk: CapturedDisk, writer: LayerWriter, *, subject: str, on_event: On
     if changed is None:
         on_event(Notice(f"disk {disk.name} is read as a whole: {why}"))
     region = region_of(changed, view, tip)
-    compared = 0
-    shown = counting("compare", to_read(region, view).data_bytes, on_event)
-
-    def on_bytes(count: int) -> None:
-        nonlocal compared
-        compared += count
-        shown(count)
-
+    on_bytes = counting("compare", to_read(region, view).data_bytes, on_event)
     found = compare(view, tip, writer.leaves(), region, on_bytes=on_bytes)
     by = CapturedBy.COMPARED if changed is None else CapturedBy.BITMAP
     if changed is None and not (found.total == found.read).all():
@@ -77,9 +69,9 @@ def store(disk: CapturedDisk, writer: LayerWriter, *, subject: str, on_event: On
                 hint="verify the replica: snapchain verify",
             )
         # The records contradict each other: a chain of its own needs none of them.
-        return Stored(_added(writer, _whole(disk), None, on_event), 1, CapturedBy.WHOLE, compared, why)
+        return Stored(_added(writer, _whole(disk), None, on_event), 1, CapturedBy.WHOLE, why)
     if found.is_none and tip.size == disk.size:
-        return Stored(tip, 0, by, compared, why)
+        return Stored(tip, 0, by, why)
     top = _added(writer, _difference(disk, view, found, tip), tip, on_event)
     if not (top.total == found.total).all():
         raise Corrupt(
@@ -87,7 +79,7 @@ def store(disk: CapturedDisk, writer: LayerWriter, *, subject: str, on_event: On
             subject=subject,
             hint="no point was published; report this",
         )
-    return Stored(top, 1, by, compared, why)
+    return Stored(top, 1, by, why)
 
 
 def ship(

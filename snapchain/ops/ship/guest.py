@@ -37,8 +37,8 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, U
 from snapchain.guest import overlays, snapshot
 from snapchain.guest.protocol import Definition, DefinitionFile, Guest, Layer
 from snapchain.guest.snapshot import DiskToSeal, GuestSnapshot, GuestSnapshotPlan, LeftOut, SnapshotRequest
-from snapchain.host.directory import resolve
 from snapchain.host.os_errors import os_errors
+from snapchain.host.path_resolution import resolve
 from snapchain.host.private import PrivateDirectory
 from snapchain.host.records import key_directory
 from snapchain.host.terminal import encodable
@@ -479,7 +479,7 @@ def _epoch(chain: Sequence[Layer], image_dirs: Sequence[Path]) -> int:
         with os_errors(active):
             found = resolve(active)
         return max(Notes().of(found).epoch, epoch_of_overlay(found.real))
-    with scan(below, format=_format(chain[-2].image_format), image_dirs=image_dirs) as sealed:
+    with scan(below, format=chain[-2].known_format, image_dirs=image_dirs) as sealed:
         check_not_given(sealed, image=active)
         return epoch_of(sealed, Notes(), image=active)
 
@@ -506,7 +506,7 @@ def _planned(
         with destination.look(Opening(disk=asked.disk, epoch=asked.epoch, of_guest=True), on_event=on_event):
             pass
     else:
-        sealed = replace(asked, image=below, format=_format(chain[-2].image_format))
+        sealed = replace(asked, image=below, format=chain[-2].known_format)
         found = one_disk.plan(sealed, destination, on_event=on_event)
         present, layers, note = found.layers_present, found.layers, found.note
     with os_errors(active):
@@ -530,10 +530,6 @@ def _planned(
         labels=tuple(request.labels),
         note=note,
     )
-
-
-def _format(image_format: str) -> str | None:
-    return image_format if image_format in {"qcow2", "raw"} else None
 
 
 class _RecordImage(ImageAtRest):

@@ -86,10 +86,8 @@ class ShipPlan(_Shown):
 
 
 class CapturedBy(StrEnum):
-    """How a running guest's disk was captured."""
+    """How a running guest's disk was captured without an overlay."""
 
-    OVERLAY = "overlay"
-    """Sealed by a snapshot, and shipped as a file at rest."""
     BITMAP = "bitmap"
     """A dirty bitmap listed what was written since the destination's newest point."""
     COMPARED = "compared"

@@ -47,13 +47,15 @@ def requests_of(
     requests = []
     for disk, source in zip(found, sources, strict=True):
         image = active_path(disk, guest=guest)
-        with scan(image, image_dirs=(*image_dirs, image.parent), is_written=runs) as chain:
+        image_format = disk.active.known_format
+        with scan(image, format=image_format, image_dirs=(*image_dirs, image.parent), is_written=runs) as chain:
             epoch = ownership.epoch_of(chain, Notes())
         send = sealed_request(
             image,
             check_disk_name(f"{prefix or guest.name}/{disk.name}"),
             labels=labels,
             divergence=divergence.of_epoch(epoch),
+            format=None if runs else image_format,  # else its source says it, for each active layer anew
             image_dirs=(*image_dirs, image.parent),
             limit_rate=limit_rate,
             opens=source if runs else None,

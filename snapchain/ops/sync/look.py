@@ -48,8 +48,9 @@ class ActiveTop:
 def look_at_top(request: SyncRequest) -> ActiveTop:
     """Scan the image; a guest may be writing to it. The image of a running guest has another path after each seal."""
     send = request.send
-    image = send.source().image
-    with scan(image, format=send.format, image_dirs=send.image_dirs, is_written=True) as chain:
+    source = send.source()
+    image = source.image
+    with scan(image, format=source.image_format, image_dirs=send.image_dirs, is_written=True) as chain:
         header = chain.top.header
         return ActiveTop(
             image=image,

@@ -24,8 +24,8 @@ from snapchain.ops.sync.request import Destination, Proof, SetDestination, SetRe
 from snapchain.ops.sync.rounds import Run, patiently, seconds_for
 from snapchain.ops.sync.virsh import Guest, guest_of, migrate_commands
 from snapchain.replica.endpoint import Endpoint
-from snapchain.source.at_rest import ImageAtRest, OfflineSet, SealerOfOne
-from snapchain.source.protocol import Sealer, SetSealer, Source
+from snapchain.source.at_rest import ImageAtRest, OfflineSet
+from snapchain.source.protocol import SetSealer, Source
 
 
 def sealed_request(
@@ -78,27 +78,17 @@ def check_set(requests: Sequence[SyncRequest], endpoint: Endpoint, *, on_event: 
     )
 
 
-def sync(
-    request: SyncRequest, endpoint: Endpoint, *, sealer: Sealer | None = None, on_event: OnEvent = ignore
-) -> SyncReport:
-    """Ship, measure, make ready; with rounds or a target, seal and ship again until that is met or in vain.
-
-    sealer: of the image; one for images at rest by default
-    Raises InvalidInput when nothing is sealed and nothing may be, Diverged, Conflict when what stands in the overlay's
-    place is not to be replaced, Busy when the image is to be sealed and somebody has it open, Unavailable when the link
-    stays broken. What is durable over there stays: the next run goes on from it.
-    """
-    one = None if sealer is None else SealerOfOne(sealer)
-    return sync_set([request], endpoint, sealer=one, on_event=on_event).disks[0]
-
-
 def sync_set(
     requests: Sequence[SyncRequest], endpoint: Endpoint, *, sealer: SetSealer | None = None, on_event: OnEvent = ignore
 ) -> SetReport:
-    """The same for the disks of one guest: each round seals all of them, at one instant, before any is shipped.
+    """Ship, measure, make ready; with rounds or a target, seal and ship again until that is met or in vain.
 
-    What is left, the target and the verdict are of all together; rules, rounds and target as the first request says.
-    sealer: of all images, in the order of the requests; for images at rest by default. Raises as `sync`.
+    Each round seals all disks of a guest, at one instant, before any is shipped. What is left, the target and the
+    verdict are of all together; rules, rounds and target as the first request says.
+    sealer: of all images, in the order of the requests; for images at rest by default
+    Raises InvalidInput when nothing is sealed and nothing may be, Diverged, Conflict when what stands in an overlay's
+    place is not to be replaced, Busy when an image is to be sealed and somebody has it open, Unavailable when the link
+    stays broken. What is durable over there stays: the next run goes on from it.
     """
     check_together(requests)
     begun = time.monotonic()
@@ -200,7 +190,6 @@ __all__ = [
     "guest_of",
     "replica_at",
     "sealed_request",
-    "sync",
     "sync_set",
 ]
 

@@ -84,17 +84,16 @@ class GuestWork:
         """See `Work`."""
         with self._guest() as guest:
             disks = tuple(
-                self._sight(disk.name, active_path(disk, guest=guest), held)
+                self._sight(disk.name, active_path(disk, guest=guest), disk.active.known_format, held)
                 for disk in disks_to_protect(guest, self._request.snapshot.disks)
             )
             is_newest = snapshot is not None and as_named_now(guest, snapshot) is not None
             return Look(self._name(guest), disks, is_newest)
 
-    def _sight(self, name: str, active: Path, held: Mapping[str, HeldAt]) -> DiskSight:
+    def _sight(self, name: str, active: Path, image_format: str | None, held: Mapping[str, HeldAt]) -> DiskSight:
         at = [At(target, tuple(layers.get(name, ()))) for target, layers in held.items()]
-        source = ImageAtRest(
-            active, image_dirs=(*self._request.snapshot.image_dirs, active.parent), on_event=self._on_event
-        )
+        image_dirs = (*self._request.snapshot.image_dirs, active.parent)
+        source = ImageAtRest(active, format=image_format, image_dirs=image_dirs, on_event=self._on_event)
         try:
             with source.opened(Scope.SEALED) as chain:
                 source.check_not_given(chain)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 from blake3 import blake3
 
 from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.batches import Buffer
 from snapchain.host.channel import Channel
-from snapchain.replica.stream.messages import Kind
 
 MAGIC = b"snapchain-stream"
 HEAD = struct.Struct("<BBHI")
@@ -28,6 +28,48 @@ FRAME_BYTES = HEAD.size + CHECK_BYTES
 """Bytes of a frame besides its body."""
 MOST_BEATS = 24 * 360
 """BEAT frames in a row. A side that sends nothing else, every ten seconds, is given up after a day."""
+
+
+class Kind(IntEnum):
+    """What a frame is; see docs/stream.md."""
+
+    HELLO = 1
+    OPEN = 2
+    LAYER = 3
+    MAP = 4
+    DATA = 5
+    MARK = 6
+    END = 7
+    POINT = 8
+    STOP = 9
+    BEAT = 10
+    FAIL = 11
+    CUT = 12
+    ACTIVE = 13
+    ASK = 14
+    MERGE = 15
+    HANDOVER = 16
+    FETCH = 17
+    LEAVES = 18
+    HOLD = 19
+    RELEASE = 20
+    GUEST = 21
+    MOVE = 24
+    INVENTORY = 32
+    ACK = 33
+    STORED = 34
+    DONE = 35
+    READINESS = 36
+    DISK = 37
+    VERDICT = 38
+    FINDING = 39
+    PROGRESS = 40
+    MERGED = 41
+    HANDED = 42
+    LEAF_HASHES = 43
+    HELD = 44
+    STANDING = 45
+    MOVING = 48
 
 
 @dataclass(frozen=True, slots=True)

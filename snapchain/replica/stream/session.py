@@ -1,7 +1,7 @@
 """One end of a stream: how both sides begin, read the next frame, and fail.
 
 Each side first says HELLO: which versions and features it knows, before anything that depends on them. `ClientSession`
-sends requests, `ServerSession` answers them; which requests there are is the table in `messages`.
+sends requests, `ServerSession` answers them; which requests there are is the table in `requests`.
 """
 
 from __future__ import annotations
@@ -25,22 +25,9 @@ from snapchain.errors import (
 from snapchain.host.batches import Buffer
 from snapchain.host.channel import Channel
 from snapchain.host.retry import Lasting
-from snapchain.replica.stream.frames import Frame, FrameReader, FrameWriter
-from snapchain.replica.stream.messages import (
-    FROM_RECEIVER,
-    FROM_SENDER,
-    REQUESTS,
-    VERSION,
-    Done,
-    Failure,
-    Feature,
-    Hello,
-    Kind,
-    M,
-    Message,
-    decode,
-    encode,
-)
+from snapchain.replica.stream.frames import Frame, FrameReader, FrameWriter, Kind
+from snapchain.replica.stream.messages import VERSION, Done, Failure, Hello, M, Message, decode, encode
+from snapchain.replica.stream.requests import FROM_RECEIVER, FROM_SENDER, REQUESTS, Feature
 
 FEATURES: tuple[str, ...] = tuple(Feature)
 """Of this side."""
