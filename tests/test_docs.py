@@ -27,7 +27,7 @@ from snapchain.cli.verbs import VERBS
 from snapchain.errors import SnapchainError
 from snapchain.host.qemu_processes import QemuProcess, qemu_processes
 from snapchain.ops import guests as listing
-from snapchain.ops.watch.run import RoundReport, Shipped, TargetReport, WatchReport
+from snapchain.ops.watch.run import LeaseReport, RoundReport, Shipped, TargetReport, WatchReport
 from tests.guest.machine import Machine
 from tests.pages import GUIDE, PAGES, ROOT, Command, anchors, commands, section
 from tests.test_errors import defined
@@ -350,7 +350,7 @@ def check_json(capsys: pytest.CaptureFixture[str], runs: Mapping[str, Sequence[S
 def test_the_json_fields_of_a_watch_are_those_that_are_documented() -> None:
     rounds, end = section(SCRIPTING, "`watch`").partition("\n\nPlan:")[0].split("At the end one more:")
     told = set(re.findall(r"`([a-z_]+)`", rounds)) - {"watch"}
-    assert told == {name for model in (RoundReport, TargetReport, Shipped) for name in model.model_fields}
+    assert told == {name for model in (RoundReport, TargetReport, Shipped, LeaseReport) for name in model.model_fields}
     assert set(re.findall(r"`([a-z_]+)`", end)) == set(WatchReport.model_fields)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from snapchain.model.events import OnEvent
     from snapchain.model.guest_state import GuestStanding
     from snapchain.ops.failover.fence import Proofs
+    from snapchain.ops.failover.lease import LeaseProof
     from snapchain.ops.failover.request import (
         FailoverPlan,
         FailoverReport,
@@ -50,6 +51,7 @@ _TEST = "A test"
     snapchain failover dir:/srv/replica --from kvm1 --fence ipmi-off --define --start --yes --concurrency 4
     snapchain failover dir:/srv/replica --from kvm1 --order /etc/snapchain/order --fence ipmi-off --start --yes
     snapchain failover /backup::web1 --into /images/web1 --source-is-gone --define --start
+    snapchain failover dir:/srv/replica::web1 --lease --witness s3://bucket/prefix --define --start --yes
     snapchain failover dir:/srv/replica::web1 --withdraw
     snapchain failover /backup::web1 --test --into /var/tmp
     """,
@@ -118,6 +120,25 @@ def failover(
             rich_help_panel=_PROOF,
         ),
     ] = False,
+    lease: Annotated[
+        bool,
+        typer.Option(
+            "--lease",
+            help="The guest runs under a lease (`watch --lease`), which its old host cannot renew any more. It takes "
+            "about two and a half times the lease to be sure. Refused while the lease is renewed.",
+            rich_help_panel=_PROOF,
+        ),
+    ] = False,
+    witness: Annotated[
+        str | None,
+        typer.Option(
+            "--witness",
+            autocompletion=options.complete_address,
+            metavar="DEST",
+            help="With --lease: the lease's witness, as this host names it.",
+            rich_help_panel=_PROOF,
+        ),
+    ] = None,
     reason: Annotated[
         str | None,
         typer.Option("--reason", metavar="TEXT", help="Recorded with --source-is-gone.", rich_help_panel=_PROOF),
@@ -176,8 +197,9 @@ def failover(
     Run it on the host that is to run the guests. What is lost is stated first: the seconds since the guest point, and
     the bytes.
 
-    It demands proof that the old host is down: a fence program, or your word. Then the epoch of the guest and of all
-    its disks rises at the destination, and whatever the old host sends there is refused from then on.
+    It demands proof that the old host is down: a fence program, a lease that ran out, or your word. Then the epoch of
+    the guest and of all its disks rises at the destination, and whatever the old host sends there is refused from then
+    on.
 
     The guest's other destinations are asked first: the guest may have been moved or taken over there, and then that
     host must be down. One that does not answer stops the failover, unless you vouch for it, or it is on the old host.
@@ -200,7 +222,10 @@ def failover(
     if test:
         _test(guests, into, out, to=to, prove=prove, check=check, timeout=timeout, connect=connect)
         return
+    if witness is not None and not lease:
+        raise InvalidInput("--witness belongs to --lease")
     vouched = word_of_a_person(reason or "") if source_is_gone else None
+    proof = _lease_proof(witness, out) if lease else None
 
     def request_of(directory: Path) -> FailoverRequest:
         return FailoverRequest(
@@ -209,6 +234,7 @@ def failover(
             proves=prove,
             fence=[] if fence is None else options.argv_of(fence, option="--fence"),
             vouched=vouched,
+            lease=proof,
             defines=defines,
             connect=connect,
             starts=start,
@@ -257,6 +283,15 @@ def failover(
     )
     status = PartialFailure.exit_code if report.failed else 0
     out.report(report, _draw_all, problems=_draw_failed, status=status)
+
+
+def _lease_proof(witness: str | None, out: Output) -> LeaseProof:
+    from snapchain.destination.address import parse_destination
+    from snapchain.ops.failover.lease import LeaseProof
+
+    if witness is None:
+        return LeaseProof()
+    return LeaseProof(witness=options.destination(parse_destination(witness).dest, out, writing=True))
 
 
 def _asked(guests: list[str], from_host: str | None, out: Output) -> list[tuple[str, PointAddress]]:
@@ -437,6 +472,8 @@ def _draw_plan(console: Console, plan: FailoverPlan) -> None:
             ("consistency", plan.consistency.value),
             ("to write", size(plan.bytes_to_write)),
             ("definition in", plan.directory),
+            ("lease", "" if plan.lease is None else render.lease(plan.lease)),
+            ("proof takes", "" if plan.lease_seconds is None else quantities.duration(plan.lease_seconds)),
         ],
     )
     for skipped in plan.skipped:
@@ -467,7 +504,8 @@ def _draw_report(console: Console, report: FailoverReport) -> None:
 def _proof(report: FailoverReport) -> str:
     vouched = report.vouched
     word = f": {vouched.words}" if vouched.words else ""
-    return f"{'fence program' if vouched.how == 'fence' else vouched.who + ' vouched'}{word}"
+    kind = {"fence": "fence program", "lease": "its lease", "person": f"{vouched.who} vouched"}[vouched.how]
+    return f"{kind}{word}"
 
 
 def _draw_all(console: Console, report: FailoversReport) -> None:

@@ -86,6 +86,7 @@ def _draw_guest(console: Console, guest: GuestRow) -> None:
     rows += [(each.destination, _protection(each)) for each in guest.protected]
     rows += [("at work", each) for each in guest.activities]
     rows += [("in the way", each) for each in guest.in_the_way]
+    rows += [("lease", guest.lease)] if guest.lease is not None else []
     rows += [("owed", f"{each}: `snapchain doctor` finishes it") for each in guest.owed]
     rows.append(("no answer", guest.fault or ""))
     render.facts(console, rows)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.destination.records import Finding
+    from snapchain.model.lease import Lease
 
 UNBOUNDED = 10_000
 """Columns of a file or a pipe, where lines have no end."""
@@ -115,6 +116,13 @@ def place(path: str | Path) -> str:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def lease(held: Lease) -> str:
+    """Such as `30 s, of kvm1, renewed 2026-11-30 04:10:12 (412 times)`."""
+    renewed = "" if held.renewed is None else f", renewed {quantities.moment(held.renewed)} ({held.count} times)"
+    witness = ", this is the witness" if held.is_witness else f", witness {held.witness}" if held.witness else ""
+    return f"{held.seconds} s, of {held.host}{renewed}{witness}"
 
 
 def table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

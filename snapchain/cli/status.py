@@ -37,9 +37,9 @@ def status(
 ) -> None:
     """Show how the guests of destinations stand.
 
-    For each guest: its state, the host that may run it, and the epoch; its newest guest point, how old that is, and
-    about how much the guest wrote since; when it was last verified, and when a clone of it last booted. A line `owed`
-    says what is left to be done, such as after a failover.
+    For each guest: its state, the host that may run it, and the epoch; the lease that it runs under; its newest guest
+    point, how old that is, and about how much the guest wrote since; when it was last verified, and when a clone of it
+    last booted. A line `owed` says what is left to be done, such as after a failover.
 
     The guest's other destinations are asked, too: one of them may have a newer master.
 
@@ -73,6 +73,7 @@ def _draw(console: Console, report: StatusReport) -> None:
                 ("at", render.place(guest.destination)),
                 ("since", "" if guest.since is None else moment(guest.since)),
                 ("from", guest.former or ""),
+                ("lease", "" if guest.lease is None else render.lease(guest.lease)),
                 ("guest point", _point(guest)),
                 ("behind", _lag(guest)),
                 ("others", ", ".join(guest.others)),

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.destination.protocol import Destination
+    from snapchain.ops.watch.lease_places import LeaseRequest
     from snapchain.ops.watch.run import RoundReport, WatchReport
     from snapchain.ops.watch.start import WatchPlan
     from snapchain.ops.watch.systemd import Unit
 
+_LEASE = "A lease, for automatic failover"
 _SHORTEST = 10.0
 """Seconds between two snapshots, at least."""
 
@@ -34,6 +36,8 @@ _SHORTEST = 10.0
     snapchain watch --domain web1 --every 1min ssh://root@kvm2/srv/replica s3://bucket/prefix --space-limit 50G
     snapchain watch --qmp /run/web1.qmp --every 15min /backup --merge-above 6 --metrics /var/lib/node/web1.prom
     snapchain watch --domain web1 --every 5min /backup --keep-within 2d --keep-daily 30
+    snapchain watch --domain web1 --every 5min ssh://root@kvm2/srv/replica s3://bucket/prefix \
+        --lease 30s --witness s3://bucket/prefix
     snapchain watch --domain web1 --every 5min /backup --print-systemd
     """,
     when_interrupted="every guest point that was reported is whole; start it again to go on",
@@ -79,6 +83,26 @@ def watch(
             help="Write the lag to FILE after each round, for Prometheus' textfile collector.",
         ),
     ] = None,
+    lease: Annotated[
+        str | None,
+        typer.Option(
+            "--lease",
+            metavar="TIME",
+            help="The guest runs only as long as this watch can renew a lease of TIME at the first DEST or the "
+            "witness: 30s, 2min. Else the guest is stopped. Read the page on failover first.",
+            rich_help_panel=_LEASE,
+        ),
+    ] = None,
+    witness: Annotated[
+        str | None,
+        typer.Option(
+            "--witness",
+            autocompletion=options.complete_address,
+            metavar="DEST",
+            help="With --lease: another destination that has points of the guest, and where it is renewed too.",
+            rich_help_panel=_LEASE,
+        ),
+    ] = None,
     limit_rate: options.LimitRate = None,
     image_dir: options.ImageDir = None,
     print_systemd: Annotated[
@@ -97,6 +121,11 @@ def watch(
     are shipped. If another destination answers, the first one is left behind instead: it then needs a shipment that
     reads the disks whole.
 
+    With --lease the host of the guest fences itself, so that `failover --lease` elsewhere needs no fence program. Two
+    guard processes stop the guest's QEMU by SIGSTOP when the lease was not renewed in time, or when one of them is
+    killed. The guest continues when a renewal succeeds again, and stays stopped once another host has taken it over.
+    To end the watch ends the lease.
+
     Prints a line for each round; with --json an object a line, with the lag of each destination in seconds and bytes.
     SIGTERM and Ctrl-C end it with exit code 0. Started again, it continues. --dry-run shows the first round.
     """
@@ -104,6 +133,8 @@ def watch(
 
     if guest is None:
         raise InvalidInput("no guest is named", hint="--domain NAME or --qmp SOCKET")
+    if witness is not None and lease is None:
+        raise InvalidInput("--witness belongs to --lease")
     seconds = _seconds(every)
     rules = Rules(
         every=seconds, merge_above=merge_above, space_limit=None if space_limit is None else parse_size(space_limit)
@@ -137,7 +168,8 @@ def watch(
         if report.is_news:
             out.row(report, _draw_round)
 
-    done = start(request, opens, rules, metrics=metrics, on_round=tell, on_event=out.on_event)
+    held = None if lease is None else _lease(lease, witness, next(iter(opens)), out)
+    done = start(request, opens, rules, lease=held, metrics=metrics, on_round=tell, on_event=out.on_event)
     out.row(done, _draw_end)
 
 
@@ -152,6 +184,29 @@ def _seconds(text: str) -> float:
     if seconds < _SHORTEST:
         raise InvalidInput(f"the shortest interval is {_SHORTEST:g} seconds", subject="--every")
     return seconds
+
+
+def _lease(text: str, witness: str | None, first: str, out: Output) -> LeaseRequest:
+    """The lease at the first destination, and at the witness."""
+    from snapchain.destination.address import parse_destination
+    from snapchain.model.lease import LONGEST, SHORTEST
+    from snapchain.ops.nightly.values import to_seconds
+    from snapchain.ops.watch.lease_places import LeasePlace, LeaseRequest
+
+    try:
+        seconds = to_seconds(text)
+    except ValueError as error:
+        raise InvalidInput(str(error), subject="--lease") from error
+    if not isinstance(seconds, float) or not seconds.is_integer() or not SHORTEST <= seconds <= LONGEST:
+        raise InvalidInput(f"a lease has whole seconds, from {SHORTEST} to {LONGEST}", subject="--lease")
+
+    def place(dest: str) -> LeasePlace:
+        return LeasePlace(dest, partial(options.destination, dest, out, writing=True))
+
+    other = None if witness is None else parse_destination(witness).dest
+    if other == first:
+        raise InvalidInput("the witness is the first destination itself", subject=witness, hint="name another one")
+    return LeaseRequest(seconds=int(seconds), destination=place(first), witness=None if other is None else place(other))
 
 
 def _destinations(
@@ -214,6 +269,16 @@ def _draw_round(console: Console, report: RoundReport) -> None:
             )
     if report.held_back is not None:
         render.line(console, f"no snapshot: {report.held_back}", style="red", indent=2)
+    if report.lease is not None:
+        words = {
+            "none": "there is none yet",
+            "paused": "not renewed: the guest is stopped",
+            "taken": "another host has it",
+        }
+        if report.lease.state in words:
+            render.line(console, f"lease: {words[report.lease.state]}", style="red", indent=2)
+        for fault in report.lease.faults:
+            render.line(console, f"lease: {fault}", style="yellow", indent=2)
     for fault in report.faults:
         render.line(console, fault, style="red", indent=2)
 

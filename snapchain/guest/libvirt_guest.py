@@ -87,6 +87,10 @@ class LibvirtGuest:
     def state(self) -> State:
         return state_of(self.command("domstate", "--reason"))
 
+    def has_autostart(self) -> bool:
+        """Whether libvirt starts it by itself when its daemon or the host starts."""
+        return dict(_pairs(self.command("dominfo"))).get("Autostart") == "enable"
+
     def process(self) -> tuple[int, int] | None:
         for each in qemu_processes():
             if each.arguments.is_libvirt and each.arguments.uuid == self.uuid and each.arguments.name == self.name:

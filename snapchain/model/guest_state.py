@@ -14,6 +14,9 @@
     suspect     active, and the host that was master before has come back: nothing that it holds is believed
     diverged    active, and that host holds data that no point has
 
+In protected, active, suspect and diverged the master may take a lease (lease.py): LEASE and UNLEASE leave the state as
+it is, and RENEW the record.  A guest under a lease is not moved; PROMOTE keeps the lease, and START ends it.
+
 A record is written with the number after the one that its writer has read, so of two writers one is refused.  SWITCH,
 PROMOTE and WITHDRAW raise the epoch, and with it the epochs of all disks of the guest: these stay the guard that
 refuses an old master's writes.  Where the disks are in a later epoch than the record, they have gone on without it.
@@ -44,6 +47,7 @@ from pydantic import (
 
 from snapchain.errors import Conflict
 from snapchain.model.disk_name import LARGEST_EPOCH
+from snapchain.model.lease import Lease
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=250)]
 Words = Annotated[str, StringConstraints(max_length=1000)]
@@ -81,6 +85,9 @@ class Transition(StrEnum):
     SETTLE = "settle"
     KNOW = "know"
     FOLLOW = "follow"
+    LEASE = "lease"
+    RENEW = "renew"
+    UNLEASE = "unlease"
 
 
 class Part(BaseModel):
@@ -90,12 +97,13 @@ class Part(BaseModel):
 
 
 class Vouched(Part):
-    """The proof that the old master is gone. how: a fence program that succeeded twice, or a person's word
+    """The proof that the old master is gone.
 
+    how: a fence program that succeeded twice, a person's word, or a lease that ran out
     who: the user and host that said so; words: the program, or what the person gave as the reason
     """
 
-    how: Literal["fence", "person"]
+    how: Literal["fence", "person", "lease"]
     who: Name
     words: Words = ""
 
@@ -173,7 +181,7 @@ def gone_of(gone: Sequence[Gone], place: Place | None) -> Gone | None:
     return next((each for each in gone if each.means(place)), None)
 
 
-_OPTIONS = "others", "gone", "back", "at", "here", "epoch", "seen_epoch"
+_OPTIONS = "others", "gone", "back", "at", "here", "epoch", "seen_epoch", "lease"
 """Fields that are written only where they say something: programs from before them refuse them."""
 
 
@@ -188,6 +196,7 @@ class GuestStanding(Part):
     master: the host that may write the disks, None where no change has named it yet; former: the one before it
     token: of the move or failover that the state belongs to; by: the host that made the change
     vouched: why the former master counts as gone; point, instant: the guest point that was taken over
+    lease: that the master holds; while the guest is promoting, that the former one held
     others: the guest's other destinations, and those of them that are gone; at: the one at which the master took it
     over, None for this one
     here: this destination, as it describes itself; never stored
@@ -205,6 +214,7 @@ class GuestStanding(Part):
     vouched: Vouched | None = None
     point: int | None = Field(default=None, ge=1, lt=1 << 53)
     instant: Token | None = None
+    lease: Lease | None = None
     others: tuple[Place, ...] = Field(default=(), max_length=MOST_PLACES)
     gone: tuple[Gone, ...] = Field(default=(), max_length=MOST_PLACES)
     at: Place | None = None
@@ -248,6 +258,7 @@ class GuestChange(Part):
     by RETURN and DIVERGE the one that came back; former: the master that PROMOTE replaces, as the guest point has it
     vouched, point, instant: as the record has them, for PROMOTE
     disks: for PROMOTE, all disks of the guest point
+    lease: for LEASE; its token is the change's, as it is by RENEW and UNLEASE
     others: for KNOW, destinations that this one is to know; gone: those that never come back; back: those that did
     epoch: for FOLLOW, that of the takeover; for PROMOTE, the newest that is known of the guest anywhere, 0 if none is
     seen_epoch, at: for FOLLOW, the epoch that the caller has read here, and where the guest was taken over, None where
@@ -265,6 +276,7 @@ class GuestChange(Part):
     point: int | None = Field(default=None, ge=1, lt=1 << 53)
     instant: Token | None = None
     disks: tuple[TakenDisk, ...] = Field(default=(), max_length=MOST_DISKS)
+    lease: Lease | None = None
     others: tuple[Place, ...] = Field(default=(), max_length=MOST_PLACES)
     gone: tuple[Gone, ...] = Field(default=(), max_length=MOST_PLACES)
     back: tuple[Place, ...] = Field(default=(), max_length=MOST_PLACES)
@@ -277,6 +289,13 @@ class GuestChange(Part):
         return _without_unset(handler(self))
 
     @model_validator(mode="after")
+    def _has_a_lease(self) -> Self:
+        token = None if self.lease is None else self.lease.token
+        if token != (self.token if self.transition is Transition.LEASE else None):
+            raise ValueError("its lease is not that of the change")
+        return self
+
+    @model_validator(mode="after")
     def _names_disks_of_the_guest(self) -> Self:
         names = [each.disk for each in self.disks]
         if len(set(names)) < len(names) or not all(name.startswith(f"{self.guest}/") for name in names):
@@ -287,6 +306,11 @@ class GuestChange(Part):
     def raises(self) -> bool:
         """Whether it raises the epoch."""
         return self.transition in RAISES
+
+    @property
+    def of_lease(self) -> bool:
+        """Whether it is about a lease, and leaves the state as it is."""
+        return self.transition in (Transition.LEASE, Transition.RENEW, Transition.UNLEASE)
 
     @property
     def needs_several(self) -> bool:
@@ -349,6 +373,12 @@ def is_done(now: GuestStanding, change: GuestChange) -> bool:
         return knows(now, change)
     if change.transition is Transition.FOLLOW and now.epoch != change.epoch:
         return False
+    if change.transition is Transition.LEASE:
+        return now.lease is not None and now.lease.token == change.token
+    if change.transition is Transition.UNLEASE:
+        return now.lease is None or now.lease.token != change.token
+    if change.transition is Transition.RENEW:
+        return True
     return (now.token, now.state, now.number) == (change.token, LEGAL[change.transition][1], change.seen + 1)
 
 
@@ -380,6 +410,8 @@ def after(now: GuestStanding, change: GuestChange, *, time: datetime, subject: o
         lost = [each for each in (*now.gone, *new) if not any(map(each.means, change.back))][-MOST_PLACES:]
         said = {"number": now.number + 1, "time": time, "by": change.by, "others": known, "gone": tuple(lost)}
         return now.model_copy(update=said)
+    if change.of_lease:
+        return _leased(now, change, time=time, subject=subject)
     states, target = LEGAL[change.transition]
     if change.transition is Transition.WITHDRAW and now.vouched is None:
         states |= {GuestState.ACTIVE}  # a planned move goes back as long as its guest has written nothing
@@ -388,6 +420,7 @@ def after(now: GuestStanding, change: GuestChange, *, time: datetime, subject: o
         raise Conflict(f"the guest is {describe(now)}", subject=subject, hint=_remedy(now))
     if change.transition is Transition.PROMOTE and change.vouched is None:
         raise Conflict("there is no proof that its master is gone", subject=subject, hint=PROOF)
+    _check_lease(now, change, subject=subject)
     if change.transition is Transition.FOLLOW and not _may_follow(now, change):
         raise Conflict(describe_takeover(now), subject=subject, hint="`snapchain status` shows how it stands")
     epoch = change.epoch if change.transition is Transition.FOLLOW else max(now.epoch, change.epoch) + 1
@@ -407,18 +440,59 @@ def after(now: GuestStanding, change: GuestChange, *, time: datetime, subject: o
             return now.model_copy(update=kept | taken | point | {"epoch": epoch, "at": None})
         case Transition.WITHDRAW:
             back = {"master": now.former, "former": now.master, "vouched": None, "epoch": epoch}
-            return now.model_copy(update=kept | back | _NO_POINT)
+            return now.model_copy(update=kept | back | _NO_POINT | {"lease": None})
         case Transition.FOLLOW:
             at = None if change.at is None or (now.here and now.here.is_same(change.at)) else change.at
             more = () if at is None else apart_from((at,), *now.others)
             taken = {"token": change.token, "master": change.host, "former": change.former, "vouched": change.vouched}
             where = {"epoch": epoch, "at": at, "others": (*now.others, *more)[:MOST_PLACES]}
-            return now.model_copy(update=kept | taken | where | _NO_POINT)
+            return now.model_copy(update=kept | taken | where | _NO_POINT | {"lease": None})
         case Transition.RETURN | Transition.DIVERGE:
             return now.model_copy(update=kept | {"former": change.host})
-        case Transition.ABORT | Transition.START | Transition.SETTLE:
+        case Transition.START:
+            return now.model_copy(update=kept | {"lease": None})
+        case Transition.ABORT | Transition.SETTLE:
             return now.model_copy(update=kept)
+        case Transition.LEASE | Transition.RENEW | Transition.UNLEASE:
+            raise AssertionError("told apart before")
     raise AssertionError("every transition has its case")
+
+
+def _leased(now: GuestStanding, change: GuestChange, *, time: datetime, subject: object) -> GuestStanding:
+    """After LEASE or UNLEASE; the state stays. Raises Conflict where another host may run the guest, or holds it."""
+    kept: dict[str, object] = {"time": time, "by": change.by, "number": now.number + 1}
+    if change.transition is Transition.UNLEASE:
+        if now.state is GuestState.PROMOTING:
+            raise Conflict(f"the guest is {describe(now)}", subject=subject, hint=_remedy(now))
+        return now.model_copy(update=kept | {"lease": None})
+    assert change.lease is not None, "checked when the change was made"
+    is_others = now.is_taken_over and now.master not in (None, change.host)
+    if now.state in _UNDER_WAY or is_others or change.lease.epoch != now.epoch:
+        fact = f"no lease can be taken in epoch {change.lease.epoch}: the guest is {describe(now)}"
+        hint = "if this host is its master, ship there with --epoch first; else start no guest on its images here"
+        raise Conflict(fact, subject=subject, hint=hint)
+    if now.lease is not None and now.lease.host != change.host:
+        fact = f"the host {now.lease.host} holds a lease of the guest"
+        raise Conflict(fact, subject=subject, hint="end the watch there, which ends the lease")
+    return now.model_copy(update=kept | {"lease": change.lease})
+
+
+def _check_lease(now: GuestStanding, change: GuestChange, *, subject: object) -> None:
+    """Raises Conflict for a move of a guest under a lease, and for a failover by a lease that there is not."""
+    if now.lease is not None and change.transition in (Transition.MOVE, Transition.SWITCH):
+        fact = f"the guest runs under a lease of {now.lease.host}"
+        raise Conflict(fact, subject=subject, hint="end its watch there, which ends the lease; then move it")
+    if change.transition is not Transition.PROMOTE or change.vouched is None or change.vouched.how != "lease":
+        return
+    if now.lease is None or now.lease.is_witness or not now.lease.epoch == now.epoch >= change.epoch:
+        raise Conflict("its master holds no lease that this destination grants", subject=subject, hint=PROOF)
+
+
+def is_as_asked(now: GuestStanding, change: GuestChange) -> bool:
+    """Whether an answer to a change says that it was made."""
+    if change.of_lease or change.transition is Transition.KNOW:
+        return is_done(now, change)
+    return (change.token, LEGAL[change.transition][1]) == (now.token, now.state)
 
 
 def _may_follow(now: GuestStanding, change: GuestChange) -> bool:
@@ -455,8 +529,10 @@ def outranks(theirs: GuestStanding, mine: GuestStanding, *, seen: GuestStanding 
 
 _NO_POINT: dict[str, object] = {"point": None, "instant": None}
 PROOF = (
-    "give --fence PROGRAM, whose exit code proves that the old host is down, or vouch for it yourself: --source-is-gone"
+    "give --fence PROGRAM, whose exit code proves that the old host is down; or --lease, where the guest runs under "
+    "one; or vouch for it yourself: --source-is-gone"
 )
+PROOF_WITHOUT_LEASE = "give --fence PROGRAM, or vouch for it yourself: --source-is-gone"
 
 
 def _remedy(now: GuestStanding) -> str:
@@ -486,7 +562,12 @@ def describe_takeover(now: GuestStanding) -> str:
     if not now.is_taken_over:
         owner = "another host" if now.master is None else f"{now.master}, or another host,"
         return f"{owner} writes the guest {now.guest} in epoch {now.epoch}"
-    how = {None: "by a move", "fence": "by a failover after a fence program", "person": "by a failover"}
+    how = {
+        None: "by a move",
+        "fence": "by a failover after a fence program",
+        "lease": "by a failover after its lease ran out",
+        "person": "by a failover",
+    }
     kind = how[None if now.vouched is None else now.vouched.how]
     word = f", for which {now.vouched.who} vouched" if now.vouched and now.vouched.how == "person" else ""
     when = "" if now.time is None else f", {now.time:%Y-%m-%d %H:%M} UTC"

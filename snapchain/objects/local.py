@@ -18,6 +18,7 @@ from pathlib import Path
 
 from snapchain.errors import Corrupt, NotFound, Unsupported
 from snapchain.host.batches import batches, rest
+from snapchain.host.file_systems import network_file_system
 from snapchain.objects.reserve import Reserve
 from snapchain.objects.rooted import Rooted, from_os_error
 from snapchain.objects.store import (
@@ -45,9 +46,13 @@ class LocalStore:
         """`make` creates the directory and its parents.  Raises NotFound when it is not there."""
         self.root = Path(root).absolute()
         self.url = str(self.root)
-        self.properties = Properties(conditional_put=True, description=f"directory {self.root}")
         self.warnings: tuple[str, ...] = ()
         self._rooted = Rooted(self.root, make=make)
+        self.properties = Properties(
+            conditional_put=True,
+            description=f"directory {self.root}",
+            stale_through=network_file_system(self.root),
+        )
         self._reserve = Reserve(shared=self._rooted.is_shared)
 
     def put(self, name: str, data: Data) -> None:

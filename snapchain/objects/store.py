@@ -51,11 +51,13 @@ class Properties:
     conditional_put: `create` is atomic; None until somebody looked (probe.probe), which callers must treat as False
     description: for people, e.g. `directory /backup`
     is_remote: reached over a network, so that what is read from it is worth a cache on this machine
+    stale_through: the network file system by which another machine's changes are seen late, None where they are not
     """
 
     conditional_put: bool | None
     description: str
     is_remote: bool = False
+    stale_through: str | None = None
 
 
 class Refused(Unavailable):

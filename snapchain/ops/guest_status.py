@@ -13,6 +13,7 @@ from snapchain.errors import NotFound, SnapchainError
 from snapchain.model.consistency import Consistency
 from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestStanding, GuestState, Place, Vouched, describe
+from snapchain.model.lease import Lease
 from snapchain.ops.failover.choose import loss_of
 from snapchain.ops.guest_points import GuestView, guest_named, guests_of
 from snapchain.ops.other_destinations import OtherDestinations, Reach
@@ -25,7 +26,7 @@ class _Shown(BaseModel):
 class GuestStatus(_Shown):
     """A guest at a destination.
 
-    state, epoch, master, former, since, vouched: as the destination records them
+    state, epoch, master, former, since, vouched, lease: as the destination records them
     guest_point, time, consistency: of the newest guest point; torn: newer moments that are no guest point
     lag_seconds: since its time; lag_bytes: what the guest wrote since, by the rate between its last two points, or None
     ahead_bytes: DATA that the destination has beyond it
@@ -43,6 +44,7 @@ class GuestStatus(_Shown):
     former: str | None = None
     since: datetime | None = None
     vouched: Vouched | None = None
+    lease: Lease | None = None
     guest_point: int | None = None
     time: datetime | None = None
     consistency: Consistency | None = None
@@ -119,6 +121,7 @@ def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -
                 "former": standing.former,
                 "since": standing.time,
                 "vouched": standing.vouched,
+                "lease": standing.lease,
                 "verified": checks.verified,
                 "booted": checks.booted,
                 "owed": owed(standing) + owed_by_checks(checks),

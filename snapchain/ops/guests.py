@@ -25,10 +25,13 @@ from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.protocol import Guest, GuestDisk, State
 from snapchain.guest.socket_peers import clients_of
 from snapchain.host import virsh
+from snapchain.host.deadman import is_stopped
+from snapchain.host.process_identity import identity
 from snapchain.host.qemu_processes import QemuProcess, qemu_processes
 from snapchain.host.virsh import Virsh
 from snapchain.model.consistency import Consistency
 from snapchain.ops.guest_points import guest_named
+from snapchain.ops.lease_notes import note_of
 
 _AT_ONCE = 8
 """Guests that are asked at the same time."""
@@ -88,6 +91,7 @@ class GuestRow(_Shown):
 
     agent: whether its guest agent answers; in_the_way: why a live snapshot of all its disks would fail, sentences
     owed: operations of killed runs that `doctor` finishes; fault: why it could not be asked
+    lease: a sentence about the lease under which it runs; without one a watch holds none
     """
 
     name: str
@@ -102,6 +106,7 @@ class GuestRow(_Shown):
     owed: tuple[str, ...] = ()
     protected: tuple[Protection, ...] = ()
     fault: str | None = None
+    lease: str | None = None
 
 
 class GuestsReport(_Shown):
@@ -192,7 +197,9 @@ def _of_process(process: QemuProcess) -> _Found:
 
 def _look(found: _Found, owed: tuple[str, ...]) -> GuestRow:
     fault = found.reason
-    for address in found.ways:
+    lease = None if found.pid is None else note_of(identity(found.pid))
+    stopped = lease is not None and is_stopped(lease.process)  # its monitor would not answer
+    for address in found.ways if not stopped else ():
         if address.qmp is not None and (clients := clients_of(address.qmp)):
             # A second connection waits, and would be served as soon as the first one is given up, in the place of its
             # own client, which connects again.
@@ -207,13 +214,14 @@ def _look(found: _Found, owed: tuple[str, ...]) -> GuestRow:
     return GuestRow(
         name=found.name,
         kind=found.kind,
-        state="unknown",
+        state="paused" if stopped else "unknown",
         option=found.ways[0].option if found.ways else None,
         pid=found.pid,
         agent="unknown",
         disks=(),
         owed=owed,
         fault=fault,
+        lease=None if lease is None else lease.describe(),
     )
 
 
@@ -238,6 +246,7 @@ def _row(guest: Guest, found: _Found, owed: tuple[str, ...]) -> GuestRow:
         activities=tuple(each.says for each in activities),
         in_the_way=tuple(in_the_way),
         owed=owed,
+        lease=None if (note := note_of(process)) is None else note.describe(),
     )
 
 

@@ -14,7 +14,7 @@ from snapchain.errors import Corrupt, InvalidInput
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.guest_checks import GuestCheck, GuestChecks
-from snapchain.model.guest_state import LEGAL, GuestChange, GuestStanding, Transition, knows
+from snapchain.model.guest_state import GuestChange, GuestStanding, is_as_asked
 from snapchain.model.retention import DropPoints, Rules
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.stream.fields import MOST_POINTS
@@ -196,21 +196,17 @@ def guest_at(
     Unavailable where that is not known, Unsupported for a server that is too old.
     """
     request = _valid(AskGuest, guest=guest, replica=endpoint.replica, change=change, handed=tuple(handed))
-    feature = Feature.PLACES if change is not None and change.needs_several else None
+    feature = None
+    if change is not None:
+        feature = Feature.LEASE if change.of_lease else Feature.PLACES if change.needs_several else None
     found = _ask_guest(endpoint, request, feature=feature)
     standing = found.standing
-    if change is not None and not _is_as_asked(standing, change):
+    if change is not None and not is_as_asked(standing, change):
         raise Corrupt("it did not do what was requested", subject=endpoint.url)
     _check_overlays(endpoint, found.disks)
     if standing.here is not None:
         standing = standing.model_copy(update={"here": standing.here.model_copy(update={"url": endpoint.url})})
     return standing, found.disks
-
-
-def _is_as_asked(standing: GuestStanding, change: GuestChange) -> bool:
-    if change.transition is Transition.KNOW:
-        return knows(standing, change)
-    return (change.token, LEGAL[change.transition][1]) == (standing.token, standing.state)
 
 
 def checks_at(endpoint: Endpoint, guest: str, check: GuestCheck | None = None) -> GuestChecks:

@@ -22,6 +22,7 @@ from blake3 import blake3
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.host import files
+from snapchain.host.file_systems import network_file_system
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import scan
@@ -39,11 +40,21 @@ from snapchain.model.guest_state import (
     is_done,
     unrecorded,
 )
+from snapchain.model.lease import Renewals, counted, unfit_for_leases
 from snapchain.replica import handover, names
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Layer
 from snapchain.replica.epochs import overlay_of
-from snapchain.replica.guest_store import alone_with, disks_of, note_check, read_checks, read_standing, write_standing
+from snapchain.replica.guest_store import (
+    alone_with,
+    disks_of,
+    note_check,
+    read_checks,
+    read_standing,
+    with_renewals,
+    write_renewals,
+    write_standing,
+)
 from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.guest_messages import AskGuest, HandedDisk, Standing, Stands
@@ -70,6 +81,8 @@ def answer(receiver: Receiver, request: AskGuest) -> None:
         found = look(replica, request.guest) if request.change is None else change(replica, request)
     if Feature.PLACES not in receiver.session.features:
         found = found.model_copy(update={"standing": found.standing.for_older()})
+    if Feature.LEASE not in receiver.session.features:
+        found = found.model_copy(update={"standing": found.standing.model_copy(update={"lease": None})})
     receiver.session.reply(Kind.STANDING, found)
     receiver.session.done()
 
@@ -82,8 +95,19 @@ def look(replica: Replica, guest: str) -> Stands:
     found = max((_written(disk) for disk in disks), key=lambda each: each.epoch, default=_Written(0))
     standing = as_disks_stand(record, guest, epoch_of([found.epoch]), master=found.master, at=found.at)
     return Stands(
-        standing=standing.model_copy(update={"here": place_of(replica)}), checks=read_checks(replica.root, guest)
+        standing=with_renewals(replica.root, standing).model_copy(update={"here": place_of(replica)}),
+        checks=read_checks(replica.root, guest),
     )
+
+
+def _renewed(replica: Replica, asked: GuestChange) -> GuestStanding:
+    """RENEW: how the guest stands. The lease is renewed where it still has the token that was asked for."""
+    now = look(replica, asked.guest).standing
+    if now.lease is None or now.lease.token != asked.token:
+        return now
+    renewals = Renewals(token=asked.token, count=now.lease.count + 1, time=datetime.now(UTC))
+    write_renewals(replica.root, asked.guest, renewals)
+    return now.model_copy(update={"lease": counted(now.lease, renewals)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +156,12 @@ def change(replica: Replica, request: AskGuest) -> Stands:
     assert asked is not None, "else `look` answers"
     if asked.transition is Transition.SWITCH and not request.handed:
         raise InvalidInput("the disks that are handed over are not named", subject=request.guest)
+    is_leased = asked.transition in (Transition.LEASE, Transition.RENEW)
+    if is_leased and (kind := network_file_system(replica.root)) is not None:
+        raise unfit_for_leases(kind, replica.root)
     with alone_with(replica.root, request.guest):
+        if asked.transition is Transition.RENEW:
+            return Stands(standing=_renewed(replica, asked))
         now = _stands(replica, asked)
         is_repeated = is_done(now, asked)
         subject = f"{replica.root}: {request.guest}"

@@ -2,6 +2,7 @@
 
 ROOT/.guests/web1.json          the newest record of guest web1 (model/guest_state.py)
 ROOT/.guests/web1.checks.json   what came of the last checks of it (model/guest_checks.py)
+ROOT/.guests/web1.lease         how often its lease was renewed (model/lease.py)
 ROOT/.guests/web1.lock          locked by the process that changes it
 ROOT/.guests/web1.0.nvram  its firmware variables, since it came here while it ran
 """
@@ -20,6 +21,7 @@ from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
 from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestStanding, describe_takeover
+from snapchain.model.lease import Renewals, counted
 from snapchain.replica import names
 from snapchain.replica.access import Access
 from snapchain.replica.catalogue import read_record, write_record
@@ -32,6 +34,21 @@ _POLL_SECONDS = 0.05
 def read_standing(root: Path, guest: str) -> GuestStanding | None:
     """What is recorded of a guest. Raises Corrupt, InvalidInput for a name that no guest has."""
     return read_record(GuestStanding, _place(root, guest, ".json"))
+
+
+def with_renewals(root: Path, standing: GuestStanding) -> GuestStanding:
+    """The same, with how often its lease was renewed."""
+    if standing.lease is None:
+        return standing
+    lease = counted(standing.lease, read_record(Renewals, _place(root, standing.guest, ".lease")))
+    return standing.model_copy(update={"lease": lease})
+
+
+def write_renewals(root: Path, guest: str, renewals: Renewals) -> None:
+    """Replace what is recorded of the renewals of a lease. Only under the lock of the guest."""
+    with os_errors(root):
+        access = Access.of(root.stat())
+    write_record(_place(root, guest, ".lease"), renewals, access=access)
 
 
 def write_standing(root: Path, standing: GuestStanding) -> None:

@@ -1,7 +1,11 @@
 """The states of guests in a repository: one object a step, made by create-if-absent, so that no lock is needed.
 
     guests/GUEST/NUMBER     the record with that number (model/guest_state.py); kind G, sealed, never changed
+    guests/GUEST/renewals   how often its lease was renewed (model/lease.py); kind G, sealed, replaced by the holder
     guests/GUEST/checks     what came of the last checks of it (model/guest_checks.py); kind G, sealed, replaced
+
+A renewal counts when the newest record was read after it was sent, and has the lease: so nobody had taken the guest
+over when it was sent.  What it writes only shows that the holder lives.
 
 SWITCH needs files that a guest can run on, and belongs to replicas.  PROMOTE and WITHDRAW raise the epoch in the
 catalogue of each disk after the record is made: from then on a writer in an older epoch cannot publish (`check_epoch`).
@@ -29,6 +33,7 @@ from snapchain.model.guest_state import (
     is_done,
     unrecorded,
 )
+from snapchain.model.lease import Renewals, counted, unfit_for_leases
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.catalogue import Catalogue
@@ -49,6 +54,13 @@ class _Stored(StoredModel):
     standing: GuestStanding
 
 
+class _StoredRenewals(StoredModel):
+    """The object that each renewal replaces."""
+
+    format: Literal[1] = 1
+    renewals: Renewals
+
+
 class _StoredChecks(StoredModel):
     """The object with the last checks."""
 
@@ -65,6 +77,8 @@ def look(repository: Repository, guest: str) -> GuestStanding:
     newest = max(disks, key=lambda each: each.epoch, default=None)
     owner = None if newest is None else newest.owner
     standing = as_disks_stand(record, guest, epoch_of([each.epoch for each in disks]), master=owner)
+    if standing.lease is not None:
+        standing = _with_renewals(repository, standing)
     return standing.model_copy(update={"here": place_of(repository)})
 
 
@@ -82,6 +96,10 @@ def change(repository: Repository, asked: GuestChange) -> GuestStanding:
     if asked.transition in (Transition.MOVE, Transition.SWITCH):
         hint = "move it to a replica"
         raise Unsupported("a repository has no files that a guest can run on", subject=subject, hint=hint)
+    if asked.transition in (Transition.LEASE, Transition.RENEW):
+        _check_reads_newest(repository)
+    if asked.transition is Transition.RENEW:
+        return _renewed(repository, asked)
     now = _stands(repository, asked)
     if asked.transition is Transition.PROMOTE:
         _check_points(repository, asked)
@@ -99,6 +117,38 @@ def change(repository: Repository, asked: GuestChange) -> GuestStanding:
     if asked.raises:
         _raise_epochs(repository, now)
     return now
+
+
+def _check_reads_newest(repository: Repository) -> None:
+    """Raises Unsupported for a store that may let a renewal succeed after another host has taken the guest over."""
+    store = repository.store
+    if (kind := store.properties.stale_through) is not None:
+        raise unfit_for_leases(kind, store.url)
+    if not repository.conditional:
+        raise Unsupported(
+            "it grants no leases: its store has no conditional writes, so a late one may undo a failover",
+            subject=store.url,
+            hint="use another destination, or another store, for the lease and its witness",
+        )
+
+
+def _renewed(repository: Repository, asked: GuestChange) -> GuestStanding:
+    """RENEW: how the guest stands by its record alone. Two requests to read it, one to list, one to write.
+
+    The lease is renewed where it still has the token that was asked for.
+    """
+    now = _read(repository, asked.guest)
+    if now is None:
+        return look(repository, asked.guest)
+    if now.lease is None or now.lease.token != asked.token:
+        return now
+    now = _with_renewals(repository, now)
+    assert now.lease is not None
+    renewals = Renewals(token=asked.token, count=now.lease.count + 1, time=datetime.now(UTC))
+    name = _renewals_name(repository, asked.guest)
+    body = _StoredRenewals(renewals=renewals).model_dump_json().encode()
+    repository.store.put(name, seal(repository.keys, KIND, name, body))
+    return now.model_copy(update={"lease": counted(now.lease, renewals), "here": place_of(repository)})
 
 
 def checks(repository: Repository, guest: str) -> GuestChecks:
@@ -212,6 +262,22 @@ def _read(repository: Repository, guest: str) -> GuestStanding | None:
     if (standing.guest, standing.number) != (guest, newest):
         raise Corrupt("the state belongs to another guest or number", subject=name)
     return standing
+
+
+def _renewals_name(repository: Repository, guest: str) -> str:
+    return f"{FOLDER}{repository.keys.disk_key(guest)}/renewals"
+
+
+def _with_renewals(repository: Repository, standing: GuestStanding) -> GuestStanding:
+    """The same, with how often its lease was renewed, where that was ever recorded."""
+    assert standing.lease is not None
+    name = _renewals_name(repository, standing.guest)
+    try:
+        body = unseal(repository.keys, KIND, name, repository.store.get(name))
+    except NotFound:
+        return standing
+    renewals = parse_stored(_StoredRenewals, body, what="the renewals of a lease", subject=name).renewals
+    return standing.model_copy(update={"lease": counted(standing.lease, renewals)})
 
 
 def _newest(store: ObjectStore, folder: str) -> int | None:

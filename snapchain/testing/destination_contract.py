@@ -24,6 +24,7 @@ from snapchain.model.consistency import Consistency
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.guest_checks import CheckKind, GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestChange, GuestState, TakenDisk, Transition, Vouched
+from snapchain.model.lease import Lease
 from snapchain.model.retention import DropPoints, Policy
 from snapchain.ops.diff import diff, image_side
 from snapchain.ops.inspect import inspect_point
@@ -295,6 +296,46 @@ class DestinationContract(DestinationFaults):
             deliver(site, history[1].image)
         with pytest.raises(NotFound, match="there is no guest"):
             place.guest_state("web2")
+
+    def test_a_lease_is_granted_renewed_and_ended(self, site: Site, history: Sequence[Moment]) -> None:
+        """The state stays as it is; a renewal changes no record, and succeeds only while the lease is there."""
+        deliver(site, history[0].image)
+        place = site.open(writing=True)
+
+        def step(transition: Transition, token: str, *, seen: int, host: str = "kvm1") -> GuestChange:
+            lease = Lease(token=token, seconds=30, host=host, epoch=1, witness="s3://bucket")
+            return GuestChange(
+                guest="web1",
+                transition=transition,
+                seen=seen,
+                token=token,
+                by=host,
+                host=host,
+                lease=lease if transition is Transition.LEASE else None,
+            )
+
+        token, other = "1" * 32, "2" * 32
+        for _ in range(2):  # the answer may be lost, and the step taken again
+            held, _ = place.change_guest(step(Transition.LEASE, token, seen=0))
+            assert held.lease is not None
+            assert (held.state, held.epoch, held.number) == (GuestState.PROTECTED, 1, 1)
+            assert (held.lease.token, held.lease.count, held.lease.witness) == (token, 0, "s3://bucket")
+        with pytest.raises(Conflict, match="the host kvm1 holds a lease"):
+            place.change_guest(step(Transition.LEASE, other, seen=1, host="kvm3"))
+        for count in (1, 2):
+            renewed, _ = place.change_guest(step(Transition.RENEW, token, seen=0))
+            assert renewed.lease is not None
+            assert (renewed.number, renewed.lease.count) == (1, count)
+            assert renewed == site.open().guest_state("web1")
+        place.change_guest(step(Transition.RENEW, other, seen=0))
+        assert site.open().guest_state("web1") == renewed, "another token renews nothing"
+        for _ in range(2):
+            ended, _ = place.change_guest(step(Transition.UNLEASE, token, seen=1))
+            assert (ended.lease, ended.number, ended.state) == (None, 2, GuestState.PROTECTED)
+        late, _ = place.change_guest(step(Transition.RENEW, token, seen=0))
+        assert late.lease is None
+        with pytest.raises(Conflict, match="changed meanwhile"):  # one that was sent long ago
+            place.change_guest(step(Transition.LEASE, token, seen=0))
 
     def test_the_last_checks_of_a_guest_are_recorded(self, site: Site, history: Sequence[Moment]) -> None:
         deliver(site, history[0].image)

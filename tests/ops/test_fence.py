@@ -17,7 +17,8 @@ from snapchain.cli import main
 from snapchain.errors import Busy, Conflict, NotFound, Unavailable
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import scan
-from snapchain.model.guest_state import GuestState
+from snapchain.model.guest_state import GuestChange, GuestState, Transition
+from snapchain.model.lease import Lease
 from snapchain.ops.fence import hook
 from snapchain.ops.fence.hook import HookRequest
 from snapchain.ops.fence.returned import FenceReport, FenceRequest, plan, run
@@ -238,6 +239,26 @@ def test_the_hook_asks_for_a_guest_on_block_devices(place: Open, guest: Guest, t
     failover(place, tmp_path / "out").run()
     with pytest.raises(Conflict, match="kvm2 has taken the guest web1 over"):
         hook.check("web1", text, [place])
+
+
+def test_the_hook_starts_no_guest_that_may_be_taken_over_by_a_lease(place: Open, guest: Guest) -> None:
+    """Its guards are those of a QEMU that has ended: a new one gets its own when the watch has seen it."""
+    guest.point(place(), 1)
+    lease = Lease(token="1" * 32, seconds=30, host="kvm1", epoch=1)
+
+    def step(transition: Transition, lease: Lease | None = None) -> None:
+        seen = place().guest_state("web1").number
+        change = GuestChange(
+            guest="web1", transition=transition, seen=seen, token="1" * 32, by="kvm1", host="kvm1", lease=lease
+        )
+        place().change_guest(change)
+
+    step(Transition.LEASE, lease)
+    with pytest.raises(Conflict, match="a lease of it is recorded, by which another host may take it over: of kvm1"):
+        hook.check("web1", xml(guest), [place])
+    step(Transition.UNLEASE)
+    step(Transition.LEASE, lease.model_copy(update={"is_witness": True}))
+    assert hook.check("web1", xml(guest), [place]) == [], "nobody takes it over at a witness"
 
 
 def test_no_hook_of_others_is_replaced(tmp_path: Path) -> None:

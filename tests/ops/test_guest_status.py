@@ -13,6 +13,7 @@ from snapchain.cli import main
 from snapchain.errors import NotFound
 from snapchain.model.guest_checks import CheckKind, GuestCheck
 from snapchain.model.guest_state import GuestStanding, GuestState, Vouched
+from snapchain.model.lease import Lease
 from snapchain.ops import guest_checks, guest_verify
 from snapchain.ops.guest_status import GuestStatus, owed, status
 from tests.ops.guest_points import BEGIN, Guest, Open, instant, opened, publish
@@ -97,4 +98,4 @@ def test_the_fields_are_documented() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "guide" / "scripting.md").read_text()
     section = page.partition("### `status`\n")[2].partition("\n### ")[0]
     said = set(re.findall(r"`([a-z_]+)(?:\[\])?`", section)) - {"guests"}
-    assert said == {*GuestStatus.model_fields, *GuestCheck.model_fields}
+    assert said == {*GuestStatus.model_fields, *GuestCheck.model_fields, *Lease.model_fields}

@@ -15,6 +15,7 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, U
 from snapchain.image import scan
 from snapchain.model.events import ignore
 from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Place, Transition, after, unrecorded
+from snapchain.model.lease import Lease
 from snapchain.ops.failover.request import FailoverRequest
 from snapchain.ops.failover.run import Failover
 from snapchain.ops.migrate import run as migration
@@ -291,7 +292,8 @@ def test_an_address_that_is_another_destination_here_is_no_answer() -> None:
 
 def test_a_key_that_may_only_send_names_destinations_and_takes_none_away() -> None:
     def change(transition: Transition) -> AskGuest:
-        step = GuestChange(guest=GUEST, transition=transition, seen=0, token="0" * 32, by="a", host="a")
+        lease = Lease(token="0" * 32, seconds=30, host="a", epoch=1) if transition is Transition.LEASE else None
+        step = GuestChange(guest=GUEST, transition=transition, seen=0, token="0" * 32, by="a", host="a", lease=lease)
         return AskGuest(guest=GUEST, change=step)
 
     only = Permissions(frozenset({Right.SEND}), append_only=True)

@@ -32,11 +32,12 @@ def word_of_a_person(words: str = "") -> Vouched:
     return Vouched(how="person", who=f"{user}@{socket.gethostname()}"[:250], words=words[:1000])
 
 
-def check(fence: Sequence[str], vouched: Vouched | None, *, subject: str) -> None:
+def check(fence: Sequence[str], vouched: Vouched | None, *, by_lease: bool = False, subject: str) -> None:
     """Raises Conflict without any proof, InvalidInput for two, ToolFailed for a program that is not there."""
-    if fence and vouched is not None:
-        raise InvalidInput("--fence and --source-is-gone exclude each other", hint="give one of them")
-    if not fence and vouched is None:
+    kinds = bool(fence) + (vouched is not None) + by_lease
+    if kinds > 1:
+        raise InvalidInput("--fence, --lease and --source-is-gone exclude each other", hint="give one of them")
+    if not kinds:
         raise Conflict("there is no proof that its old host is down", subject=subject, hint=PROOF)
     if fence and (error := missing("fence", fence)) is not None:
         raise error

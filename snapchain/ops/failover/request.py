@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.model.consistency import Consistency
 from snapchain.model.guest_state import GuestState, Vouched
+from snapchain.model.lease import Lease
+from snapchain.ops.failover.lease import LeaseProof
 from snapchain.ops.other_destinations import Reach
 
 
@@ -23,7 +25,7 @@ class FailoverRequest:
     point: the text after '@', None for the newest guest point that is whole
     proves: all data of the guest's points are read again before one is chosen
     fence: a program and its arguments whose exit code 0 proves that the old host is down; it is run twice
-    vouched: a person's word in its place
+    vouched: a person's word in its place; lease: the guest's lease in the place of both
     defines, connect: define it in libvirt, at this URI; starts: start it
     host: the name of this host in the record; reach: how the guest's other destinations are reached from it
     """
@@ -33,6 +35,7 @@ class FailoverRequest:
     proves: bool = False
     fence: Sequence[str] = ()
     vouched: Vouched | None = None
+    lease: LeaseProof | None = None
     defines: bool = False
     connect: str | None = None
     starts: bool = False
@@ -97,6 +100,8 @@ class _Failover(_Shown):
 class FailoverPlan(_Failover):
     """What `run` would do. epoch: that the guest would be in; resumes: whether an earlier run has begun it
 
+    lease: that the guest runs under now; lease_seconds: how long the whole takes to prove that it has run out
+    master: the host that is replaced, as the guest point or the record has it
     master: the host that is replaced, as the newest record of any destination has it, or else the guest point
     master_at: the other destination at which that host took the guest over, None where it did not
     others: the guest's other destinations; silent: those that do not answer, and for which nobody has vouched
@@ -111,6 +116,8 @@ class FailoverPlan(_Failover):
     bytes_to_write: int
     defines: bool
     starts: bool
+    lease: Lease | None = None
+    lease_seconds: float | None = None
 
 
 class FailoverReport(_Failover):

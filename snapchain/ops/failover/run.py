@@ -7,6 +7,7 @@
          -> FOLLOW: all other destinations hear of it; where another failover is found there that counts, this one ends
          -> else the disks are restored -> definition -> proof, once more -> define -> START: active -> start the guest
 
+Where the proof is a lease, its witness is told after PROMOTE, and the second proof is to wait until it has run out.
 From PROMOTE on the old host is refused at the destination.  A run that is cut off is continued by the same command on
 the same host: it knows its token by the note in its directory, and nobody else has that.
 """
@@ -39,6 +40,7 @@ from snapchain.model.guest_state import (
 )
 from snapchain.ops.failover import fence
 from snapchain.ops.failover.choose import Chosen, choose, loss_of, the_point
+from snapchain.ops.failover.lease import LeaseEnd, with_witness
 from snapchain.ops.failover.request import (
     FailoverPlan,
     FailoverReport,
@@ -68,6 +70,7 @@ class _Note(BaseModel):
     token, instant: of the failover and of its guest point; seen: number of the record that it was decided on
     files: by the disks' names in the guest, once they are all there
     defining: libvirt had no such domain, and gets it now; defined: it has
+    witness: URL of the witness of the guest's lease, which was found to record it
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,6 +82,7 @@ class _Note(BaseModel):
     files: dict[str, str] = {}
     defining: bool = False
     defined: bool = False
+    witness: str | None = None
 
 
 class Failover:
@@ -115,6 +119,10 @@ class Failover:
         self._others = self._ask_others()
         self._present = self._others.newest(self._standing)
         self._address = f"{self._subject}@{self._chosen.point.point}"
+        self._lease_end: LeaseEnd | None = None
+        if request.lease is not None and not self._is_done:
+            newest = None if self.resumes else self._present
+            self._lease_end = LeaseEnd(destination, self._standing, request.lease, newest=newest, on_event=on_event)
 
     @property
     def resumes(self) -> bool:
@@ -154,6 +162,8 @@ class Failover:
             bytes_to_write=to_write,
             defines=self._request.defines,
             starts=self._request.starts,
+            lease=self._standing.lease,
+            lease_seconds=None if self._lease_end is None else self._lease_end.seconds,
         )
 
     def run(self, *, order: int = 1, group: int = 1) -> FailoverReport:
@@ -164,20 +174,27 @@ class Failover:
         guest is this host's then, and the same command tries again.
         """
         request = self._request
-        fence.check(request.fence, request.vouched, subject=self._subject)
+        fence.check(request.fence, request.vouched, by_lease=request.lease is not None, subject=self._subject)
         self._check_others()
-        is_done = self._note is not None and bool(self._note.files) and self._standing.state in _RUNS
+        is_done = self._is_done
         self._check_start()
         if not self.resumes:
             self._check_new()
         vouched = self._proven(1)
         make_directories(self._directory, mode=0o755)
         if self._note is None:
-            note = _Note(token=secrets.token_hex(16), instant=self._chosen.point.instant, seen=self._standing.number)
+            note = _Note(
+                token=secrets.token_hex(16),
+                instant=self._chosen.point.instant,
+                seen=self._standing.number,
+                witness=None if self._lease_end is None else self._lease_end.witness,
+            )
             self._write_note(note)
         written = 0
         if not is_done:
             overlays = self._promote(vouched)
+            if self._lease_end is not None:
+                self._lease_end.revoke(known_witness=self._begun_note().witness)
             self._tell_others()
             written = self._lay_out(overlays)
         definition = self._definition(self._new_disks())
@@ -252,6 +269,8 @@ class Failover:
 
     def _ask_others(self) -> OtherDestinations:
         standing, reach = self._standing, self._request.reach
+        if self._request.lease is not None and self._request.lease.witness is not None:
+            reach = with_witness(reach, self._request.lease.witness)
         places = [*standing.others, *([] if standing.at is None else [standing.at])]
         own = [self._place, Place(url=self._destination.url)]
         return OtherDestinations(self._view.name, places, reach, own=own, gone=standing.gone, on_event=self._on_event)
@@ -301,18 +320,39 @@ class Failover:
 
     # --- what is done
 
+    @property
+    def _is_done(self) -> bool:
+        """Whether an earlier run of this host has made the guest its own, and all files are in place."""
+        return self._note is not None and bool(self._note.files) and self._standing.state in _RUNS
+
     def _proven(self, round_: int) -> Vouched:
-        vouched = self._proofs.proven(
-            self._request.fence,
-            self._request.vouched,
-            guest=self._view.name,
-            former=self._former(),
-            destination=self._destination.url,
-            epoch=self._standing.epoch,
-            round_=round_,
+        vouched = (
+            self._proven_by_lease(round_)
+            if self._request.lease is not None
+            else self._proofs.proven(
+                self._request.fence,
+                self._request.vouched,
+                guest=self._view.name,
+                former=self._former(),
+                destination=self._destination.url,
+                epoch=self._standing.epoch,
+                round_=round_,
+            )
         )
         words = "; ".join(each for each in (vouched.words, self._others.words) if each)
         return vouched.model_copy(update={"words": words[:1000]})
+
+    def _proven_by_lease(self, round_: int) -> Vouched:
+        """As a fence program is run twice: first that nobody renews the lease, then that it has run out."""
+        if self._lease_end is None:
+            assert self._standing.vouched is not None, "it was proven when it was begun"
+            return self._standing.vouched
+        if round_ == 1 and not self.resumes:
+            self._lease_end.check_witness()
+            return self._lease_end.check_silent()
+        if round_ > 1:
+            self._lease_end.wait()
+        return self._lease_end.word()
 
     def _promote(self, vouched: Vouched) -> Mapping[str, Path]:
         """The overlays of the disks, by their names at the destination."""

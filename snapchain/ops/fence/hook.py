@@ -113,6 +113,15 @@ def uninstall(request: HookRequest) -> HookReport:
     return HookReport(path=str(path), text="", installed=False)
 
 
+def requires_answer(folder: Path = FOLDER) -> bool:
+    """Whether a hook of ours is there that lets no guest start before all of its destinations have answered."""
+    try:
+        text = read_small(folder / NAME, cap=_CAP).decode(errors="replace")
+    except SnapchainError:
+        return False
+    return _OURS in text and "--require-answer" in text and "--at" in text
+
+
 def _check_ours(path: Path) -> None:
     if not os.path.lexists(path):
         return
@@ -131,8 +140,8 @@ def check(guest: str, xml: str, places: Sequence[Callable[[], Writing]], *, requ
     """Judge the start of a guest; sentences about what could not be looked at.
 
     xml: of the domain; places: destinations to ask
-    Raises Conflict or Corrupt where another host has taken over one of its disks; Unavailable where answers are
-    required and a destination gives none in time.
+    Raises Conflict or Corrupt where another host has taken over one of its disks; Conflict where one may do so by a
+    lease; Unavailable where answers are required and a destination gives none in time.
     """
     notes: list[str] = []
     disks = _disks(xml, guest)
@@ -149,6 +158,13 @@ def check(guest: str, xml: str, places: Sequence[Callable[[], Writing]], *, requ
                 f"{describe_takeover(standing)}; the images here are of epoch {max(epochs, default=1)}",
                 subject=guest,
                 hint="start it on that host; `snapchain fence IMAGE DEST::DISK` shows what is here besides",
+            )
+        if (lease := standing.lease) is not None and not lease.is_witness:
+            # Whoever takes the guest over by it waits for guards that a new QEMU has not yet.
+            raise Conflict(
+                f"a lease of it is recorded, by which another host may take it over: of {lease.host}",
+                subject=guest,
+                hint="its watch ends the lease in a moment; where none runs, start it, and then the guest",
             )
     # Of each destination: the silent one may be the one at which another host has taken the guest over.
     if requires_answer and silent:

@@ -9,6 +9,7 @@ from snapchain.errors import Busy, Conflict, Unsupported
 from snapchain.guest.machine_view import differences
 from snapchain.guest.protocol import Definition, Guest, GuestDisk, State
 from snapchain.model.convergence import Rules, Verdict, judge
+from snapchain.ops.lease_notes import note_of
 from snapchain.replica.stream.guest_messages import Moving
 
 _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
@@ -33,6 +34,12 @@ def check_guest(guest: Guest, disks: Sequence[GuestDisk]) -> Definition:
             f"the guest is not running: it is {guest.state().value}",
             subject=guest.name,
             hint="let it run; or migrate its disks with --offline or --paused",
+        )
+    if (note := note_of(guest.process())) is not None:
+        raise Busy(
+            note.describe(),
+            subject=guest.name,
+            hint="end that watch, which ends the lease; after the move the new host can take one of its own",
         )
     moves = {disk.name for disk in disks}
     for disk in guest.disks():

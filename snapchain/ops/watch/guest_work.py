@@ -11,7 +11,7 @@ from pathlib import Path
 
 from snapchain.destination.protocol import Destination
 from snapchain.errors import InvalidInput
-from snapchain.guest.address import GuestAddress, open_guest
+from snapchain.guest.address import GuestAddress
 from snapchain.guest.disks import active_path, disks_to_protect, find_disk
 from snapchain.guest.protocol import Guest, State
 from snapchain.guest.snapshot import GuestSnapshot, SnapshotRequest
@@ -26,6 +26,7 @@ from snapchain.ops.guest_chain_merge import plan_disk, run_disk
 from snapchain.ops.guest_seal import as_named_now, epoch_of, seal
 from snapchain.ops.merge import held_at
 from snapchain.ops.ship import guest as ship
+from snapchain.ops.watch.door import GuestDoor
 from snapchain.ops.watch.rounds import DiskSight, Range
 from snapchain.ops.watch.run import HeldAt, Look, Shipped
 from snapchain.source.at_rest import ImageAtRest
@@ -48,22 +49,22 @@ class WatchRequest:
 
 
 class GuestWork:
-    """The Work of one guest. destinations: name -> opens it anew; raises what opening raises"""
+    """The Work of one guest. destinations: name -> opens it anew; raises what opening raises
+
+    door: by which the guest is opened, None for one of its own
+    """
 
     def __init__(
         self,
         request: WatchRequest,
         destinations: Mapping[str, Callable[[], Destination]],
         *,
+        door: GuestDoor | None = None,
         on_event: OnEvent = ignore,
     ) -> None:
         self._request, self._open, self._on_event = request, destinations, on_event
+        self._guest = (door or GuestDoor(request.guest, on_event=on_event)).opened
         self._opened: dict[str, Destination] = {}
-
-    @contextmanager
-    def _guest(self) -> Iterator[Guest]:
-        with open_guest(self._request.guest, on_event=self._on_event) as guest:
-            yield guest
 
     @contextmanager
     def _at(self, target: str) -> Iterator[Destination]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -103,6 +103,21 @@ class TargetReport(_Shown):
     left_behind: bool = False
 
 
+LeaseState = Literal["none", "held", "paused", "taken"]
+
+
+class LeaseReport(_Shown):
+    """none: there is no lease yet; held: the guest runs under it; paused: it was not renewed; taken: by another host
+
+    left_seconds: until the guest is stopped, without a further renewal; faults: of places that do not renew it
+    """
+
+    state: LeaseState
+    seconds: int
+    left_seconds: float | None = None
+    faults: tuple[str, ...] = ()
+
+
 class RoundReport(_Shown):
     """One round.
 
@@ -111,6 +126,7 @@ class RoundReport(_Shown):
     held_back: why no snapshot was made although one was due; merged: files that are gone by merges
     chain_lengths: disk -> files; waiting_bytes: of sealed layers that no destination holds
     faults: what failed beside destinations; wait_seconds: until the next round
+    lease: under which the guest runs, where one was asked for
     is_news: whether anything was tried, or is not as after the round before
     """
 
@@ -131,6 +147,7 @@ class RoundReport(_Shown):
     destinations: tuple[TargetReport, ...] = ()
     faults: tuple[str, ...] = ()
     wait_seconds: float = 0.0
+    lease: LeaseReport | None = None
 
 
 class WatchReport(_Shown):

@@ -56,7 +56,8 @@ def _lines(
         "Type=exec",
         f"ExecStart={command}",
         "Restart=always",
-        "RestartSec=30s",
+        # Under a lease the guest stops when the watch is away for long.
+        f"RestartSec={'1s' if '--lease' in ' '.join(words) else '30s'}",
         "# The process that thaws the guest outlives a watch that is killed. It ends by itself.",
         "KillMode=process",
         "OOMPolicy=continue",

@@ -72,6 +72,8 @@ class Feature(StrEnum):
     """The receiver knows in MERGE the numbers of the points that go."""
     GUEST_STATE = "guest-state"
     """The receiver keeps the states of guests, and answers GUEST."""
+    LEASE = "lease"
+    """The receiver grants leases of guests."""
     MOVE = "move"
     """Guests can come to the receiver's host while they run."""
     PLACES = "places"
