@@ -155,7 +155,9 @@ def test_a_host_that_renews_nothing_is_taken_over(lease: Leased, fault: str) -> 
             assert lease.standing().state is GuestState.ACTIVE
             assert is_stopped(process)
             qmp = b.replica / ".guests" / "web1.failover" / "test.qmp"
-            assert counts_on(Monitor(qmp)), out
+            monitor = Monitor(qmp)
+            assert counts_on(monitor), out
+            monitor.close()
         assert lease.standing().lease is None
         assert lease.standing(lease.witness).lease is None
     assert is_stopped(process), "for good"
