@@ -1,4 +1,4 @@
-"""`snapchain retire DEST::GUEST GONE`: a destination of a guest never comes back."""
+"""`snapchain retire DEST::GUEST GONE`: say that a destination of a guest never comes back."""
 
 from __future__ import annotations
 

@@ -58,8 +58,10 @@ class InFlight(BaseModel):
     details: dict[str, JsonValue] = {}
 
     @property
-    def address(self) -> GuestAddress:
-        """How the guest is opened again."""
+    def address(self) -> GuestAddress | None:
+        """How the guest is opened again; None for one that has not come to this host yet."""
+        if self.domain is None and self.qmp is None:
+            return None
         return GuestAddress(
             domain=self.domain,
             connect=self.connect,

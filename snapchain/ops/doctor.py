@@ -183,12 +183,13 @@ def run(planned: DoctorPlan, *, on_event: OnEvent = ignore) -> DoctorReport:
 def _in_guests(address: GuestAddress | None) -> Iterator[Finding]:
     for each in guest_doctor.left_behind(address):
         operation = guest_doctor.OPERATIONS[each.record.operation]
+        address = each.record.address
         yield Finding(
             path=each.path,
             kind=Kind.GUEST,
             image=each.path,
             guest=each.record.guest,
-            says=f"{operation.says} ({each.record.address.option})",
+            says=operation.says if address is None else f"{operation.says} ({address.option})",
             remedy=operation.remedy,
         )
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapchain.errors import NotFound, Unavailable
+from snapchain.errors import Corrupt, NotFound, Unavailable
 from snapchain.guest import capture_qmp, journal, overlays
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.capture import with_views
@@ -42,7 +42,7 @@ def _thaw(found: journal.Found, on_event: OnEvent) -> tuple[Path, ...]:
 
 def _overlays(found: journal.Found, on_event: OnEvent) -> tuple[Path, ...]:
     try:
-        with open_guest(found.record.address, on_event=on_event) as guest:
+        with open_guest(_address(found), on_event=on_event) as guest:
             return overlays.settle_by_graph(guest, found, on_event=on_event)
     except (NotFound, Unavailable):
         if found.record.qemu_runs is not False:
@@ -52,7 +52,7 @@ def _overlays(found: journal.Found, on_event: OnEvent) -> tuple[Path, ...]:
 
 def _capture(found: journal.Found, on_event: OnEvent) -> tuple[Path, ...]:
     try:
-        with open_guest(found.record.address, on_event=on_event) as guest:
+        with open_guest(_address(found), on_event=on_event) as guest:
             capture_qmp.settle_record(found, with_views(guest))
     except (NotFound, Unavailable):
         if found.record.qemu_runs is not False:
@@ -125,6 +125,12 @@ def treat(path: Path, *, on_event: OnEvent) -> tuple[Path, ...]:
     if found is None:
         return ()
     return OPERATIONS[found.record.operation].settle(found, on_event)
+
+
+def _address(found: journal.Found) -> GuestAddress:
+    if (address := found.record.address) is None:
+        raise Corrupt("it does not say how the guest is reached", subject=found.path, hint="remove it")
+    return address
 
 
 def _absolute(address: GuestAddress, record: journal.InFlight) -> GuestAddress:

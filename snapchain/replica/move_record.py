@@ -69,6 +69,7 @@ def write(details: MoveDetails, *, guest: str, before: journal.Found | None, qmp
     record = journal.InFlight(
         operation=OPERATION,
         guest=guest,
+        domain=None if details.domain is None else details.domain.name,
         qmp=str(qmp) if qmp is not None else None if before is None else before.record.qmp,
         process=details.qemu,
         boot=boot_id(),

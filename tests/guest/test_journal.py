@@ -13,6 +13,7 @@ import pytest
 from snapchain.guest import journal
 from snapchain.guest.address import GuestAddress
 from snapchain.host import process_identity as processes
+from snapchain.ops import doctor, guest_doctor
 from tests.servers import DIE_WITH_PARENT
 
 
@@ -43,6 +44,7 @@ def test_a_record_is_found_until_it_is_removed() -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     found, faults = journal.find(guest="a/b c")
     assert [(each.path, each.record) for each in found] == [(path, record)]
+    assert found[0].record.address is not None
     assert found[0].record.address.qmp == Path("/run/web1.qmp")
     assert not faults
     assert journal.find(guest="web2") == ([], [])
@@ -84,3 +86,18 @@ def test_an_unsound_record_hides_no_other() -> None:
     found, faults = journal.find()
     assert [each.path for each in found] == [path]
     assert len(faults) == 1
+
+
+@pytest.mark.parametrize("domain", [None, "web1"])
+def test_a_guest_that_has_not_come_has_no_address_and_stops_no_doctor(tmp_path: Path, domain: str | None) -> None:
+    """A move to this host is recorded before anything of the guest is here."""
+    guest: Any = Named("web1", os.getpid())
+    ended = (os.getpid(), 1)  # that process began at another time
+    of_no_guest = {"qmp": None, "agent": None, "domain": domain, "writer": ended}
+    record = journal.begun(guest, "incoming").model_copy(update=of_no_guest)
+    path = journal.write(record)
+    assert (record.address is None) is (domain is None)
+    (finding,) = doctor.plan([tmp_path]).findings
+    assert (finding.path, finding.guest) == (path, "web1")
+    assert ("--domain web1" in finding.says) is (domain is not None)
+    assert list(guest_doctor.left_behind(GuestAddress(qmp=Path("/run/web1.qmp")))) == []
