@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ class Link:
         self.is_open = threading.Event()
         self.is_open.set()
         self.sent: list[Transition] = []
+        self.held = 0
+
+    @contextmanager
+    def holding(self, late: Transition | None = None) -> Iterator[Callable[[], None]]:
+        """No answer comes back, or none to this kind of change, until the end, or what it gives is called.
+
+        held: how many answers wait by now
+        """
+        self.held, self.late = 0, late
+        self.is_open.clear()
+        try:
+            yield self.is_open.set
+        finally:
+            self.is_open.set()
 
     def opened(self) -> Destination:
         return _Reached(self)  # type: ignore[return-value]
@@ -79,6 +94,7 @@ class _Reached:
             raise Unavailable("the link is cut", subject=self.url)
         answer = work(self._link())
         if self._link.late in (None, transition):
+            self._link.held += not self._link.is_open.is_set()
             self._link.is_open.wait()
         return answer
 

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -110,15 +110,12 @@ def test_a_witness_that_takes_longer_than_the_lease_stops_nothing(leased: Leased
     """Before the destination has the lease, nobody takes the guest over by it: so no guard waits for the witness."""
     process = leased.process()
     leased.seconds, link = SHORT, leased.witness
-    link.late = Transition.LEASE
-    link.is_open.clear()
-    with leased.holder() as holder:
-        try:
-            wait_until(lambda: Transition.LEASE in link.sent)
-            assert holder._qemu.guards == ()
-            assert not is_stopped(process)
-        finally:
-            link.is_open.set()
+    with link.holding(Transition.LEASE) as let_go, leased.holder() as holder, ExitStack() as stack:
+        stack.callback(let_go)  # also where this fails: the holder waits for the answer when it ends
+        wait_until(lambda: link.held)
+        assert holder._qemu.guards == ()
+        assert not is_stopped(process)
+        let_go()
         wait_until(lambda: holder.report().state == "held")
 
 
@@ -234,13 +231,11 @@ def test_the_deadline_counts_from_before_a_renewal_was_sent(leased: Leased) -> N
     link = leased.destination
     with leased.holder(with_witness=False) as holder:
         wait_until(lambda: holder.report().state == "held")
-        link.is_open.clear()
-        before = len(link.sent)
-        wait_until(lambda: len(link.sent) > before)
-        sent = clock()
-        wait_until(lambda: clock() > sent + 2)
-        leased.renewed.clear()
-        link.is_open.set()
+        with link.holding():
+            wait_until(lambda: link.held)
+            sent = clock()
+            wait_until(lambda: clock() > sent + 2)
+            leased.renewed.clear()
         wait_until(lambda: leased.renewed)
         assert leased.renewed[0] <= sent + LONG
 
@@ -441,15 +436,15 @@ def test_another_qemu_is_stopped_while_the_destination_hangs(leased: Leased) -> 
     with leased.holder() as holder:
         wait_until(lambda: holder.report().state == "held")
         before = guards(leased)
-        leased.destination.is_open.clear()
-        leased.witness.cut = True
-        leased.machine.quit()
-        wait_until(lambda: all(gone(pid) for pid, _ in before))
-        with leased.host.machine() as machine:
-            leased.machine = machine
+        with ExitStack() as stack:
+            let_go = stack.enter_context(leased.destination.holding())
+            leased.witness.cut = True
+            leased.machine.quit()
+            wait_until(lambda: all(gone(pid) for pid, _ in before))
+            leased.machine = stack.enter_context(leased.host.machine())
             process = leased.process()
             wait_until(lambda: is_stopped(process))
-            leased.destination.is_open.set()
+            let_go()
             leased.witness.cut = False
             wait_until(lambda: holder.report().state == "held" and not is_stopped(process))
 
