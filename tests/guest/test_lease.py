@@ -475,11 +475,12 @@ def test_a_lease_of_which_the_note_is_lost_is_ended_first(leased: Leased) -> Non
         wait_until(lambda: leased.standing().lease is not None)
         renewals(leased.destination, 1)
         watch.kill()
-    for pid, _ in guards(leased):
+    ending = [pid for pid, _ in guards(leased)]
+    for pid in ending:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     leased.note.unlink()
-    wait_until(lambda: is_stopped(process))
+    wait_until(lambda: all(map(gone, ending)) and is_stopped(process))  # each of them stops it as it ends
     os.kill(process[0], signal.SIGCONT)
     with leased.holder() as holder:
         wait_until(lambda: holder.report().state == "held")
