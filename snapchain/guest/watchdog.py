@@ -27,6 +27,7 @@ from typing import Any
 from snapchain.errors import Busy, SnapchainError, Unavailable, Unsupported
 from snapchain.guest.agent import ConnectedAgent, NoReply, open_agent
 from snapchain.host import files
+from snapchain.host.priority import spare_from_memory_shortage
 from snapchain.host.process_identity import identity, still_runs
 from snapchain.host.readable import is_readable
 
@@ -166,7 +167,7 @@ def main(fd: int, argument: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")
     os.closerange(fd + 1, min(_MOST_FDS, os.sysconf("SC_OPEN_MAX")))
-    _spare_us_out_of_memory()
+    spare_from_memory_shortage()
     values = json.loads(argument)
     process = values.pop("process")
     orders = Orders(**values, process=None if process is None else (process[0], process[1]))
@@ -174,16 +175,6 @@ def main(fd: int, argument: str) -> None:
 
 
 _MOST_FDS = 65536
-
-
-def _spare_us_out_of_memory() -> None:
-    """Only root may: when memory runs out, the kernel ends others first."""
-    with suppress(OSError):
-        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
-        try:
-            os.write(fd, b"-900")
-        finally:
-            os.close(fd)
 
 
 class _Guard:

@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 
 from snapchain.errors import NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.host.detached import start_module
+from snapchain.host.priority import spare_from_memory_shortage
 from snapchain.host.process_identity import Identity, identity
 from snapchain.host.readable import is_readable
 
@@ -127,7 +128,7 @@ def end(guards: Sequence[Identity]) -> None:
 
 
 class Deadman:
-    """The two guards of a process, from the side of the one who knows the deadline. until: by `clock`
+    """The two guards of a process, for the process that knows the deadline. until: by `clock`
 
     guards: both, for `end`, also by a later process
     """
@@ -212,7 +213,7 @@ def main(fd: int, argument: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")
     os.closerange(fd + 1, min(_MOST_FDS, os.sysconf("SC_OPEN_MAX")))
-    _spare_us_out_of_memory()
+    spare_from_memory_shortage()
     values = json.loads(argument)
     target = (values["target"][0], values["target"][1])
     control = socket.socket(fileno=fd)
@@ -231,16 +232,6 @@ _PLACES = (100, 101, 102, 103)
 """Descriptors of a guard that it shares with the other one: write, read, read, write end, each of another pipe."""
 _OWN_PLACES = ((104, 105), (107, 106))
 """Write end and read end of its two pipes to itself."""
-
-
-def _spare_us_out_of_memory() -> None:
-    """Only root may: when memory runs out, the kernel ends others first."""
-    with suppress(OSError):
-        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
-        try:
-            os.write(fd, b"-900")
-        finally:
-            os.close(fd)
 
 
 class _Guard:

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,3 +161,33 @@ def test_a_guest_that_is_paused_meanwhile_is_not_let_run(pair: Pair) -> None:
             outgoing.wait_for_switchover(lambda _look: None)
         outgoing.undo({}, {})
         assert pair.guest.machine.status() == "paused"
+
+
+class Cancelling:
+    """QEMU 7.2 that was cancelled just as it would pause at pre-switchover: it waits for one more word."""
+
+    path = Path("/run/web1.qmp")
+
+    def __init__(self) -> None:
+        self.status = "active"
+
+    def fields(self, _command: str) -> dict[str, object]:
+        return {"status": self.status}
+
+    def execute(self, command: str, arguments: object = None, **_more: object) -> None:
+        if command == "migrate_cancel":
+            self.status = "cancelling"
+        elif (command, arguments) == ("migrate-continue", {"state": "cancelling"}):
+            self.status = "cancelled"
+
+    def mark(self) -> int:
+        return 0
+
+    def wait(self, *_what: object, **_more: object) -> None:
+        return None
+
+
+def test_a_migration_that_is_cancelled_as_it_pauses_is_freed() -> None:
+    monitor: Any = Cancelling()
+    Outgoing(monitor, TOKEN, ["vda"])._cancel_memory(5.0)
+    assert monitor.status == "cancelled"

@@ -45,7 +45,7 @@ REFUSALS = "|".join(str(each.exit_code) for each in (Conflict, Corrupt, Unavaila
 _LARGEST_XML = 4 << 20
 _CAP = 64 << 10
 _POOLS = Path("/run/libvirt/storage"), Path("/etc/libvirt/storage")
-"""Of those that are active, and of those that are defined."""
+"""Where libvirt keeps its active pools, and the defined ones."""
 
 
 class HookReport(BaseModel):
