@@ -177,7 +177,8 @@ class S3Store:
             else:
                 # When both come the same again, then this server's ETag is no MD5; unless it has been one before:
                 # an object that is replaced again and again by the same ones can be torn in the same way twice.
-                if etag is None or ((body, etag) == doubtful and not self._etags_are_md5):
+                # (An empty one contradicts nothing: a server that stores no MD5s has no other for its objects.)
+                if etag is None or ((body, etag) == doubtful and not (etag and self._etags_are_md5)):
                     return body
                 doubtful = body, etag
             self._sleep(random.uniform(0, 0.2 * attempt))  # noqa: S311
@@ -367,7 +368,8 @@ class S3Store:
         """(body, ETag that it contradicts) of one GetObject, checked against what was asked for.
 
         A contradiction is damage on the way, or a server that lets a replacement get between an object's head and
-        its body (rclone does).
+        its body (rclone does). It then may send no ETag at all (rclone: one that is empty): where MD5s are usual,
+        that is doubtful, too, and given as an empty string.
         """
         from botocore.exceptions import ClientError
 
@@ -388,6 +390,8 @@ class S3Store:
             raise Unsupported(f"the server sends {sent[:100]}, not bytes from {offset} on", subject=subject)
         if length is not None and len(body) != length:
             raise Corrupt(f"object ends {length - len(body)} bytes before {offset + length}", subject=subject)
+        if whole and self._etags_are_md5 and not answer.get("ETag", "").strip('"'):
+            return body, ""
         etag = _md5_of(answer) if whole else None
         if etag is None:
             return body, None
