@@ -118,7 +118,7 @@ def test_each_option_is_one_of_the_program(page: Path) -> None:
     known = {"--help", "--version", "--install-completion"}.union(*options.values())
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for quoted in re.findall(r"`([^`]+)`", text):
-        if re.match(r"(pip|virsh|qemu)\b", quoted):
+        if re.match(r"(pip|virsh|qemu|systemctl)\b", quoted):
             continue
         named = re.match(r"(?:snapchain )?([a-z-]+) ", quoted)
         allowed = options[named[1]] | {"--help"} if named and named[1] in options else known

@@ -40,7 +40,6 @@ _UNLIMITED = 64 << 30
 """Bytes a second: more than any link."""
 _OVER = ("none", "completed", "failed", "cancelled")
 _UNDO_SECONDS = 60.0
-_QUESTIONS = 10
 _ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 """Milliseconds: how often its network cards tell switches where they are now, as QEMU itself does."""
 
@@ -324,13 +323,6 @@ class Outgoing:
             if look.is_over:
                 raise _ended(look, self._monitor)
             _check_time(until, "the state of the devices", self._monitor)
-
-    def answer_seconds(self) -> float:
-        """What one of QEMU's answers takes now, on average."""
-        begun = time.monotonic()
-        for _ in range(_QUESTIONS):
-            self._monitor.execute("query-status")
-        return (time.monotonic() - begun) / _QUESTIONS
 
     def mirrors_left(self) -> int:
         """Bytes that the mirrors are behind. Raises as `check_mirrors`."""

@@ -77,8 +77,8 @@ class GuestMove:
         answer = self._session.decode(Moving, self._session.expect(Kind.MOVING))
         self._heard = time.monotonic()
         took = self._heard - asked
-        if step is MoveStep.LOOK and took - answer.write < self.round_trip:
-            self.round_trip, self.clock_ahead = took - answer.write, answer.clock - (clock + took / 2)
+        if step is MoveStep.LOOK and took - answer.rehearsed < self.round_trip:
+            self.round_trip, self.clock_ahead = took - answer.rehearsed, answer.clock - (clock + took / 2)
         for text in (
             answer.directory,
             *answer.overlays,

@@ -21,9 +21,10 @@ from snapchain.errors import Conflict, InvalidInput, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.qmp_migration import AUTO_CONVERGE, CAPABILITIES, Incoming, Outgoing
 from snapchain.host import site_hooks
+from snapchain.host.service_unit import Service
 from snapchain.model import guest_state
 from snapchain.model.guest_state import GuestChange, Transition
-from snapchain.ops.migrate import live_settle
+from snapchain.ops.migrate import live_qmp, live_settle
 from snapchain.ops.migrate.live_request import (
     AbortPlan,
     AbortReport,
@@ -355,6 +356,23 @@ def test_what_keeps_a_guest_from_moving(guest: Counting, run: Path, tmp_path: Pa
     error = refused(machine.qmp, tmp_path / "b")
     assert (error["kind"], "theirs" in error["message"]) == ("busy", True)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_qemu_that_systemd_would_start_again_is_refused(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    def service(pid: int) -> Service:
+        asked.append(pid)
+        return Service("web1.service", "always")
+
+    monkeypatch.setattr(live_qmp, "service_of", service)
+    status = main(["migrate", "--qmp", str(guest.machine.qmp), f"dir:{tmp_path / 'b'}", "--dry-run", "--json"])
+    error = json.loads(capfd.readouterr().out)["error"]
+    assert status != 0
+    assert "web1.service, which systemd may start again when it ends (Restart=always)" in error["message"]
+    assert asked == [guest.machine.process.pid]
 
 
 def test_a_destination_that_cannot_start_it(guest: Counting, run: Path, tmp_path: Path) -> None:

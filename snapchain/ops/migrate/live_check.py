@@ -8,6 +8,7 @@ from itertools import pairwise
 from snapchain.errors import Busy, Conflict, Unsupported
 from snapchain.guest.machine_view import differences
 from snapchain.guest.protocol import Definition, Guest, GuestDisk, State
+from snapchain.host.service_unit import Service
 from snapchain.model.convergence import Rules, Verdict, judge
 from snapchain.ops.lease_notes import note_of
 from snapchain.replica.stream.guest_messages import Moving
@@ -80,6 +81,27 @@ def check_files(guest: Guest, definition: Definition) -> None:
     names = [file.name for file in definition.files]
     if len(set(names)) < len(names):
         raise Unsupported("two files of firmware variables have one name", subject=guest.name, hint=_OFFLINE)
+
+
+def check_service(service: Service | None, *, subject: str) -> str | None:
+    """What the user should know of the service that QEMU runs in. Raises Conflict where systemd would start it again.
+
+    The files that stay here are read-only, but for root, as whom such a QEMU may run.
+    """
+    if service is None or service.restart == "no":
+        return None
+    if not service.restart:
+        return (
+            f"its QEMU runs in {service.name}, and systemd does not say whether it starts that again: see that it does "
+            "not (Restart=no), or two hosts run the guest after the move"
+        )
+    raise Conflict(
+        f"its QEMU runs in {service.name}, which systemd may start again when it ends (Restart={service.restart}): "
+        "then two hosts would run the guest",
+        subject=subject,
+        hint=f"`systemctl edit --runtime {service.name}` with Restart=no in its [Service], which applies at once; then "
+        "run the migration again, and `systemctl disable` it after that",
+    )
 
 
 def check_destination(

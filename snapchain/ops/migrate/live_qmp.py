@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from statistics import median
 
 from snapchain.errors import Conflict, SnapchainError, Unsupported
 from snapchain.guest import journal
@@ -30,9 +29,10 @@ from snapchain.guest.qmp_migration import MemoryLook, Outgoing, look_at_memory, 
 from snapchain.host import run_directory
 from snapchain.host.priority import urgent
 from snapchain.host.processes import held_back
+from snapchain.host.service_unit import service_of
 from snapchain.image import ImageChain
 from snapchain.model.events import Notice, Progress
-from snapchain.model.pause import Measured, switch_seconds
+from snapchain.model.pause import switch_seconds
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_check import (
     SMALL_REST,
@@ -42,6 +42,7 @@ from snapchain.ops.migrate.live_check import (
     check_files,
     check_guest,
     check_pause,
+    check_service,
     first_pause,
     per_second,
 )
@@ -62,8 +63,10 @@ _GIVE_UP_SECONDS = 3.0
 """For mirrors to end while their link is still there; where that hangs, they end when it is closed."""
 _SWITCH_SECONDS = 10.0
 """How much longer than was allowed each of the two steps of QEMU's switch may take, before they are undone."""
-_LOOKS = 5
-"""How often each step is tried: a busy machine is late with some of them."""
+_LOOKS = 11
+"""Rehearsals. The guest still runs beside them, and is late with some; in the pause it does not."""
+_REST_SECONDS = 0.03
+"""Before each: in the pause, too, each of the processes has slept until it is its turn."""
 _CLOCKS_APART = 1.0
 """Seconds from which on the user is told."""
 _QMP = "qmp"
@@ -82,6 +85,9 @@ class QmpKind:
         """See `LiveKind`."""
         self._definition = check_guest(self._guest, disks)
         check_files(self._guest, self._definition)
+        service = None if self._process is None else service_of(self._process[0])
+        if (words := check_service(service, subject=self._guest.name)) is not None:
+            self._on_event(Notice.of(self._guest.name, words))
         self._outgoing.check()
         if not self._request.command:
             if self._definition.argv is None:
@@ -119,7 +125,7 @@ class QmpKind:
             prepared = there.step(MoveStep.PREPARE, nvram=[len(file.data) for file in self._definition.files])
             self._moved.overlays = prepared.overlays
             self._start(there, prepared, shipped)
-            switch = switch_seconds(self._measure(there))
+            switch = switch_seconds(self._rehearse(there))
             self._compare_clocks(there)
             limit = check_pause(
                 max_downtime=self._request.max_downtime,
@@ -162,20 +168,16 @@ class QmpKind:
                     self._outgoing.undo(record.capabilities, record.limits, seconds=_GIVE_UP_SECONDS)
             raise
 
-    def _measure(self, there: GuestMove) -> Measured:
-        """What one of each of the steps takes now of which a pause consists."""
-        trips, writes_here, writes_there, answers = [], [], [], []
+    def _rehearse(self, there: GuestMove) -> float:
+        """Seconds that the destination's work takes now, with the way there and back, when nothing delays it."""
+        took = []
         with urgent():  # as in the pause
             for _ in range(_LOOKS):
+                time.sleep(_REST_SECONDS)
                 begun = time.monotonic()
-                writes_there.append(there.step(MoveStep.LOOK).write)
-                looked = time.monotonic()
-                trips.append(looked - begun - writes_there[-1])
-                self._found = live_settle.restaged(self._found, "moving")
-                written = time.monotonic()
-                writes_here.append(written - looked)
-                answers.append(self._outgoing.answer_seconds())
-        return Measured(median(trips), median(answers), median(writes_here), median(writes_there))
+                there.step(MoveStep.LOOK)
+                took.append(time.monotonic() - begun)
+        return min(took)
 
     def _compare_clocks(self, there: GuestMove) -> None:
         self._moved.clock_ahead = there.clock_ahead
