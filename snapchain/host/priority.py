@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _URGENT = -15
 """A nice value: before all that does not ask for more, and no real-time priority."""
+_SWITCH_SECONDS = 0.0005
+"""After which one of our threads must let another one run: Python's 0.005 s add up where each answer of QEMU's comes
+through another thread.
+"""
 
 
 @contextmanager
@@ -18,7 +23,9 @@ def urgent() -> Iterator[None]:
     Without the right to that, nothing changes. A program that is started in it inherits the priority.
     """
     before: dict[int, int] = {}
+    interval = sys.getswitchinterval()
     try:
+        sys.setswitchinterval(min(interval, _SWITCH_SECONDS))
         for thread in _threads():
             with suppress(OSError):  # it has ended, or this is not root
                 found = os.getpriority(os.PRIO_PROCESS, thread)
@@ -26,6 +33,7 @@ def urgent() -> Iterator[None]:
                 before[thread] = found
         yield
     finally:
+        sys.setswitchinterval(interval)
         usual = before.get(os.getpid())
         for thread in _threads() if usual is not None else ():
             with suppress(OSError):

@@ -8,7 +8,7 @@ slow as these.  Fitted to 40 moves between two hosts that were fast at first, an
 
 from __future__ import annotations
 
-_QEMU = 0.042
+_QEMU = 0.05
 """Seconds that QEMU needs to stop, to save and to load the state of an ordinary guest's devices on any host."""
 _REHEARSALS = 4.1
 """What the whole row takes, in rehearsals."""

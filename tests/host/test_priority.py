@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +24,15 @@ def test_all_threads_and_new_ones_until_the_end_of_the_block() -> None:
         with urgent(), ThreadPoolExecutor(1) as new:
             assert [own(), old.submit(own).result(), new.submit(own).result()] == [-15] * 3
         assert [own(), old.submit(own).result()] == [usual] * 2
+
+
+def test_its_threads_take_turns_quickly() -> None:
+    usual = sys.getswitchinterval()
+    with urgent():
+        with urgent():
+            assert sys.getswitchinterval() == pytest.approx(0.0005)
+        assert sys.getswitchinterval() == pytest.approx(0.0005)
+    assert sys.getswitchinterval() == pytest.approx(usual)
 
 
 def test_without_the_right_to_it_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
