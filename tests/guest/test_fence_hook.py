@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from snapchain.errors import Conflict
 from snapchain.model.guest_state import Vouched
 from snapchain.ops.failover.request import FailoverRequest
 from snapchain.ops.failover.run import Failover
@@ -67,6 +70,10 @@ def test_a_failover_by_libvirt_and_the_old_domain_stays_down(host: LibvirtHost, 
         assert domain.reads("vda", 64 << 10, 96 << 10, 1)
         domain.write("vdb", 0, 4096, 9)
         assert Failover(replica, GUEST, request).run().started, "said again, it changes nothing"
+        again = replace(request, connect=None, defines=False)
+        assert Failover(replica, GUEST, again).run().started, "it asks the libvirt that has the guest"
+        with pytest.raises(Conflict, match=f"has defined it in the libvirt {re.escape(host.uri)}"):
+            Failover(replica, GUEST, replace(request, connect="qemu:///system"))
     finally:
         host.virsh("destroy", GUEST)
         host.virsh("undefine", GUEST)

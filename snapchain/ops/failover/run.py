@@ -27,6 +27,7 @@ from snapchain.destination.protocol import Destination
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.host.files import make_directories
 from snapchain.host.note_file import NoteFile
+from snapchain.host.virsh import Virsh
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.guest_state import (
     GuestChange,
@@ -69,7 +70,7 @@ class _Note(BaseModel):
 
     token, instant: of the failover and of its guest point; seen: number of the record that it was decided on
     files: by the disks' names in the guest, once they are all there
-    defining: libvirt had no such domain, and gets it now; defined: it has
+    defining: libvirt had no such domain, and gets it now; defined: it has; connect: URI of that libvirt
     witness: URL of the witness of the guest's lease, which was found to record it
     """
 
@@ -82,6 +83,7 @@ class _Note(BaseModel):
     files: dict[str, str] = {}
     defining: bool = False
     defined: bool = False
+    connect: str | None = None
     witness: str | None = None
 
 
@@ -114,6 +116,7 @@ class Failover:
         self._name = safe_name(guest.rpartition("/")[2], "guest")
         self._standing = destination.guest_state(guest)
         self._note = self._noted()
+        self._connect = self._libvirt()
         self._chosen = self._choose()
         self._loss = loss_of(destination, self._view, self._chosen.point)
         self._others = self._ask_others()
@@ -254,6 +257,20 @@ class Failover:
 
     # --- what is decided
 
+    def _libvirt(self) -> str | None:
+        """URI of the libvirt that has the guest, or is to get it. Raises Conflict where an earlier run chose another.
+
+        Two daemons of one host would both start it.
+        """
+        known, asked = None if self._note is None else self._note.connect, self._request.connect
+        if known is not None and asked not in (None, known):
+            raise Conflict(
+                f"an earlier run has defined it in the libvirt {known}",
+                subject=self._subject,
+                hint=f"go on with --connect {known}",
+            )
+        return known or asked
+
     def _choose(self) -> Chosen:
         if self._note is not None:
             if self._request.point is not None:
@@ -308,7 +325,7 @@ class Failover:
             }
             definition = self._definition(placeholder)
             definition.check_definable()
-            define.check_new(*definition.domain(), connect=self._request.connect)
+            define.check_new(*definition.domain(), connect=self._connect)
 
     def _check_start(self) -> None:
         """Raises InvalidInput where libvirt would start a domain of this name that is another guest, or an old one."""
@@ -457,18 +474,18 @@ class Failover:
         if note.defined:
             return name
         if not note.defining:
-            define.check_new(name, uuid, connect=self._request.connect)
-            self._write_note(note.model_copy(update={"defining": True}))
-            for sentence in definition.place_tpm(uuid, connect=self._request.connect):
+            define.check_new(name, uuid, connect=self._connect)
+            self._write_note(note.model_copy(update={"defining": True, "connect": Virsh(self._connect).uri}))
+            for sentence in definition.place_tpm(uuid, connect=self._connect):
                 self._on_event(Notice(sentence))
-        define.define(definition.path, name=name, connect=self._request.connect)
+        define.define(definition.path, name=name, connect=self._connect)
         self._write_note(self._begun_note().model_copy(update={"defined": True}))
         return name
 
     def _start(self, definition: GuestDefinition) -> bool:
         note = self._begun_note()
         if self._chosen.record.kind == "libvirt":
-            start_domain(definition.domain()[0], connect=self._request.connect)
+            start_domain(definition.domain()[0], connect=self._connect)
             return True
         images = [Path(each) for each in note.files.values()]
         if is_running(images):
