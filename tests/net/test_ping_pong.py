@@ -190,9 +190,8 @@ def linux(site: Site, folder: Path) -> Iterator[Moving]:
         console.connect(path)
         console.read_until(b"# ")
         console.sh("mount -o remount,rw / && mount -t proc proc /proc && mount -t tmpfs tmp /tmp && mkdir -p /m/set")
-        console.sh(
-            "cd /m/set && cp /bin/busybox 1 && cp $(find /lib /usr/lib -type f -name 'lib*.so.*') . && md5sum * >../sums && cd / && sync"
-        )
+        console.sh("cd /m/set && cp /bin/busybox 1 && cp $(find /lib /usr/lib -type f -name 'lib*.so.*') .")
+        console.sh("md5sum * >../sums && cd / && sync")
         yield ByQmp(machine, console, site, ["/m"])
 
 
