@@ -38,6 +38,8 @@ _SWITCHES = ("finish-migrate", "postmigrate")
 """What the guest is called while QEMU has paused it for the switch."""
 _UNLIMITED = 64 << 30
 """Bytes a second: more than any link."""
+_READY = ("ready", "standby")
+"""A job that is level with the guest; standby: while QEMU holds it for a moment."""
 _OVER = ("none", "completed", "failed", "cancelled")
 _UNDO_SECONDS = 60.0
 _ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
@@ -140,6 +142,8 @@ class Outgoing:
     def __init__(self, monitor: Monitor, token: str, disks: Sequence[str]) -> None:
         self._monitor, self._disks = monitor, tuple(disks)
         self._jobs = [job_of(token, number) for number in range(len(self._disks))]
+        self._are_ready = False
+        """Whether all mirrors were seen level with the guest: then QEMU keeps them so."""
 
     @property
     def monitor(self) -> Monitor:
@@ -191,13 +195,15 @@ class Outgoing:
             }
             self._monitor.execute("blockdev-mirror", mirror)
 
-    def wait_until_mirrored(self, on_look: Callable[[int, int], None]) -> None:
-        """Until each mirror is READY. on_look: called with bytes done, and of how many. Raises as `check_mirrors`."""
+    def wait_until_mirrored(self, on_look: Callable[[int, int], bool]) -> None:
+        """Until each mirror is READY, or as near to it as is enough. Raises as `check_mirrors`.
+
+        on_look: called with bytes done, and of how many; whether that is enough
+        """
         while True:
             mark = self._monitor.mark()
             rows = self.check_mirrors()
-            on_look(sum(row[1] for row in rows), sum(row[2] for row in rows))
-            if all(row[0] == "ready" for row in rows):
+            if on_look(sum(row[1] for row in rows), sum(row[2] for row in rows)) or self._are_ready:
                 return
             self._monitor.wait(_is_news, after=mark, seconds=LOOK_SECONDS)
 
@@ -217,6 +223,7 @@ class Outgoing:
             done, total = row.get("current-progress"), row.get("total-progress")
             numbers = (done if isinstance(done, int) else 0, total if isinstance(total, int) else 0)
             found.append((str(row.get("status")), *numbers))
+        self._are_ready |= all(status in _READY for status, *_ in found)
         return found
 
     def capabilities(self) -> dict[str, bool]:
@@ -269,7 +276,9 @@ class Outgoing:
         Only `block-job-cancel` without force does that; `job-cancel` would leave the last writes out.  The jobs stay
         as concluded: to dismiss them would only take time, and QEMU ends next, or `undo` does that.
         """
-        until, mark = time.monotonic() + seconds, self._monitor.mark()
+        until = time.monotonic() + seconds
+        self._wait_until_ready(until)
+        mark = self._monitor.mark()
         try:
             for job in self._jobs:
                 self._monitor.execute("block-job-cancel", {"device": job, "force": False})
@@ -297,6 +306,15 @@ class Outgoing:
             waiting = [job for job in waiting if known[job].get("status") != "concluded"]
             if waiting:
                 _check_time(until, "the last writes of the guest", self._monitor)
+
+    def _wait_until_ready(self, until: float) -> None:
+        """Of a mirror that is not level yet, `block-job-cancel` would leave the last writes out."""
+        while not self._are_ready:
+            mark = self._monitor.mark()
+            self.check_mirrors()
+            if not self._are_ready:
+                _check_time(until, "the last writes of the guest", self._monitor)
+                self._monitor.wait(_is_news, after=mark, seconds=LOOK_SECONDS)
 
     def _has_ended_well(self, job: str, *, after: int) -> bool:
         """Whether events said so: completed without an error, and concluded."""

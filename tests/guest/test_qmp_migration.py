@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Pair:
     def move(self, outgoing: Outgoing) -> None:
         """Up to the switch, and over it."""
         outgoing.mirror(self.nbd, speed=0)
-        outgoing.wait_until_mirrored(lambda _done, _total: None)
+        outgoing.wait_until_mirrored(lambda _done, _total: False)
         outgoing.send_memory(self.ram, pause_limit=30, bandwidth=None, auto_converge=False)
         outgoing.wait_for_switchover(lambda _look: None)
         outgoing.end_mirrors(seconds=60)
@@ -60,7 +61,7 @@ def test_giving_up_again_and_again_harms_no_guest_that_writes(pair: Pair) -> Non
         before = outgoing.capabilities()
         for _ in range(12):
             outgoing.mirror(pair.nbd, speed=0)
-            outgoing.wait_until_mirrored(lambda _done, _total: None)
+            outgoing.wait_until_mirrored(lambda _done, _total: False)
             outgoing.undo(before, {})
             assert counts_on(pair.guest.machine.monitor)
         assert outgoing.capabilities() == before
@@ -90,11 +91,49 @@ def test_it_moves_and_nothing_is_lost(pair: Pair) -> None:
     check_numbers(pair.tops)
 
 
+def test_a_mirror_that_was_never_level_ends_with_all_writes(pair: Pair) -> None:
+    """As over a link that takes longer for an answer than the guest for its next write: here it is held back."""
+    with Monitor(pair.guest.machine.qmp) as monitor, ThreadPoolExecutor(1) as beside:
+        outgoing = Outgoing(monitor, TOKEN, pair.disks)
+        outgoing.mirror(pair.nbd, speed=1)
+        outgoing.wait_until_mirrored(lambda _done, _total: True)
+        outgoing.send_memory(pair.ram, pause_limit=30, bandwidth=None, auto_converge=False)
+        outgoing.wait_for_switchover(lambda _look: None)
+        assert "ready" not in [status for status, *_ in outgoing.check_mirrors()]
+        ended = beside.submit(outgoing.end_mirrors, seconds=60)
+        for row in monitor.rows("query-jobs"):
+            monitor.execute("block-job-set-speed", {"device": row["id"], "speed": 0})
+        ended.result()
+        outgoing.switch_over(seconds=60)
+        pair.incoming.check_complete(seconds=60)
+        outgoing.quit()
+    pair.guest.machine.process.wait(60)
+    pair.incoming.run()
+    assert counts_on(pair.there.monitor)
+    pair.there.quit()
+    check_numbers(pair.tops)
+
+
+def test_a_mirror_that_is_not_level_in_time_is_told(pair: Pair) -> None:
+    with Monitor(pair.guest.machine.qmp) as monitor:
+        outgoing = Outgoing(monitor, TOKEN, pair.disks)
+        outgoing.mirror(pair.nbd, speed=1)
+        outgoing.wait_until_mirrored(lambda _done, _total: True)
+        outgoing.send_memory(pair.ram, pause_limit=30, bandwidth=None, auto_converge=False)
+        outgoing.wait_for_switchover(lambda _look: None)
+        with pytest.raises(Unavailable, match="the last writes of the guest"):
+            outgoing.end_mirrors(seconds=0)
+        outgoing.undo({}, {})
+    assert counts_on(pair.guest.machine.monitor)
+    pair.guest.machine.quit()
+    check_numbers(pair.guest.tops)
+
+
 def test_a_dead_destination_is_told_and_the_guest_goes_on(pair: Pair) -> None:
     with Monitor(pair.guest.machine.qmp) as monitor:
         outgoing = Outgoing(monitor, TOKEN, pair.disks)
         outgoing.mirror(pair.nbd, speed=0)
-        outgoing.wait_until_mirrored(lambda _done, _total: None)
+        outgoing.wait_until_mirrored(lambda _done, _total: False)
         outgoing.send_memory(pair.ram, pause_limit=30, bandwidth=None, auto_converge=False)
         outgoing.wait_for_switchover(lambda _look: None)
         assert pair.guest.machine.status() == "finish-migrate"
@@ -120,7 +159,7 @@ def test_what_it_measures_and_refuses(pair: Pair) -> None:
         outgoing.check()
         before = outgoing.limits()
         outgoing.mirror(pair.nbd, speed=0)
-        outgoing.wait_until_mirrored(lambda _done, _total: None)
+        outgoing.wait_until_mirrored(lambda _done, _total: False)
         outgoing.send_memory(pair.ram, pause_limit=30, bandwidth=1, auto_converge=False)
         assert outgoing.limits() != before
         with pytest.raises(Busy, match="another migration"):
@@ -135,7 +174,7 @@ def test_a_second_move_that_is_refused_leaves_the_first_one_alone(pair: Pair) ->
     with Monitor(pair.guest.machine.qmp) as monitor:
         first, second = Outgoing(monitor, TOKEN, pair.disks), Outgoing(monitor, "7" * 32, pair.disks)
         first.mirror(pair.nbd, speed=0)
-        first.wait_until_mirrored(lambda _done, _total: None)
+        first.wait_until_mirrored(lambda _done, _total: False)
         first.send_memory(pair.ram, pause_limit=30, bandwidth=None, auto_converge=False)
         first.wait_for_switchover(lambda _look: None)
         with pytest.raises(Refused, match="QEMU refused blockdev-mirror"):
@@ -154,7 +193,7 @@ def test_a_guest_that_is_paused_meanwhile_is_not_let_run(pair: Pair) -> None:
     with Monitor(pair.guest.machine.qmp) as monitor:
         outgoing = Outgoing(monitor, TOKEN, pair.disks)
         outgoing.mirror(pair.nbd, speed=0)
-        outgoing.wait_until_mirrored(lambda _done, _total: None)
+        outgoing.wait_until_mirrored(lambda _done, _total: False)
         outgoing.send_memory(pair.ram, pause_limit=0.001, bandwidth=1000, auto_converge=False)
         pair.guest.machine.ask("stop")
         with pytest.raises(Conflict, match="does not run any more: it is paused"):

@@ -117,26 +117,29 @@ def test_a_pause_that_can_be_kept() -> None:
         pause(dirty_rate=5e7, link_rate=1e7)
 
 
-def mirrored(left: list[int]) -> int:
-    """How many rounds are watched. left: bytes at the end of each"""
-    watch, done = MirrorWatch(subject="web1"), 0
+def mirrored(left: list[int], *, must_be_level: bool = False) -> tuple[int, str]:
+    """How many rounds are watched, and what they end with. left: bytes at the end of each"""
+    watch, done = MirrorWatch(subject="web1", must_be_level=must_be_level), 0
     for number, each in enumerate(left):
         try:
-            watch.look(done, done + each)
-            watch.look(done + each // 2, done + each)  # in the middle of a round nothing is judged
+            if watch.look(done, done + each) and not must_be_level:
+                return number, "enough"
+            assert not watch.look(done + each // 2, done + each), "in the middle of a round nothing is judged"
         except Conflict:
-            return number
+            return number, "given up"
         done += max(1, each)
-    return len(left)
+    return len(left), "waits"
 
 
 def test_mirrors_that_never_come_to_an_end_are_given_up() -> None:
     mib = 1 << 20
-    assert mirrored([512 * mib >> number for number in range(30)]) == 30
-    assert mirrored([64 * mib] * 30) == 6, "no progress"
-    assert mirrored([64 * mib, 8 * mib, 4 * mib, 8 * mib, 40 * mib]) == 4, "growing"
-    assert mirrored([64 * 1024] * 100) == 100, "a few clusters behind, all the time"
-    assert mirrored([64 * 1024] * 1000) == 200, "but not for ever"
+    assert mirrored([512 * mib >> number for number in range(19)]) == (19, "waits")
+    assert mirrored([64 * mib] * 30) == (6, "given up"), "no progress"
+    assert mirrored([64 * mib, 8 * mib, 4 * mib, 8 * mib, 40 * mib]) == (4, "given up"), "growing"
+    assert mirrored([64 * 1024] * 100) == (19, "enough"), "a few clusters behind, all the time"
+    assert mirrored([64 * 1024] * 1000, must_be_level=True) == (200, "given up")
+    assert mirrored([64 * mib, 32 * mib, *[mib] * 30]) == (19, "enough")
+    assert mirrored([64 * mib, 32 * mib, *[mib + 1] * 30]) == (8, "given up")
 
 
 def test_a_host_with_another_machine() -> None:

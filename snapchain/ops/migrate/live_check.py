@@ -16,6 +16,8 @@ from snapchain.replica.stream.guest_messages import Moving
 _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
 """Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
 _THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
+_MIRROR_PATIENCE = 20
+"""Rounds in which a mirror may become level before a small rest is enough."""
 _MIRROR_RULES = Rules(rounds=200, stalled=5, growth=4.0, grace=3)
 _FIRST_PAUSE = 0.1
 """Seconds."""
@@ -247,32 +249,39 @@ def first_pause(limit: float) -> float:
 
 
 class MirrorWatch:
-    """Whether the mirrors come to an end: each of them must once be level with the guest, which goes on writing.
+    """Whether the mirrors come to an end: each of them should once be level with the guest, which goes on writing.
 
-    A round is over when as much was copied as was left at its beginning; with a link that takes 80 ms for an answer
-    and a guest that writes a little all the time, there are many short ones.
+    A round is over when as much was copied as was left at its beginning.  With a link that takes 80 ms for an answer
+    and a guest that writes a little all the time, a mirror is never level.  What it is behind then goes over in a
+    moment, once the guest is paused; but libvirt waits until they are level.
     """
 
-    def __init__(self, *, subject: str) -> None:
-        self._subject = subject
+    def __init__(self, *, subject: str, must_be_level: bool = False) -> None:
+        self._subject, self._must_be_level = subject, must_be_level
         self._left: list[int] = []
         self._until = 0
 
-    def look(self, done: int, total: int) -> None:
-        """Take the bytes that were copied, and of how many. Raises Conflict, with the figures."""
+    def look(self, done: int, total: int) -> bool:
+        """Take the bytes that were copied, and of how many; whether that is near enough.
+
+        Raises Conflict, with the figures, where it will never be.
+        """
         if done < self._until:
-            return
+            return False
         left = max(0, total - done)
         self._left.append(left)
         self._until = done + max(1, left)
         verdict = judge(self._left, 0, _MIRROR_RULES)
-        if verdict is Verdict.ROUNDS_USED or (verdict.ends and left > SMALL_REST):
+        if left <= SMALL_REST and not (self._must_be_level and verdict is Verdict.ROUNDS_USED):
+            return len(self._left) >= _MIRROR_PATIENCE
+        if verdict.ends:
             raise Conflict(
                 f"the guest writes to its disks as fast as the link carries that: {left} bytes are left after "
                 f"{len(self._left)} rounds of mirroring ({verdict.value})",
                 subject=self._subject,
                 hint="wait for a quieter hour, or raise --bandwidth",
             )
+        return False
 
 
 def per_second(rate: float) -> str:

@@ -284,7 +284,7 @@ class LibvirtKind:
             allow=lambda seconds: self._leaving.set_max_downtime(int(seconds * 1000)),
         )
 
-        mirrors = MirrorWatch(subject=self._guest.name)
+        mirrors = MirrorWatch(subject=self._guest.name, must_be_level=True)
 
         def on_look(look: DomainLook) -> None:
             there.keep_alive()

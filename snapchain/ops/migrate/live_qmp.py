@@ -229,13 +229,13 @@ class QmpKind:
             raise Unsupported("; ".join(made.lacking), subject=self._guest.name, hint="give --start-command")
         return made
 
-    def _report_mirrors(self, there: GuestMove) -> Callable[[int, int], None]:
+    def _report_mirrors(self, there: GuestMove) -> Callable[[int, int], bool]:
         watch = MirrorWatch(subject=self._guest.name)
 
-        def on_look(done: int, total: int) -> None:
+        def on_look(done: int, total: int) -> bool:
             there.keep_alive()
             self._on_event(Progress("mirror", min(done, total), total))
-            watch.look(done, total)
+            return watch.look(done, total)
 
         return on_look
 
