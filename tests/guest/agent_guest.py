@@ -70,7 +70,10 @@ class Console:
     def read_until(self, words: bytes) -> bytes:
         """What comes before these words."""
         while words not in self._said:
-            piece = self._socket.recv(1 << 16)
+            try:
+                piece = self._socket.recv(1 << 16)
+            except TimeoutError as error:
+                raise AssertionError(f"the guest says no more: {bytes(self._said[-2000:])!r}") from error
             assert piece, f"the guest ended: {bytes(self._said[-2000:])!r}"
             self._said += piece
         before, _, after = bytes(self._said).partition(words)
