@@ -258,7 +258,7 @@ def test_a_linux_goes_forth_and_back_under_load(kind: str, tmp_path: Path) -> No
                 f"{used(pair.a) / MIB:.0f} and {used(pair.b) / MIB:.0f} MiB of images"
             )
             if turn >= 2:  # the first way back has nothing to go back to, without `failback --prepare`
-                assert cost["disks"] < first["disks"] / 3, (cost, first)
+                assert cost["disks"] < first["disks"] / 2, (cost, first)  # what the guest has written meanwhile
         guest.sh(f"touch /tmp/stop; while test ! -e /tmp/stopped; do sleep 1; done; {_unmounted(guest)}")
         guest.stop()
         for disk in disks:
