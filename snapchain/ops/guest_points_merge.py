@@ -142,13 +142,19 @@ def guest_at(destination: ReadableDestination, name: str) -> GuestView:
 
 def _named(url: str, disks: Sequence[DiskRecord], name: str) -> GuestView:
     view = guest_named(disks, name)
-    if view is None:
+    if view is not None:
+        return view
+    if any(disk.name.startswith(f"{name}/") for disk in disks):
         raise NotFound(
-            "there is no such guest",
+            "it has no guest point: its disks came one by one",
             subject=f"{url}::{name}",
-            hint=f"`snapchain log {shell_word(url)}` lists the guests",
+            hint="`snapchain ship --domain` or `--qmp` sends the guest as a whole",
         )
-    return view
+    raise NotFound(
+        "there is no such guest",
+        subject=f"{url}::{name}",
+        hint=f"`snapchain log {shell_word(url)}` lists the guests",
+    )
 
 
 def plan(

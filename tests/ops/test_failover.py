@@ -73,6 +73,13 @@ def test_it_takes_the_newest_whole_point(place: Open, guest: Guest, tmp_path: Pa
     assert str(files(report)["vda"]) in Path(report.definition or "").read_text()
 
 
+def test_a_guest_whose_disks_came_one_by_one_has_no_point(replica: Open, guest: Guest, tmp_path: Path) -> None:
+    image = next(iter(guest.images.values()))
+    assert main(["ship", str(image), f"{replica().url}::{GUEST}/vda"]) == 0
+    with pytest.raises(NotFound, match="it has no guest point: its disks came one by one"):
+        failover(replica, tmp_path / "out")
+
+
 def test_the_old_host_is_refused_by_name(place: Open, guest: Guest, tmp_path: Path) -> None:
     guest.point(place(), 1)
     failover(place, tmp_path / "out").run()
