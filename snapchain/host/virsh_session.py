@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from snapchain.errors import SnapchainError, ToolFailed, Unavailable
-from snapchain.host.process_channel import ProcessChannel
+from snapchain.host.process_channel import GRACE, ProcessChannel
 from snapchain.host.processes import minimal_environment
 from snapchain.host.virsh import Virsh, environment, explained, named_domain
 
@@ -99,6 +99,8 @@ class VirshSession:
         """Idempotent."""
         channel, self._channel = self._channel, None
         if channel is not None:
+            channel.abort()
+            channel.has_ended(GRACE)  # before its input ends: then it would write its history
             channel.abandon()
 
 
