@@ -25,10 +25,9 @@ class Service:
 
 
 def service_of(pid: int) -> Service | None:
-    """The service whose end is that of the process; None for one of no service, such as one of a login session.
+    """The service that ends when the process ends. None where there is none, as for a program of a login session.
 
-    A process in the service of this snapchain itself, such as that of cron or of an sshd, is none of it: who can start
-    both there has no unit for the QEMU.
+    The service that this snapchain runs in itself does not count: cron or an sshd, which started both.
     """
     name = service_in(_cgroups(pid))
     if name is None or name == service_in(_cgroups("self")):
@@ -41,7 +40,7 @@ def service_of(pid: int) -> Service | None:
 
 
 def service_in(cgroups: str) -> str | None:
-    """The innermost unit in the text of a /proc/PID/cgroup, if it is a service; a scope is started by no systemd."""
+    """The innermost unit in the text of a /proc/PID/cgroup, if it is a service. systemd never starts a scope again."""
     for line in cgroups.splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")

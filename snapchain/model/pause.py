@@ -1,9 +1,9 @@
 """How long the switch of a live migration keeps a guest paused, from a rehearsal on both hosts just before.
 
 The pause is a row of small steps, on two hosts and the way between them: QEMU stops, mirrors end, the state of the
-devices goes over, records become durable, QEMU goes on.  How long such steps take on a host changes by more than the
-double from hour to hour.  So snapchain rehearses its own ones while the guest still runs, and takes the others for as
-slow as these.  Fitted to 40 moves between two hosts that were fast at first, and then slow.
+devices goes over, records become durable, QEMU goes on.  The same steps can take twice as long an hour later.  So
+snapchain rehearses its own steps while the guest still runs, and expects the others to be as slow as these.  The
+figures were fitted to 40 moves between two busy hosts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,6 @@ _REHEARSALS = 4.1
 def switch_seconds(rehearsal: float) -> float:
     """Of the pause, without the rest of memory and disks that is sent in it.
 
-    rehearsal: seconds for a question to the destination, and for its work in a pause as far as that decides nothing
+    rehearsal: seconds of a question to the destination, with the work that a paused guest waits for there
     """
     return _QEMU + _REHEARSALS * rehearsal

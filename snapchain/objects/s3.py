@@ -182,7 +182,9 @@ class S3Store:
                     return body
                 doubtful = body, etag
             self._sleep(random.uniform(0, 0.2 * attempt))  # noqa: S311
-        raise Corrupt(f"what is read differs from its ETag, {READ_ATTEMPTS} times", subject=self._subject(name))
+        is_torn = doubtful is not None and doubtful[1] == ""
+        words = "it is replaced while it is read" if is_torn else "what is read differs from its ETag"
+        raise Corrupt(f"{words}, {READ_ATTEMPTS} times", subject=self._subject(name))
 
     def size(self, name: str) -> int | None:
         valid_name(name)

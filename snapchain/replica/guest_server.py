@@ -279,9 +279,9 @@ class GuestArrival:
         incoming.listen(details.directory / RAM, details.directory / NBD, self._exports)
 
     def _rehearse(self) -> None:
-        """Do what a paused guest will wait for, as far as it decides nothing, and note what it took.
+        """Do the work that a paused guest waits for, without its decisions, and note the seconds.
 
-        It has an effect, too: what is done a second time is in memory.
+        In the pause the same work is quicker: the files that it reads are in memory by then.
         """
         begun, details = time.monotonic(), self._at("prepared", "started", "ran")
         if self._monitor is not None:

@@ -38,14 +38,32 @@ class Pair:
         self.incoming = Incoming(stack.enter_context(Monitor(self.there.qmp)))
         self.incoming.listen(self.ram, self.nbd, self.disks)
 
-    def move(self, outgoing: Outgoing) -> None:
-        """Up to the switch, and over it."""
-        outgoing.mirror(self.nbd, speed=0)
-        outgoing.wait_until_mirrored(lambda _done, _total: False)
+    def to_the_switch(self, outgoing: Outgoing, *, held_back: bool = False) -> None:
+        """Until the guest is paused. held_back: its mirrors are not level by then"""
+        outgoing.mirror(self.nbd, speed=1 if held_back else 0)
+        outgoing.wait_until_mirrored(lambda _done, _total: held_back)
         outgoing.send_memory(self.ram, pause_limit=30, bandwidth=None, auto_converge=False)
         outgoing.wait_for_switchover(lambda _look: None)
+
+    def move(self, outgoing: Outgoing) -> None:
+        """Up to the switch, and over it."""
+        self.to_the_switch(outgoing)
         outgoing.end_mirrors(seconds=60)
         outgoing.switch_over(seconds=60)
+
+    def check_moved(self) -> None:
+        """It runs on there, with all that it wrote here; its QEMU here was told to quit."""
+        self.guest.machine.process.wait(60)
+        self.incoming.run()
+        assert counts_on(self.there.monitor)
+        self.there.quit()
+        check_numbers(self.tops)
+
+    def check_stayed(self) -> None:
+        """It runs on here, and has lost nothing."""
+        assert counts_on(self.guest.machine.monitor)
+        self.guest.machine.quit()
+        check_numbers(self.guest.tops)
 
 
 @pytest.fixture
@@ -84,21 +102,14 @@ def test_it_moves_and_nothing_is_lost(pair: Pair) -> None:
     assert sent["block-job-cancel"]["force"] is False
     assert names.index("block-job-cancel") < names.index("migrate-continue")
     assert "job-cancel" not in names
-    pair.guest.machine.process.wait(60)
-    pair.incoming.run()
-    assert counts_on(pair.there.monitor)
-    pair.there.quit()
-    check_numbers(pair.tops)
+    pair.check_moved()
 
 
 def test_a_mirror_that_was_never_level_ends_with_all_writes(pair: Pair) -> None:
     """As over a link that takes longer for an answer than the guest for its next write: here it is held back."""
     with Monitor(pair.guest.machine.qmp) as monitor, ThreadPoolExecutor(1) as beside:
         outgoing = Outgoing(monitor, TOKEN, pair.disks)
-        outgoing.mirror(pair.nbd, speed=1)
-        outgoing.wait_until_mirrored(lambda _done, _total: True)
-        outgoing.send_memory(pair.ram, pause_limit=30, bandwidth=None, auto_converge=False)
-        outgoing.wait_for_switchover(lambda _look: None)
+        pair.to_the_switch(outgoing, held_back=True)
         assert "ready" not in [status for status, *_ in outgoing.check_mirrors()]
         ended = beside.submit(outgoing.end_mirrors, seconds=60)
         for row in monitor.rows("query-jobs"):
@@ -107,35 +118,23 @@ def test_a_mirror_that_was_never_level_ends_with_all_writes(pair: Pair) -> None:
         outgoing.switch_over(seconds=60)
         pair.incoming.check_complete(seconds=60)
         outgoing.quit()
-    pair.guest.machine.process.wait(60)
-    pair.incoming.run()
-    assert counts_on(pair.there.monitor)
-    pair.there.quit()
-    check_numbers(pair.tops)
+    pair.check_moved()
 
 
 def test_a_mirror_that_is_not_level_in_time_is_told(pair: Pair) -> None:
     with Monitor(pair.guest.machine.qmp) as monitor:
         outgoing = Outgoing(monitor, TOKEN, pair.disks)
-        outgoing.mirror(pair.nbd, speed=1)
-        outgoing.wait_until_mirrored(lambda _done, _total: True)
-        outgoing.send_memory(pair.ram, pause_limit=30, bandwidth=None, auto_converge=False)
-        outgoing.wait_for_switchover(lambda _look: None)
+        pair.to_the_switch(outgoing, held_back=True)
         with pytest.raises(Unavailable, match="the last writes of the guest"):
             outgoing.end_mirrors(seconds=0)
         outgoing.undo({}, {})
-    assert counts_on(pair.guest.machine.monitor)
-    pair.guest.machine.quit()
-    check_numbers(pair.guest.tops)
+    pair.check_stayed()
 
 
 def test_a_dead_destination_is_told_and_the_guest_goes_on(pair: Pair) -> None:
     with Monitor(pair.guest.machine.qmp) as monitor:
         outgoing = Outgoing(monitor, TOKEN, pair.disks)
-        outgoing.mirror(pair.nbd, speed=0)
-        outgoing.wait_until_mirrored(lambda _done, _total: False)
-        outgoing.send_memory(pair.ram, pause_limit=30, bandwidth=None, auto_converge=False)
-        outgoing.wait_for_switchover(lambda _look: None)
+        pair.to_the_switch(outgoing)
         assert pair.guest.machine.status() == "finish-migrate"
         with pytest.raises(Conflict, match="has not got the whole guest"):
             pair.incoming.check_complete(seconds=0)
@@ -145,9 +144,7 @@ def test_a_dead_destination_is_told_and_the_guest_goes_on(pair: Pair) -> None:
             outgoing.end_mirrors(seconds=60)
         outgoing.undo({}, {})
         assert look_at_memory(monitor).status == "cancelled"
-    assert counts_on(pair.guest.machine.monitor)
-    pair.guest.machine.quit()
-    check_numbers(pair.guest.tops)
+    pair.check_stayed()
 
 
 def test_what_it_measures_and_refuses(pair: Pair) -> None:

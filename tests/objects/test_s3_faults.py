@@ -264,6 +264,9 @@ def test_where_etags_are_md5s_an_object_without_one_is_read_again(
     script.says(Reply(200, BODY, headers))
     assert store.get("a") == BODY
     assert len(script.requests) == 2
+    script.says(*[Reply(200, b"torn %d" % number, headers) for number in range(10)])
+    with pytest.raises(Corrupt, match="it is replaced while it is read, 5 times"):
+        store.get("a")
 
 
 def test_a_server_may_ignore_ranges(store: S3Store, script: Script) -> None:

@@ -101,8 +101,8 @@ def check_service(service: Service | None, *, subject: str) -> str | None:
         f"its QEMU runs in {service.name}, which systemd may start again when it ends (Restart={service.restart}): "
         "then two hosts would run the guest",
         subject=subject,
-        hint=f"`systemctl edit --runtime {service.name}` with Restart=no in its [Service], which applies at once; then "
-        "run the migration again, and `systemctl disable` it after that",
+        hint=f"say Restart=no under [Service] in `systemctl edit --runtime {service.name}`, and run the migration "
+        "again; `systemctl disable` it when the guest has moved",
     )
 
 
@@ -252,8 +252,8 @@ class MirrorWatch:
     """Whether the mirrors come to an end: each of them should once be level with the guest, which goes on writing.
 
     A round is over when as much was copied as was left at its beginning.  With a link that takes 80 ms for an answer
-    and a guest that writes a little all the time, a mirror is never level.  What it is behind then goes over in a
-    moment, once the guest is paused; but libvirt waits until they are level.
+    and a guest that writes a little all the time, a mirror is never level.  The rest is small then, and is sent in a
+    moment once the guest is paused.  libvirt cannot do that: it waits until all mirrors are level (`must_be_level`).
     """
 
     def __init__(self, *, subject: str, must_be_level: bool = False) -> None:

@@ -216,7 +216,7 @@ class Moving(Message):
     cpu: a digest of the processor's model and features; free: bytes of the replica's filesystem
     clock: of this host, in the middle of the work on the request, and
     resumed: when the guest went on; both in seconds since the epoch
-    rehearsed: seconds of the work that a paused guest will wait for, as far as it decides nothing; for LOOK in a move
+    rehearsed: seconds of the work that a paused guest waits for, without its decisions; for LOOK in a move
     domain: how libvirt has it; libvirt: the socket of its daemon, host: that daemon's UUID of this host
     pause: seconds in which the guest did not run, by libvirt's own measure; memory: bytes that came, in how many rounds
     """
