@@ -9,14 +9,17 @@ from snapchain.repository.format import fresh_id
 from snapchain.repository.leases import Mode
 from snapchain.repository.mark import Marked, mark
 from snapchain.repository.repository import Repository
-from snapchain.repository.sweep import estimate, index_objects, sweep
+from snapchain.repository.sweep import Limits, estimate, index_objects, sweep
 from snapchain.repository.verification import points_on
 
+PATIENCE = 60.0
+"""Seconds that gc waits for writers that may need what is to go: what it cannot delete then goes the next time."""
 
-def plan(repository: Repository) -> GcPlan:
+
+def plan(repository: Repository, limits: Limits | None = None) -> GcPlan:
     """Look, and delete nothing. Raises Corrupt when the catalogue of a disk is unsound."""
     marked = mark(repository)
-    would = estimate(marked, index_objects(repository))
+    would = estimate(marked, limits or Limits(), index_objects(repository))
     return GcPlan(
         destination=repository.store.url,
         bytes_freed=would.bytes_freed,
@@ -29,13 +32,16 @@ def plan(repository: Repository) -> GcPlan:
     )
 
 
-def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
-    """Collect, alone: waits for writers, and makes them wait. Raises Busy when they take too long.
+def run(repository: Repository, limits: Limits | None = None, *, on_event: OnEvent = ignore) -> GcReport:
+    """Collect beside writers and readers: what they may need is left for the next run. No earlier plan is relied on.
 
-    Readers continue: data that they read is left for the next run.  An earlier plan is not relied on.
-    Raises Refused, and moves nothing, where objects cannot be deleted.
+    Raises Refused, and moves nothing, where objects cannot be deleted, and Busy while another collector is at work, or
+    a writer of a program that knows collectors as working alone.
     """
     deleted = 0
+
+    def on_wait(words: str) -> None:
+        on_event(Notice(words))
 
     def on_object() -> None:
         nonlocal deleted
@@ -43,8 +49,8 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
         on_event(Progress("gc", deleted, None, Unit.OBJECTS))
 
     _check_deletes(repository.store)
-    with repository.lease(Mode.COLLECT, "gc", on_wait=lambda words: on_event(Notice(words)), spends=True) as lease:
-        done = sweep(repository, lease, on_object=on_object)
+    with repository.lease(Mode.COLLECT, "gc", on_wait=on_wait, spends=True) as lease:
+        done = sweep(repository, lease, limits or Limits(patience=PATIENCE), on_object=on_object, on_wait=on_wait)
     return GcReport(
         destination=repository.store.url,
         bytes_freed=done.bytes_freed,
@@ -53,6 +59,8 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
         objects_deleted=done.objects_deleted,
         packs_deleted=done.packs_deleted,
         packs_moved=done.packs_moved,
+        bytes_condemned=done.bytes_condemned,
+        waits_for=done.waits_for,
         findings=_findings(done.marked) if done.marked else (),
     )
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from snapchain.errors import SnapchainError
-from snapchain.objects.store import ObjectStore
+from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 from snapchain.repository.format import damage_name, fresh_id, is_damage, is_id, pack_name
@@ -77,11 +77,11 @@ def unlike(store: ObjectStore, sizes: Mapping[str, int]) -> frozenset[str]:
     return frozenset(bad)
 
 
-def list_packs(store: ObjectStore, prefix: str = "packs/") -> dict[str, int]:
-    """pack -> bytes of its object, of what stands at its place below `prefix`."""
+def list_packs(store: ObjectStore, prefix: str = "packs/") -> dict[str, ObjectInfo]:
+    """pack -> its object, of what stands at its place below `prefix`."""
     found = ((info.name.rpartition("/")[2], info) for info in store.list(prefix))
-    return {pack: info.size for pack, info in found if is_id(pack) and info.name == pack_name(pack)}
+    return {pack: info for pack, info in found if is_id(pack) and info.name == pack_name(pack)}
 
 
-def _unlike(sizes: Mapping[str, int], there: Mapping[str, int]) -> frozenset[str]:
-    return frozenset(pack for pack, size in sizes.items() if there.get(pack) != size)
+def _unlike(sizes: Mapping[str, int], there: Mapping[str, ObjectInfo]) -> frozenset[str]:
+    return frozenset(pack for pack, size in sizes.items() if pack not in there or there[pack].size != size)

@@ -5,6 +5,8 @@
     packs/AA/PACK                 blobs: guest data, or pages of layer records
     index/ERA-NAME                which blob lies where
     index/damaged-NAME            packs that were found damaged
+    index/condemned-NAME          packs and layers that are to be deleted
+    index/awaited-NAME            for whose leases that waits
     layers/LAYER                  one layer: its header and the table of its pages
     disks/DISK/GENERATION         the catalogue of one disk: its points and their layers
     guests/GUEST/NUMBER           a step of a guest from one state to another: who may run it
@@ -77,6 +79,8 @@ PAGE_ROW = np.dtype(
 
 _INDEX = re.compile(r"index/([0-9]{10})-[0-9a-f]{32}")
 _DAMAGE = re.compile(r"index/damaged-[0-9a-f]{32}")
+_CONDEMNED = re.compile(r"index/condemned-[0-9a-f]{32}")
+_AWAITED = re.compile(r"index/awaited-[0-9a-f]{32}")
 _HEX16 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -114,6 +118,26 @@ def damage_name(name: str) -> str:
 def is_damage(name: str) -> bool:
     """Whether an object is a record of damaged packs."""
     return _DAMAGE.fullmatch(name) is not None
+
+
+def condemned_name(name: str) -> str:
+    """Object name of a list of packs and layers that are to be deleted; below index/, as `damage_name`."""
+    return f"index/condemned-{name}"
+
+
+def is_condemned(name: str) -> bool:
+    """Whether an object lists packs and layers that are to be deleted."""
+    return _CONDEMNED.fullmatch(name) is not None
+
+
+def awaited_name(name: str) -> str:
+    """Object name of a record of the leases for which a deletion waits."""
+    return f"index/awaited-{name}"
+
+
+def is_awaited(name: str) -> bool:
+    """Whether an object says for which leases a deletion waits."""
+    return _AWAITED.fullmatch(name) is not None
 
 
 def layer_name(layer: str) -> str:

@@ -7,9 +7,10 @@ An index object (kind I) lists some packs and the blobs in them, once they are d
     blobs * 32 bytes id, ascending by their first 8 bytes
     blobs * BLOB_ROW, in the same order
 
-A collection that deletes packs begins a new era: it writes the indexes of what stays under the next number, and only
-those of the highest number count.  So an index that a writer stored who had slept through the collection, and that
-lists what is gone, misleads nobody.
+A collection that deletes packs begins a new era: it writes the indexes of what stays under the next number, says that
+they are complete, and deletes those before.  The highest number that is complete counts, with those above it: they are
+being written.  So an index that a writer stored who had slept through the collection, and that lists what is gone,
+misleads nobody.
 
 Only shipping needs it, to know what is there already.  Restoring does not: layer records say where their blobs are.
 """
@@ -29,7 +30,8 @@ import numpy.typing as npt
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectInfo, ObjectStore
-from snapchain.repository import damage
+from snapchain.repository import condemned, damage
+from snapchain.repository.condemned import Condemned
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import (
@@ -45,8 +47,11 @@ from snapchain.repository.format import (
 from snapchain.repository.packs import Location
 
 KIND = b"I"
-NOTHING = "0" * 32
-"""Name of the index that takes an era's number."""
+ALONE = "0" * 32
+BEGUN = "0" * 31 + "1"
+COMPLETE = "0" * 31 + "2"
+"""Names of indexes of nothing. ALONE: takes the number of an era for a collector that works alone: the era counts at
+once; BEGUN: for one that works beside writers: it counts when COMPLETE is there."""
 ATTEMPTS = 8
 """How often the indexes are listed again when some of them are replaced meanwhile."""
 _LAST_ERA = 10**10 - 1
@@ -95,6 +100,7 @@ class BlobIndex:
 
     sizes: pack -> bytes of its object, as the indexes list it
     avoid: packs that nothing may rely on (damage.py); may be added to
+    condemned: what is to be deleted; no blob is found there, and none anywhere while a record of that is unreadable
     unreadable: what was wrong with index objects that could not be read
     """
 
@@ -104,20 +110,32 @@ class BlobIndex:
         self.era = era
         self.sizes: dict[str, int] = {}
         self.avoid: set[str] = set()
+        self.condemned = Condemned()
         self.unreadable: list[SnapchainError] = []
         self._lock = threading.Lock()
         self._segments: list[_Segment] = []
         self._fresh: dict[bytes, Location] = {}
+        self._to_go: frozenset[str] = frozenset()
+
+    def condemn(self, said: Condemned) -> None:
+        """Take in what is to be deleted."""
+        with self._lock:
+            self.condemned, self._to_go = said, said.all_packs
 
     def find(self, blob: bytes) -> Location | None:
-        """Where the blob is, None when it is not known, or only in packs that are to be avoided."""
+        """Where the blob is, None when it is not known, or only in packs that are to be avoided or deleted."""
         with self._lock:
-            return next((where for where in self._find(blob) if where.pack not in self.avoid), None)
+            return next((where for where in self._find(blob) if self._is_to_stay(where.pack)), None)
+
+    def _is_to_stay(self, pack: str) -> bool:
+        if pack in self.avoid or pack in self._to_go:
+            return False
+        return not self.condemned.unreadable or pack not in self.sizes  # what this session stores is its own
 
     def find_all(self, blob: bytes) -> list[Location]:
-        """All places of the blob, those in packs that are to be avoided last."""
+        """All places of the blob, those in packs that are to be avoided or deleted last."""
         with self._lock:
-            return sorted(self._find(blob), key=lambda where: where.pack in self.avoid)
+            return sorted(self._find(blob), key=lambda where: not self._is_to_stay(where.pack))
 
     def _find(self, blob: bytes) -> Iterator[Location]:
         fresh = self._fresh.get(blob)
@@ -203,19 +221,36 @@ def split(listed: Iterable[IndexedPack], limit: int | None = None) -> Iterator[l
         yield group
 
 
-def begin_era(store: ObjectStore, keys: Keyring, before: Iterable[str], *, conditional: bool) -> int:
+def begin_era(
+    store: ObjectStore, keys: Keyring, before: Iterable[str], *, conditional: bool, alone: bool = False
+) -> int:
     """Take the number after those of the index objects `before`, by an index of nothing; it.
 
-    conditional: as in objects/exclusive.py.  Raises Conflict when another collector has it: it woke up, or we did.
+    conditional: as in objects/exclusive.py; alone: whether no writer is at work, so that it may count at once.
+    Raises Conflict when another collector has it: it woke up, or we did.
     """
     era = max((index_era(name) or 0 for name in before), default=0) + 1
     if era > _LAST_ERA:
         raise Corrupt("its indexes have an era that no collection can have reached", subject=store.url)
-    name = index_name(era, NOTHING)
-    body = seal(keys, KIND, name, _COUNTS.pack(0, 0))
-    if not create_exclusively(store, name, body, conditional=conditional):
+    name = index_name(era, ALONE if alone else BEGUN)
+    if not create_exclusively(store, name, _of_nothing(keys, name), conditional=conditional):
         raise Conflict("another snapchain collects at the same time", subject=store.url, hint="run gc again")
     return era
+
+
+def complete_era(store: ObjectStore, keys: Keyring, era: int) -> None:
+    """Say that all that stays is listed in this era."""
+    name = index_name(era, COMPLETE)
+    store.put(name, _of_nothing(keys, name))
+
+
+def is_end_of_era(name: str) -> bool:
+    """Whether an index object says that its era counts."""
+    return name.endswith((f"-{ALONE}", f"-{COMPLETE}"))
+
+
+def _of_nothing(keys: Keyring, name: str) -> bytes:
+    return seal(keys, KIND, name, _COUNTS.pack(0, 0))
 
 
 def parse(keys: Keyring, name: str, data: bytes) -> tuple[dict[str, int], Ids, Rows]:
@@ -239,14 +274,17 @@ def parse(keys: Keyring, name: str, data: bytes) -> tuple[dict[str, int], Ids, R
 
 
 def newest(store: ObjectStore) -> tuple[int, list[ObjectInfo]]:
-    """The era that counts, 0 in a new repository, and its index objects."""
-    return _of_newest_era(store.list("index/"))
+    """The era to write in, 0 in a new repository, and the index objects that count."""
+    return _counting(store.list("index/"))
 
 
-def _of_newest_era(listed: Iterable[ObjectInfo]) -> tuple[int, list[ObjectInfo]]:
-    found = [(index_era(info.name), info) for info in listed]
-    era = max((number for number, _ in found if number is not None), default=0)
-    return era, [info for number, info in found if number == era]
+def _counting(listed: Iterable[ObjectInfo]) -> tuple[int, list[ObjectInfo]]:
+    found = [(number, info) for info in listed for number in [index_era(info.name)] if number is not None]
+    ends = (index_name(number, name) for number, _ in found for name in (ALONE, COMPLETE))
+    names = {info.name for _, info in found}
+    complete = max((index_era(name) or 0 for name in ends if name in names), default=0)
+    highest = max((number for number, _ in found), default=0)
+    return highest, [info for number, info in found if number >= complete]
 
 
 def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
@@ -256,11 +294,12 @@ def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
     """
     for attempt in range(ATTEMPTS):
         listed = list(store.list("index/"))
-        found = _of_newest_era(listed)
+        found = _counting(listed)
         index = BlobIndex(found[0])
         try:
+            index.condemn(condemned.read(store, keys, [info.name for info in listed]))
             _load(store, keys, found[1], index)
-        except NotFound:  # a writer has put some of its own together
+        except NotFound:  # a writer has put some of its own together, or a collector
             if attempt == ATTEMPTS - 1:
                 raise
             continue

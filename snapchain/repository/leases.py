@@ -1,14 +1,18 @@
-"""Leases: writers work side by side, a collector works alone, and leaves what readers read.
+"""Leases: writers, readers and one collector work side by side, and each knows of the others.
 
-A writer (ship, merge) puts `leases/w-NONCE`, the collector `leases/g-NONCE`, a reader `leases/r-NONCE`, and then lists
-them.  A writer and a collector that find each other, or two collectors, take their own away again and wait; a reader
-that finds a collector waits a little, and a collector that finds a reader spares the layers that the reader's lease
-names.  All put first and look afterwards, so however two of them interleave, at least one sees the other (listings are
-strongly consistent on S3 and in directories).
+A writer (ship, merge) puts `leases/v-NONCE`, a reader `leases/r-NONCE`, a collector `leases/g-NONCE`, and then lists
+them.  A collector waits for nobody before it begins, but for another collector; what it takes away waits until the
+writers that it finds have ended (condemned.py), and it spares the layers that the leases of readers name.
+
+Programs before this one know a collector that works alone.  Their writers put `leases/w-NONCE`, and wait for any
+`leases/g-NONCE`; a collector that finds one of theirs takes its own lease away and waits, as they do.  A collector
+whose lease is empty, since the disk was full, works alone, too: nobody can tell what it is.  All put first and look
+afterwards, so however two of them interleave, at least one sees the other (listings are strongly consistent on S3 and
+in directories).
 
 A lease is refreshed every few minutes; one that was not for half an hour is dead, and so is one whose process was
 killed on this machine.  Ages are measured by the store's own clock.  A writer that stood still for that long must not
-publish: `check` raises then. If it stands still after its last check, the collector's fence stops it (sweep.py).
+publish: `check` raises then.  If it stands still after its last check, the collector's fence stops it (fence.py).
 """
 
 from __future__ import annotations
@@ -39,7 +43,16 @@ from snapchain.repository.envelope import Many, StoredModel, parse as parse_stor
 KIND = b"E"
 REFRESH_SECONDS = 300.0
 DEAD_SECONDS = 1800.0
+END_SECONDS = 30 * 86400.0
+"""How long it is remembered that a lease was ended by others: its holder may stand still for as long."""
+EXPIRED = b"expired\n"
+_END = ".ended"
 _POLL_SECONDS = 1.0
+
+
+def _end_of(name: str) -> str:
+    """The object that says that a lease has ended, whatever its holder still puts."""
+    return name + _END
 
 
 def _remedy(error: SnapchainError) -> str:
@@ -47,11 +60,12 @@ def _remedy(error: SnapchainError) -> str:
 
 
 class Mode(Enum):
-    """Who may work at the same time: writers and readers with each other, a collector with readers alone."""
+    """What somebody does. ALONE: a writer of a program that knows collectors as working alone."""
 
-    WRITE = "w"
+    WRITE = "v"
     COLLECT = "g"
     READ = "r"
+    ALONE = "w"
 
     @property
     def prefix(self) -> str:
@@ -63,7 +77,8 @@ class Holder(StoredModel):
     """What a lease says of who holds it; sealed, since a store need not know host names.
 
     machine, started: see repository/leases.py; with them a killed process of this machine is known to be gone
-    disks: names of those that it may publish to; layers: what a reader reads
+    disks: names of those that it may publish to, none where these may be any; layers: what a reader reads
+    beside_writers: of a collector, that writers need not wait for it
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -76,6 +91,7 @@ class Holder(StoredModel):
     since: datetime
     disks: Many[str] = ()
     layers: Many[str] = ()
+    beside_writers: bool = False
 
     @property
     def is_gone(self) -> bool:
@@ -97,9 +113,10 @@ class Lease:
 
     A lease that cannot be removed is a note: the work under it is done (objects/exclusive.py).
 
-    After entry, of a collector: `spared`, layers that readers read; `dead`, leases that nobody keeps up any more, with
-    who held them.  They are the collector's to remove (`bury`), and nobody else's: what their holders may still do when
-    they wake up must be made impossible first.
+    Of a collector, since it last looked (`survey`): `spared`, layers that readers read; `writers`, leases of those at
+    work, with who holds them if that can be read; `dead`, leases that nobody keeps up any more.  These are the
+    collector's to remove, and nobody else's: what their holders may still do when they wake up must be made impossible
+    first (fence.py).
     """
 
     def __init__(
@@ -117,7 +134,9 @@ class Lease:
     ) -> None:
         self._spends, self._spending = spends, ExitStack()
         self.spared: frozenset[str] = frozenset()
+        self.writers: dict[str, Holder | None] = {}
         self.dead: dict[str, Holder | None] = {}
+        self._alone = False
         self._store, self._keys, self._mode = store, keys, mode
         self._name = f"{mode.prefix}{secrets.token_hex(16)}"
         self._patience, self._on_wait = patience, on_wait
@@ -131,6 +150,7 @@ class Lease:
             since=datetime.now(UTC),
             disks=tuple(disks),
             layers=tuple(layers),
+            beside_writers=mode is Mode.COLLECT,
         )
         self._body = seal(keys, KIND, self._name, holder.model_dump_json().encode())
         self._refreshed = 0.0
@@ -180,37 +200,69 @@ class Lease:
 
     def check(self) -> None:
         """Raises Conflict when others may take the lease for dead: data that it protects may be deleted."""
-        if self._lost or boot_time() - self._refreshed > DEAD_SECONDS / 2 or not stays(self._store.size(self._name)):
+        if self._lost or boot_time() - self._refreshed > DEAD_SECONDS / 2 or not self._is_held():
             raise Conflict(
                 "this run stood still for so long that others took it for dead",
                 subject=self._store.url,
                 hint="run it again: what was sent is not sent twice",
             )
 
+    def _is_held(self) -> bool:
+        """Whether the lease is there, and nobody has ended it. In one look, since a refresh may arrive late."""
+        sizes = {info.name: info.size for info in self._store.list(self._name)}
+        return stays(sizes.get(self._name)) and _end_of(self._name) not in sizes
+
     def _put(self) -> None:
         try:
-            self._store.put(self._name, self._body)
+            self._store.put(self._name, b"" if self._alone else self._body)
         except Refused:
             if self._mode is not Mode.COLLECT:
                 raise
             self._store.put(self._name, b"")  # on a full disk there may be room for a name, and it keeps others away
+            self._alone = True
         self._refreshed = boot_time()
 
     def _refresh(self) -> None:
         while not self._done.wait(REFRESH_SECONDS):
             try:
                 # A lease that others removed is not put again: they have gone on without it.
-                if not stays(self._store.size(self._name)):
+                if not self._is_held():
                     self._lost = True
                     return
                 self._put()
             except SnapchainError:
                 continue  # the next round may succeed; `check` counts the seconds
 
-    def bury(self) -> None:
-        """Remove the dead leases; of a collector, once their holders can do no harm any more. Raises as the store."""
-        for name in self.dead:
-            self._store.delete(name)
+    @property
+    def name(self) -> str:
+        """The object that is the lease."""
+        return self._name
+
+    def survey(self) -> None:
+        """Of a collector: look again who is at work. Whoever may not work beside it gives way by itself."""
+        self._other()
+
+    def shut_out_writers(self, patience: float) -> None:
+        """Of a collector: work alone from now on, without any room to write. Raises Busy when writers do not end."""
+        self._alone = True
+        self._put()
+        until = boot_time() + patience
+        while True:
+            self.survey()
+            if not self.writers:
+                return
+            if boot_time() >= until:
+                others = ", ".join(sorted(str(holder or "another snapchain") for holder in self.writers.values()))
+                raise Busy(f"{others} is at work", subject=self._store.url, hint="wait for it, and run this again")
+            time.sleep(_POLL_SECONDS)
+
+    def end(self, name: str) -> None:
+        """Of a collector: say that a dead lease has ended. From here on the `check` of its holder raises."""
+        self._store.put(_end_of(name), EXPIRED)
+
+    def bury(self, name: str) -> None:
+        """Of a collector: remove a dead lease, once its holder can do no harm any more. What `end` said stays."""
+        self._store.delete(name)
 
     def _other(self) -> ObjectInfo | None:
         """A live lease that excludes ours."""
@@ -218,27 +270,39 @@ class Lease:
         now = next((info.modified for info in found if info.name == self._name), None)
         collects = self._mode is Mode.COLLECT
         spared: set[str] = set()
-        self.dead = {}
+        other: ObjectInfo | None = None
+        self.dead, self.writers = {}, {}
         for info in found:
             if info.name == self._name or not (collects or info.name.startswith(Mode.COLLECT.prefix)):
+                continue
+            age = None if now is None or info.modified is None else now - info.modified
+            if info.name.endswith(_END):
+                if collects and age is not None and age > END_SECONDS:
+                    self._store.delete(info.name)
                 continue
             if is_retired(info):
                 if collects:
                     retire(self._store, info.name)
                 continue
             holder = self._holder(info)
-            expired = now is not None and info.modified is not None and now - info.modified > DEAD_SECONDS
-            if expired or (holder is not None and holder.is_gone):
+            if holder is None and not stays(self._store.size(info.name)):
+                continue  # it has ended since it was listed
+            if (age is not None and age > DEAD_SECONDS) or (holder is not None and holder.is_gone):
                 if collects:
                     self.dead[info.name] = holder
                 else:
                     retire(self._store, info.name)  # so that its own `check` fails
-            elif info.name.startswith(Mode.READ.prefix) and holder is not None:
+            elif not collects and holder is not None and holder.beside_writers:
+                continue
+            elif collects and info.name.startswith(Mode.READ.prefix) and holder is not None:
                 spared.update(holder.layers)
+            elif collects and info.name.startswith(Mode.WRITE.prefix):
+                self.writers[info.name] = holder
+                other = other or (info if self._alone else None)
             else:
-                return info
+                other = other or info
         self.spared = frozenset(spared)
-        return None
+        return other
 
     def _describe(self, info: ObjectInfo) -> str:
         return str(self._holder(info) or "another snapchain")

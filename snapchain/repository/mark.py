@@ -2,18 +2,22 @@
 
     the newest catalogue of each disk -> its layers -> their pages -> blobs, by place in packs
 
-and so are the layers that somebody reads right now, whatever catalogue they are of.  Everything else is garbage, once
-nobody else is at work (leases.py).  What is done about it: sweep.py.
+and so are the layers that somebody reads right now, whatever catalogue they are of.  What is done about the rest:
+sweep.py.
+
+Others publish meanwhile, and may move what one disk names to another.  So each generation that was the newest of its
+disk at any time from the beginning of the look to its end counts (`look_again`): whatever was named all the time is
+seen, in whatever order the disks are looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from snapchain.errors import Corrupt, SnapchainError
+from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError
 from snapchain.model.extents import Int64s
 from snapchain.objects.exclusive import CLAIM_LIFE, is_claim
 from snapchain.objects.store import ObjectInfo, ObjectStore
@@ -21,7 +25,7 @@ from snapchain.repository import catalogue as catalogues, damage
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.damage import list_packs
-from snapchain.repository.format import is_damage
+from snapchain.repository.format import is_damage, is_id, layer_name
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.known import SeenGenerations
 from snapchain.repository.layers import StoredLayer, page_location
@@ -41,6 +45,7 @@ class Usage:
 
     size: bytes of the object; offsets, stored: int64[n], its blobs in use, ascending, each once
     is_read: whether a layer that somebody reads names it: then it stays where it is
+    modified: by the store's clock, if it tells
     """
 
     pack: str
@@ -48,6 +53,7 @@ class Usage:
     offsets: Int64s
     stored: Int64s
     is_read: bool
+    modified: float | None = None
 
     @property
     def used_bytes(self) -> int:
@@ -60,7 +66,9 @@ class Marked:
     """What a mark phase found.
 
     newest: the newest catalogue of each disk and the hash of its object
-    dead_generations, dead_claims, dead_layers: objects nobody needs, name -> bytes
+    looked: folder of a disk -> the highest generation that was taken into account
+    alive: layers in use
+    dead_generations, dead_claims: objects nobody needs, name -> bytes; dead_layers: layers nobody needs, name -> object
     usage: every pack in the store, used or not
     index: of all blobs, with the packs that are missing or damaged
     replaced: blobs in such packs that have a copy: (pack, offset) -> the copy
@@ -75,9 +83,11 @@ class Marked:
     """
 
     newest: list[tuple[Catalogue, str]] = field(default_factory=list)
+    looked: dict[str, int] = field(default_factory=dict)
+    alive: set[str] = field(default_factory=set)
     dead_generations: dict[str, int] = field(default_factory=dict)
     dead_claims: dict[str, int] = field(default_factory=dict)
-    dead_layers: dict[str, int] = field(default_factory=dict)
+    dead_layers: dict[str, ObjectInfo] = field(default_factory=dict)
     usage: list[Usage] = field(default_factory=list)
     index: BlobIndex = field(default_factory=BlobIndex)
     replaced: dict[tuple[str, int], Location] = field(default_factory=dict)
@@ -122,28 +132,27 @@ def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -
     """One pass. It may find damage in a page that its beginning did not take into account."""
     store = repository.store
     found = Marked(index=index)
-    generations: dict[str, list[ObjectInfo]] = {}
     floors = {} if repository.memory is None else repository.memory.floors()
-    for info in store.list("disks/"):
-        if catalogues.is_generation(info.name):
-            generations.setdefault(info.name.split("/")[1], []).append(info)  # ascending
+    generations = _generations(store)
     _check_not_older(repository.memory, floors, generations)
     for history in generations.values():
         # The last run has added one itself: without this margin each run would delete one and add one, for ever.
         if len(history) > KEPT_GENERATIONS + 1:
             found.dead_generations.update((info.name, info.size) for info in history[:-KEPT_GENERATIONS])
         name = history[-1].name
-        found.newest.append(catalogues.parse(repository.keys, name, store.get(name)))
+        found.newest.append(_parsed(repository, name))
+        found.looked[name.split("/")[1]] = _number(name)
     found.dead_claims.update((info.name, info.size) for info in _dead_claims(store))
-    alive = {layer for catalogue in found.catalogues for layer in catalogue.parents}
+    found.alive = alive = {layer for catalogue in found.catalogues for layer in catalogue.parents}
     read = set()
     for info in store.list("layers/"):
         layer = info.name.rpartition("/")[2]
         if layer in spared:
             read.add(layer)  # one that is gone was gone before its reader had its lease
-        elif layer not in alive:
-            found.dead_layers[info.name] = info.size
-    sizes = list_packs(store)
+        elif layer not in alive and is_id(layer) and info.name == layer_name(layer):
+            found.dead_layers[info.name] = info
+    listed = list_packs(store)
+    sizes = {pack: info.size for pack, info in listed.items()}
     places = _Places(index.avoid, sizes)
     for layer in sorted(alive | read):
         try:
@@ -159,7 +168,8 @@ def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -
     nothing = np.empty(0, np.int64)
     for pack, size in sizes.items():
         offsets, stored = used.pop(pack, (nothing, nothing))
-        found.usage.append(Usage(pack, size, offsets, stored, is_read=pack in places.read))
+        changed = listed[pack].modified
+        found.usage.append(Usage(pack, size, offsets, stored, is_read=pack in places.read, modified=changed))
     for key in found.replaced.keys() | found.rescued.keys():
         if places.doubted[key][2] & alive - found.unread:
             found.movable.add(key)
@@ -169,6 +179,66 @@ def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -
         if not packs & found.suspect:
             found.stale[name] = names[name]
     return found
+
+
+def look_again(repository: Repository, found: Marked, spared: Collection[str]) -> frozenset[str]:
+    """The packs that others need by now, or did since the mark; `found` knows their layers as alive afterwards.
+
+    spared: layers that somebody reads by now. Raises Conflict where that cannot be told.
+    """
+    layers = set(spared)
+    for key, history in _generations(repository.store).items():
+        for info in history:
+            if _number(info.name) > found.looked.get(key, 0):
+                layers.update(_parsed(repository, info.name)[0].parents)
+        found.looked[key] = _number(history[-1].name)
+    fresh = layers - found.alive
+    found.alive |= layers
+    # One that a reader names and that is gone was gone before the reader had its lease.
+    there = {layer for layer in fresh if layer not in spared or repository.store.size(layer_name(layer)) is not None}
+
+    def lose(layer: str, error: Corrupt) -> None:
+        found.lose(layer, error)
+        found.unread.add(layer)
+
+    return named_packs(repository, there, lose)
+
+
+def named_packs(
+    repository: Repository, layers: Collection[str], lose: Callable[[str, Corrupt], None] = lambda _layer, _error: None
+) -> frozenset[str]:
+    """The packs that these layers name. lose: told of a layer of which the record or a page is lost."""
+    places = _Places(frozenset(), None)
+    for layer in sorted(layers):
+        try:
+            places.add(repository.layer(layer), is_read=False)
+        except Corrupt as error:
+            lose(layer, error)
+    return frozenset(places.by_pack())
+
+
+def _generations(store: ObjectStore) -> dict[str, list[ObjectInfo]]:
+    """Folder of a disk -> its generations, ascending."""
+    found: dict[str, list[ObjectInfo]] = {}
+    for info in store.list("disks/"):
+        if catalogues.is_generation(info.name):
+            found.setdefault(info.name.split("/")[1], []).append(info)
+    return found
+
+
+def _number(name: str) -> int:
+    """The number of a generation, by its name."""
+    return int(name.rpartition("/")[2])
+
+
+def _parsed(repository: Repository, name: str) -> tuple[Catalogue, str]:
+    """Raises Conflict where so many generations were made since it was listed that it was collected."""
+    try:
+        return catalogues.parse(repository.keys, name, repository.store.get(name))
+    except NotFound as error:
+        raise Conflict(
+            "generations were collected while gc looked at them", subject=name, hint="run gc again"
+        ) from error
 
 
 def _check_not_older(
@@ -221,13 +291,13 @@ def _dead_claims(store: ObjectStore) -> list[ObjectInfo]:
 class _Places:
     """Blobs in use, as numbers: pack number, offset, stored bytes.
 
-    avoid: packs that are damaged; sizes: bytes of those that are there
+    avoid: packs that are damaged; sizes: bytes of those that are there, None where that is not asked
     doubted: the blobs in packs that are damaged or missing, (pack, offset) -> id, place, layers
     short: packs that end before a blob that somebody names, and are not among those to avoid
     pages: (pack, offset) of those that are pages
     """
 
-    def __init__(self, avoid: Container[str], sizes: Mapping[str, int]) -> None:
+    def __init__(self, avoid: Container[str], sizes: Mapping[str, int] | None) -> None:
         self.read: set[str] = set()
         self.short: set[str] = set()
         self.pages: set[tuple[str, int]] = set()
@@ -267,6 +337,8 @@ class _Places:
 
     def _is_bad(self, pack: str, end: int) -> bool:
         """Whether a pack of which bytes up to `end` are named is damaged or missing."""
+        if self._sizes is None:
+            return False
         if pack in self._avoid or pack not in self._sizes:
             return True
         if self._sizes[pack] < end:
@@ -295,10 +367,12 @@ class _Places:
         return found
 
 
-def wasteful(usage: Sequence[Usage], limit: float, *, least: int, avoid: Container[str] = ()) -> list[Usage]:
+def wasteful(
+    usage: Sequence[Usage], limit: float, *, least: int, avoid: Container[str] = (), emptied: Container[str] = ()
+) -> list[Usage]:
     """The packs in use, but not being read, of which more than `limit` (0 to 1) and more than `least` bytes are unused.
 
-    avoid: packs that are damaged
+    avoid: packs that are damaged; emptied: packs that are to be emptied in any case
     """
     return [
         pack
@@ -306,7 +380,7 @@ def wasteful(usage: Sequence[Usage], limit: float, *, least: int, avoid: Contain
         if len(pack.offsets)
         and not pack.is_read
         and pack.pack not in avoid
-        and pack.size - pack.used_bytes > max(limit * pack.size, least)
+        and (pack.pack in emptied or pack.size - pack.used_bytes > max(limit * pack.size, least))
     ]
 
 

@@ -85,7 +85,11 @@ class RepositoryMerge:
         if self._changes_something():
             work = f"merge {self._disk.name}"
             with self._repository.lease(
-                Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words)), spends=True
+                Mode.WRITE,
+                work,
+                on_wait=lambda words: on_event(Notice(words)),
+                disks=[self._disk.name],
+                spends=True,
             ) as lease:
                 for attempt in range(ATTEMPTS):
                     # What was read before the lease was held may have been merged away and collected since.

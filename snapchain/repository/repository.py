@@ -206,10 +206,10 @@ class Repository:
         disks: Sequence[str] = (),
         spends: bool = False,
     ) -> Lease:
-        """The right to write (beside other writers) or to collect (alone), for the length of a `with` block.
+        """The right to write, or to collect, for the length of a `with` block.
 
-        work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind; on_wait: told of it, once;
-        disks: those that may be made, which nobody else would know of; spends: as in Lease
+        work: for people, e.g. `ship web1/vda`; patience: seconds to wait for who works alone; on_wait: told of it,
+        once; disks: those to which it may publish, none where these may be any; spends: as in Lease
         """
         seconds = PATIENCE if patience is None else patience
         return Lease(
@@ -311,7 +311,7 @@ class Repository:
             points = change(catalogue)
             return None if points is None else {"points": tuple(points)}
 
-        with self.lease(Mode.WRITE, work, on_wait=on_wait, spends=True) as lease:
+        with self.lease(Mode.WRITE, work, on_wait=on_wait, disks=[disk], spends=True) as lease:
             catalogue = self.disk(disk).update(fields, time=datetime.now(UTC), check=lease.check)
         return next(each for each in catalogue.points if each.point == point)
 

@@ -1,14 +1,16 @@
-"""gc: packs that are mostly waste are rewritten, and what nobody needs is deleted.
+"""gc: packs that are mostly waste are rewritten, and what nobody needs is deleted, beside writers and readers.
 
     mark     what is in use, or being read, and what of it is damaged (mark.py)
-    fence    from here on nobody publishes who began before (`fence` below)
-    move     blobs in use leave the wasteful packs, and those that are damaged, for new ones; the layer records that
-             name them are written anew, also where a damaged blob has a copy already, and the catalogues switched to
-             them, each by its next generation
-    sweep    old generations; one new index for all old ones; a last look whether we are still alone; layers; packs
+    move     blobs in use leave the wasteful packs, those that are damaged, and those that were condemned and are in use
+             all the same, for new ones; the layer records that name them are written anew, and the catalogues switched
+             to them, each by its next generation; under a lease as any writer has it
+    condemn  what is unused: whoever begins from here on does not rely on it (condemned.py)
+    wait     for the writers that were there then; those that are dead are fenced (fence.py). Not for long: what others
+             still may need goes the next time
+    look     at all that was published since the mark: what it names stays
+    sweep    old generations; one new index for all old ones; layers; packs
 
-Until the last look, a writer that takes us for dead may read an old index, and rely on a pack that is about to be
-deleted.  After it no writer can, since the old indexes are gone: deletions may be delayed for any time.
+What is to go was unused at the last look, and nobody can name it any more: deletions may be delayed for any time.
 
 Deletion runs in the reverse order of writing: wherever a run is interrupted, nothing that is left names a deleted
 object.  Another run finishes.
@@ -16,24 +18,29 @@ object.  Another run finishes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
-from snapchain.errors import Conflict, Corrupt
+from snapchain.errors import Corrupt
+from snapchain.objects.exclusive import boot_time
 from snapchain.objects.store import ObjectInfo, Refused
-from snapchain.repository import index as indexes, layers as records
-from snapchain.repository.catalogue import ATTEMPTS, Catalogue
-from snapchain.repository.format import PACK_BYTES, PAGE_ROW, fresh_id, index_era, pack_name
+from snapchain.repository import condemned, index as indexes, layers as records
+from snapchain.repository.catalogue import Catalogue
+from snapchain.repository.condemned import Condemned
+from snapchain.repository.fence import bury
+from snapchain.repository.format import PACK_BYTES, PAGE_ROW, fresh_id, index_era, layer_name, pack_name
 from snapchain.repository.index import BlobIndex, IndexedPack
 from snapchain.repository.ingest import store_page_body
 from snapchain.repository.layers import StoredLayer
-from snapchain.repository.leases import Lease
-from snapchain.repository.mark import Marked, Usage, mark, unused, wasteful
+from snapchain.repository.leases import Holder, Lease, Mode
+from snapchain.repository.mark import Marked, Usage, look_again, mark, named_packs, unused, wasteful
 from snapchain.repository.packer import Packer
 from snapchain.repository.packs import Location, PackReader, read_directory
 from snapchain.repository.pages import Page, Rows
@@ -49,9 +56,25 @@ MOST_INDEXES = 32
 """Objects beyond those that their size demands; more are put together, for readers without a cache."""
 
 _INDEX_BLOBS = 500_000
+_POLL_SECONDS = 1.0
+_SKEW = 2 * 3600.0
+"""By how much a host's clock may be wrong before packs of its shipments are condemned while they are under way."""
 
 Moves = dict[str, dict[int, Location]]
 """pack -> offset in it -> where the blob lies now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much one run does.
+
+    waste: the share of a pack that may be waste, 0 to 1; most_moved: bytes that it copies out of packs, None: any
+    patience: seconds to wait for writers that may still need what is to go
+    """
+
+    waste: float = WASTE
+    most_moved: int | None = None
+    patience: float = 60.0
 
 
 @dataclass(slots=True)
@@ -60,6 +83,7 @@ class Swept:
 
     bytes_freed: less than before, new records counted; bytes_added: more than before, where these cost more than what
     was deleted; bytes_moved: blobs copied into new packs
+    bytes_condemned: packs that are to go, and for which somebody at work may still have a use; waits_for: who
     marked: what was in use at the end, and what of it is lost
     """
 
@@ -69,6 +93,8 @@ class Swept:
     objects_deleted: int = 0
     packs_deleted: int = 0
     packs_moved: int = 0
+    bytes_condemned: int = 0
+    waits_for: tuple[str, ...] = ()
     marked: Marked | None = None
 
 
@@ -77,13 +103,14 @@ def index_objects(repository: Repository) -> list[ObjectInfo]:
     return [info for info in repository.store.list("index/") if index_era(info.name) is not None]
 
 
-def estimate(marked: Marked, indexes: Sequence[ObjectInfo] = ()) -> Swept:
+def estimate(marked: Marked, limits: Limits = Limits(), indexes: Sequence[ObjectInfo] = ()) -> Swept:
     """What `sweep` would do, without the new records that moving costs. indexes: see `index_objects`."""
-    wasted, empty = _wasteful(marked), _unused(marked)
+    wasted, empty = _wasteful(marked, limits), _unused(marked)
     rescued = sum(where.stored for key, (_, where) in marked.rescued.items() if key in marked.movable)
     moved = sum(pack.used_bytes for pack in wasted) + rescued
     freed = sum(pack.size for pack in (*wasted, *empty)) - moved
-    records_gone = marked.dead_generations | marked.dead_claims | marked.dead_layers | marked.stale
+    dead_layers = {name: info.size for name, info in marked.dead_layers.items()}
+    records_gone = marked.dead_generations | marked.dead_claims | dead_layers | marked.stale
     goes = [*wasted, *empty]
     replaced = indexes if goes else ()
     # The new index is smaller by what it no longer lists: about as much as its packs are of all.
@@ -97,10 +124,18 @@ def estimate(marked: Marked, indexes: Sequence[ObjectInfo] = ()) -> Swept:
     )
 
 
-def _wasteful(marked: Marked) -> list[Usage]:
+def _wasteful(marked: Marked, limits: Limits) -> list[Usage]:
+    """The packs to move from, the most wasteful first, as many as may be moved."""
     if marked.unread:
         return []
-    return wasteful(marked.usage, WASTE, least=LEAST_WASTE, avoid=marked.suspect)
+    found = wasteful(
+        marked.usage, limits.waste, least=LEAST_WASTE, avoid=marked.suspect, emptied=marked.index.condemned.all_packs
+    )
+    if limits.most_moved is None:
+        return found
+    found.sort(key=lambda pack: pack.used_bytes / pack.size)
+    moved = accumulate(pack.used_bytes for pack in found)
+    return [pack for pack, total in zip(found, moved, strict=True) if total <= limits.most_moved]
 
 
 def _unused(marked: Marked) -> list[Usage]:
@@ -108,99 +143,219 @@ def _unused(marked: Marked) -> list[Usage]:
     return [] if marked.unread else unused(marked.usage)
 
 
-def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]) -> Swept:
-    """Mark and collect under a collector's lease. on_object: told of each deletion.
+def sweep(
+    repository: Repository,
+    lease: Lease,
+    limits: Limits = Limits(),
+    *,
+    on_object: Callable[[], None],
+    on_wait: Callable[[str], None] = lambda _words: None,
+) -> Swept:
+    """Mark and collect under a collector's lease. on_object: told of each deletion; on_wait: for whom it waits.
 
     Raises Conflict when others took this run for dead; then what was deleted is what nobody needs all the same.
     """
-    store = repository.store
-    done = Swept()
-    held = _stored_bytes(repository)
-    marked = _marked_and_fenced(repository, lease)
-    done.marked = marked
-    if marked.lost or marked.suspect:
-        lease.check()  # after another collection meanwhile, a missing object is no damage
-    if not _is_work(repository, lease, marked):
+    return _Sweep(repository, lease, limits, on_object, on_wait).run()
+
+
+class _Sweep:
+    """One run."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        lease: Lease,
+        limits: Limits,
+        on_object: Callable[[], None],
+        on_wait: Callable[[str], None],
+    ) -> None:
+        self._repository, self._lease, self._limits = repository, lease, limits
+        self._on_object, self._on_wait = on_object, on_wait
+        self._done = Swept()
+
+    def run(self) -> Swept:
+        """As `sweep`."""
+        repository, lease, done = self._repository, self._lease, self._done
+        held = _stored_bytes(repository)
+        done.marked = marked = self._marked()
+        if marked.lost or marked.suspect:
+            lease.check()  # after another collection meanwhile, a missing object is no damage
+        if not self._is_work(marked):
+            _note_damage(repository, marked)
+            return done
+        wasted = _wasteful(marked, self._limits)
+        if wasted or marked.movable:
+            self._move(marked, wasted)
+            done.marked = marked = self._marked()
         _note_damage(repository, marked)
-        return done
-    wasted = _wasteful(marked)
-    if wasted or marked.movable:
-        with suppress(Refused):  # a full disk: deleting waste makes room to move next time
-            _move(repository, marked, wasted, done, lease.check)
-        done.marked = marked = mark(repository, lease.spared)
-    gone = {pack.pack for pack in _unused(marked)}
-    avoid = marked.suspect | marked.index.avoid | gone
-    stay = {pack.pack: pack.size for pack in marked.usage if pack.pack not in avoid}
-    _note_damage(repository, marked)
-    lease.check()
-
-    def delete(objects: Iterable[str]) -> None:
-        for name in objects:
-            store.delete(name)
-            done.objects_deleted += 1
-            on_object()
-
-    delete(marked.dead_generations)
-    delete(marked.dead_claims)
-    listed = index_objects(repository)
-    before = [info.name for info in listed]
-    unwritten: list[list[IndexedPack]] = []
-    if gone or _too_many(repository, listed) or _misleads(marked):
-        era, unwritten = _write_index(repository, before, stay)
-        delete(before)
         lease.check()
-    delete(marked.dead_layers)
-    delete([pack_name(pack) for pack in gone])
-    delete(marked.stale)
-    for group in unwritten:
-        indexes.write(store, repository.keys, group, era=era)
-    done.packs_deleted = len(gone)
-    less = held - _stored_bytes(repository)
-    done.bytes_freed, done.bytes_added = max(0, less), max(0, -less)
-    return done
+        self._delete(marked.dead_generations)
+        self._delete(marked.dead_claims)
+        said = self._condemn(marked)
+        at_work = self._wait(said)
+        needed = look_again(repository, marked, lease.spared)
+        self._report_waiting(marked, said, said.ready(at_work))
+        self._sweep(marked, said, said.ready(at_work), needed)
+        less = held - _stored_bytes(repository)
+        done.bytes_freed, done.bytes_added = max(0, less), max(0, -less)
+        return done
 
+    def _marked(self) -> Marked:
+        self._lease.survey()
+        return mark(self._repository, self._lease.spared)
 
-def _marked_and_fenced(repository: Repository, lease: Lease) -> Marked:
-    """What is in use, and will be the same until we are done; not fenced when there is nothing to do."""
-    dead_disks = {disk for holder in lease.dead.values() if holder is not None for disk in holder.disks}
-    for attempt in range(ATTEMPTS):
-        marked = mark(repository, lease.spared)
-        if not _is_work(repository, lease, marked):
-            return marked
+    def _is_work(self, marked: Marked) -> bool:
+        would = estimate(marked, self._limits)
+        if would.objects_deleted or self._lease.dead or marked.movable or _misleads(marked):
+            return True
+        said = marked.index.condemned
+        return bool(said.packs or said.awaits or said.unreadable) or _is_scattered(self._repository)
+
+    # --- Moving, as a writer.
+
+    def _move(self, marked: Marked, wasted: Sequence[Usage]) -> None:
+        repository = self._repository
+        with (
+            suppress(Refused),  # a full disk: deleting waste makes room to move next time
+            repository.lease(Mode.WRITE, "gc", on_wait=self._on_wait, spends=True) as writing,
+        ):
+            self._lease.survey()
+            others = {name: holder for name, holder in self._lease.writers.items() if name != writing.name}
+            _move(repository, marked, wasted, self._done, writing.check, avoid=_published_to(others))
+
+    # --- Condemning, and waiting.
+
+    def _condemn(self, marked: Marked) -> Condemned:
+        """Say of all that is unused that it is to go; what the store says of that by now."""
+        repository, lease = self._repository, self._lease
+        said = marked.index.condemned
+        lease.survey()
+        since = _began(lease.writers.values())
+        packs = {pack.pack for pack in _unused(marked) if _is_older(pack.modified, since)} - said.all_packs
+        dead = [name for name, info in marked.dead_layers.items() if _is_older(info.modified, since)]
+        layers = {name.rpartition("/")[2] for name in dead} - said.all_layers
         try:
-            _fence(repository, marked, dead_disks, lease)
-        except Conflict:  # somebody's last act arrived in between
-            if attempt == ATTEMPTS - 1:
-                raise
-        else:
-            lease.bury()
-            return marked
-    raise AssertionError("the loop returns or raises")
+            made = condemned.condemn(repository.store, repository.keys, packs, layers) if packs or layers else {}
+            for name, record in made.items():
+                said.packs[name], said.layers[name] = frozenset(record.packs), frozenset(record.layers)
+            lease.survey()
+            unsettled = said.unsettled()
+            if unsettled:
+                leases = frozenset(lease.writers.keys() | lease.dead.keys())
+                name = condemned.wait_for(repository.store, repository.keys, unsettled, leases)
+                said.awaits[name] = frozenset(unsettled), leases
+        except Refused:  # without room to say so, all others have to wait instead
+            lease.shut_out_writers(self._limits.patience)
+            said.packs[""], said.layers[""] = frozenset(packs), frozenset(layers)
+            said.awaits[""] = frozenset(said.packs), frozenset(lease.dead)
+        return said
+
+    def _wait(self, said: Condemned) -> set[str]:
+        """Wait for those who may need what is to go, but not for long; the leases of writers that are still there."""
+        lease = self._lease
+        until = boot_time() + self._limits.patience
+        told = False
+        while True:
+            lease.survey()
+            if lease.dead:
+                bury(self._repository, lease)
+                lease.survey()
+            at_work = lease.writers.keys() | lease.dead.keys()
+            if len(said.ready(at_work)) == len(said.packs) or boot_time() >= until:
+                return set(at_work)
+            if not told:
+                self._on_wait(f"waiting for {', '.join(_named(lease.writers.values()))}")
+                told = True
+            lease.check()
+            time.sleep(_POLL_SECONDS)
+
+    def _report_waiting(self, marked: Marked, said: Condemned, ready: Sequence[str]) -> None:
+        later = frozenset().union(*(packs for name, packs in said.packs.items() if name not in ready))
+        self._done.bytes_condemned = sum(pack.size for pack in marked.usage if pack.pack in later)
+        if later:
+            self._done.waits_for = _named(self._lease.writers.values())
+
+    # --- Deleting.
+
+    def _sweep(self, marked: Marked, said: Condemned, ready: Sequence[str], needed: frozenset[str]) -> None:
+        repository, lease = self._repository, self._lease
+        store, keys = repository.store, repository.keys
+        in_use = {pack.pack for pack in marked.usage if len(pack.offsets)} | needed
+        there = {pack.pack: pack.size for pack in marked.usage}
+        going = frozenset[str]().union(*(said.packs[name] for name in ready)) & there.keys()
+        gone = frozenset[str]() if marked.unread else going - in_use
+        layers = frozenset[str]().union(*(said.layers[name] for name in ready)) - marked.alive
+        avoid = marked.suspect | marked.index.avoid | said.all_packs
+        lease.check()
+        before = [info.name for info in index_objects(repository)]
+        rewritten: _Rewritten | None = None
+        if gone or _is_scattered(repository) or _misleads(marked):
+            stay = {pack: size for pack, size in there.items() if pack not in avoid}
+            rewritten = _write_index(repository, before, stay, alone="" in said.packs)
+            self._delete([name for name in before if not indexes.is_end_of_era(name)])
+            lease.check()
+        listed = {info.name for info in store.list("layers/")}
+        self._delete(sorted(listed & {layer_name(layer) for layer in layers}))
+        self._delete(map(pack_name, sorted(gone)))
+        self._delete(marked.stale)
+        if rewritten is not None:
+            for group in rewritten.unwritten:
+                indexes.write(store, keys, group, era=rewritten.era)
+            if not rewritten.is_complete:
+                indexes.complete_era(store, keys, rewritten.era)
+            self._delete([name for name in before if indexes.is_end_of_era(name)])
+        self._forget_condemned(said, ready, going - gone)
+        self._done.packs_deleted = len(gone)
+
+    def _forget_condemned(self, said: Condemned, ready: Sequence[str], stay: frozenset[str]) -> None:
+        """Delete the records of which all is gone, once another says what stays condemned. stay: its packs."""
+        store, keys = self._repository.store, self._repository.keys
+        over = [name for name in ready if name]
+        if len(over) == 1 and said.packs[over[0]] == stay and not said.layers[over[0]]:
+            over = []  # it says what it would say again
+        with suppress(Refused):  # then they stay, and say too much
+            if stay and over:
+                condemned.condemn(store, keys, stay, ())
+            for name in (*over, *filter(None, said.over(over)), *said.unreadable):
+                store.delete(name)
+
+    def _delete(self, objects: Iterable[str]) -> None:
+        for name in objects:
+            self._repository.store.delete(name)
+            self._done.objects_deleted += 1
+            self._on_object()
 
 
-def _fence(repository: Repository, marked: Marked, dead_disks: set[str], lease: Lease) -> None:
-    try:
-        fence(repository, marked, dead_disks, lease.check)
-    except Refused:  # a full disk: what may go at any time makes room
-        gone = [*marked.dead_generations, *marked.dead_claims]
-        if not gone:
-            raise
-        for name in gone:
-            repository.store.delete(name)
-        fence(repository, marked, dead_disks, lease.check)
-
-
-def _is_work(repository: Repository, lease: Lease, marked: Marked) -> bool:
-    would = estimate(marked)
-    if would.objects_deleted or lease.dead or marked.movable or _misleads(marked):
-        return True
-    return _too_many(repository, indexes.newest(repository.store)[1])
-
-
-def _too_many(repository: Repository, listed: Sequence[ObjectInfo]) -> bool:
-    """Whether these index objects are many more than would do, of the size that they may have."""
+def _is_scattered(repository: Repository) -> bool:
+    """Whether the index objects are many more than would do, of the size that they may have, or some do not count."""
+    listed = index_objects(repository)
     needed = 2 * sum(info.size for info in listed) // (repository.pack_size or PACK_BYTES)
-    return len(listed) > MOST_INDEXES + needed
+    return len(listed) > MOST_INDEXES + needed or len(listed) > len(indexes.newest(repository.store)[1])
+
+
+def _published_to(writers: Mapping[str, Holder | None]) -> frozenset[str] | None:
+    """The disks to which these writers may publish; None: any."""
+    if any(holder is None or not holder.disks for holder in writers.values()):
+        return None
+    return frozenset(disk for holder in writers.values() if holder is not None for disk in holder.disks)
+
+
+def _began(writers: Iterable[Holder | None]) -> float | None:
+    """When the first of these writers may have begun, in seconds since 1970; None without any.
+
+    By the clocks of their hosts: it only tells what is not worth condemning, since it may be of theirs.
+    """
+    times = [0.0 if holder is None else holder.since.timestamp() - _SKEW for holder in writers]
+    return min(times, default=None)
+
+
+def _is_older(modified: float | None, since: float | None) -> bool:
+    return since is None or (modified is not None and modified < since)
+
+
+def _named(writers: Iterable[Holder | None]) -> tuple[str, ...]:
+    """Who they are, for people."""
+    return tuple(sorted(str(holder or "another snapchain") for holder in writers))
 
 
 def _misleads(marked: Marked) -> bool:
@@ -220,24 +375,29 @@ def _stored_bytes(repository: Repository) -> int:
     return sum(info.size for prefix in prefixes for info in repository.store.list(prefix))
 
 
-def _write_index(
-    repository: Repository, names: Sequence[str], sizes: Mapping[str, int]
-) -> tuple[int, list[list[IndexedPack]]]:
+@dataclass(slots=True)
+class _Rewritten:
+    """A new era. unwritten: what is still to be listed, since the disk is full; is_complete: whether that was said."""
+
+    era: int
+    unwritten: list[list[IndexedPack]] = field(default_factory=list)
+    is_complete: bool = False
+
+
+def _write_index(repository: Repository, names: Sequence[str], sizes: Mapping[str, int], *, alone: bool) -> _Rewritten:
     """A new era: one index of the packs that stay, instead of `names`, whichever of these can be read.
 
-    sizes: bytes of the packs that stay; none of them is missing or damaged.
-    Gives the era, and what is still to be written, since the disk is full: once the old indexes, which no longer count,
-    and unused packs are gone.
+    sizes: bytes of the packs that stay; none of them is missing or damaged; alone: as in `begin_era`.
+    On a full disk something is left to do, once the old indexes, which no longer count, and unused packs are gone.
     Raises Conflict when another collector has begun that era.
     """
     store, keys = repository.store, repository.keys
-    era = indexes.begin_era(store, keys, names, conditional=repository.conditional)
+    era = indexes.begin_era(store, keys, names, conditional=repository.conditional, alone=alone)
+    made = _Rewritten(era, is_complete=alone)
     stay = set(sizes)
     pending: list[IndexedPack] = []
     seen: set[str] = set()
     blobs = 0
-
-    unwritten: list[list[IndexedPack]] = []
 
     def flush() -> None:
         nonlocal blobs, pending
@@ -245,7 +405,7 @@ def _write_index(
             try:
                 indexes.write(store, keys, group, era=era)
             except Refused:
-                unwritten.append(group)
+                made.unwritten.append(group)
         pending, blobs = [], 0
 
     def add(pack: str, size: int, ids: indexes.Ids, rows: Rows) -> None:
@@ -266,20 +426,37 @@ def _write_index(
         order = np.argsort(rows["pack"], kind="stable")
         edges = np.searchsorted(rows["pack"][order], np.arange(len(packs) + 1))
         for place, (pack, size) in enumerate(packs.items()):
-            if pack in stay and pack not in seen:
+            if sizes.get(pack) == size and pack not in seen:
                 mine = order[edges[place] : edges[place + 1]]
                 add(pack, size, ids[mine], rows[mine])
     for pack in sorted(stay - seen) if damaged else ():
         with suppress(Corrupt):  # then its blobs are stored again when they are shipped
             add(pack, sizes[pack], *read_directory(store, keys, pack, sizes[pack])[1:])
     flush()
-    return era, unwritten
+    if not (made.unwritten or alone):
+        with suppress(Refused):
+            indexes.complete_era(store, keys, era)
+            made.is_complete = True
+    return made
 
 
 def _move(
-    repository: Repository, marked: Marked, wasted: Sequence[Usage], done: Swept, check: Callable[[], None]
+    repository: Repository,
+    marked: Marked,
+    wasted: Sequence[Usage],
+    done: Swept,
+    check: Callable[[], None],
+    *,
+    avoid: Container[str] | None,
 ) -> None:
-    """Copy the blobs in use out of wasted and damaged packs, and let all records name the copies."""
+    """Copy the blobs in use out of wasted and damaged packs, and let all records name the copies.
+
+    avoid: disks that others publish to, and which stay as they are; None: all.
+    """
+    if avoid is None:
+        return
+    layers = {catalogue.disk: set(catalogue.parents) - marked.unread for catalogue in marked.catalogues}
+    kept = named_packs(repository, {layer for disk, some in layers.items() if disk in avoid for layer in some})
     # Its index knows nothing, so that what is moved is stored although the old packs have it.
     index = BlobIndex(indexes.newest(repository.store)[0])
     with Packer(repository.store, repository.keys, index, pack_size=repository.pack_size) as packer:
@@ -287,6 +464,8 @@ def _move(
         for pack, offset in marked.movable & marked.replaced.keys():
             moves.setdefault(pack, {})[offset] = marked.replaced[pack, offset]
         for usage in wasted:
+            if usage.pack in kept:
+                continue
             try:
                 moves[usage.pack] = dict(_copied(repository, usage, marked.pages, packer))
             except Corrupt:  # it stays where it is, and is not trusted any more
@@ -300,7 +479,7 @@ def _move(
             done.bytes_moved += where.stored
         vacated = moves.keys() | {pack for pack, _ in marked.movable}
         renamed: dict[str, str] = {}
-        for layer in {layer for catalogue in marked.catalogues for layer in catalogue.parents} - marked.unread:
+        for layer in {layer for disk, some in layers.items() if disk not in avoid for layer in some}:
             table = _moved_table(repository.layer(layer), moves, vacated, packer, repository)
             if table is None:
                 continue
@@ -309,10 +488,9 @@ def _move(
             records.write(repository.store, repository.keys, header, table)
             renamed[layer] = header.id
         packer.flush()
-    for current in marked.newest:
-        if renamed.keys() & current[0].parents.keys():
-            check()
-            _switch(repository, current, renamed)
+    for catalogue in marked.catalogues:
+        if renamed.keys() & catalogue.parents.keys():
+            _switch(repository, catalogue.disk, renamed, check)
 
 
 def _copied(
@@ -397,40 +575,19 @@ def _may_move(page: Page, moves: Moves) -> npt.NDArray[np.bool_]:
     return hit
 
 
-def _switch(repository: Repository, current: tuple[Catalogue, str], renamed: Mapping[str, str]) -> None:
-    """Publish the catalogue's next generation, which names the new records. Raises Conflict when it has one already."""
-    catalogue = current[0]
+def _switch(repository: Repository, disk: str, renamed: Mapping[str, str], check: Callable[[], None]) -> None:
+    """Publish the catalogue's next generation, which names the new records.
+
+    Raises Conflict when others change the disk time and again.
+    """
 
     def new(layer: str) -> str:
         return renamed.get(layer, layer)
 
-    repository.disk(catalogue.disk).advance(
-        current,
-        time=datetime.now(UTC),
-        points=tuple(point.model_copy(update={"layer": new(point.layer)}) for point in catalogue.points),
-        parents={new(layer): None if below is None else new(below) for layer, below in catalogue.parents.items()},
-    )
+    def fields(catalogue: Catalogue) -> dict[str, object]:
+        return {
+            "points": tuple(point.model_copy(update={"layer": new(point.layer)}) for point in catalogue.points),
+            "parents": {new(layer): below and new(below) for layer, below in catalogue.parents.items()},
+        }
 
-
-# --- The fence: after it, nobody who stood still since before can publish what a collection is about to take away.
-#
-# A writer asks for its lease, and then creates the next generation of its disk.  Between the two it may be frozen for
-# any time (a stopped virtual machine, a request on its way), and no clock of its own tells.  So the collector takes the
-# number that the writer is about to create: it publishes each disk's catalogue once more, as it is, based on the very
-# generation that it has marked.  Who was faster is seen as a conflict, and marked; who is slower gets one, and asks
-# for its lease again, which is gone.
-
-
-def fence(repository: Repository, marked: Marked, dead_disks: Iterable[str], check: Callable[[], None]) -> None:
-    """Publish the next generation of every disk that was marked, and the first of others.
-
-    dead_disks: names of those that holders of dead leases may be about to make; check: see `sweep`.
-    Raises Conflict when a disk was changed since it was marked: mark again.
-    """
-    check()
-    for place, current in enumerate(marked.newest):
-        disk = repository.disk(current[0].disk)
-        marked.newest[place] = disk.advance(current, time=datetime.now(UTC))
-    known = {catalogue.disk for catalogue in marked.catalogues}
-    for name in set(dead_disks) - known:
-        marked.newest.append(repository.disk(name).advance(None, time=datetime.now(UTC)))
+    repository.disk(disk).update(fields, time=datetime.now(UTC), check=check)

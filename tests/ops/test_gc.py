@@ -187,7 +187,7 @@ def test_history_is_kept_for_a_while(files: list[Path]) -> None:
         repo.release(DISK, 1, "x")
     gc.run(again(repo))
     left = [int(info.name[-20:]) for info in repo.store.list("disks/") if is_generation(info.name)]
-    assert len(left) == KEPT_GENERATIONS + 1  # the collector's own is one more
+    assert len(left) == KEPT_GENERATIONS
     assert left == list(range(left[0], left[0] + len(left)))
     assert left[-1] == repo.catalogue(DISK).generation
     assert verify(again(repo), share=1.0).ok
@@ -243,7 +243,7 @@ def test_many_indexes_become_one(files: list[Path], shown: list[bytes], monkeypa
     monkeypatch.setattr(sweep, "MOST_INDEXES", 1)
     gc.run(again(repo))
     assert newest(repo.store)[0] == many[0] + 1
-    assert len(list(repo.store.list("index/"))) == 2  # one, and the one that begins the era
+    assert len(list(repo.store.list("index/"))) == 3  # one, and those that begin and end the era
     for path in files:
         assert ship(path, repo, disk="again").bytes_stored < 4000, "what is there is known to be there"
     assert verify(again(repo), share=1.0).ok
@@ -286,20 +286,37 @@ def lease(repo: Repository, mode: Mode, *, patience: float = 0) -> Lease:
     return repo.lease(mode, "a test", patience=patience, on_wait=print)
 
 
-def test_writers_work_side_by_side_and_a_collector_alone(files: list[Path]) -> None:
+def test_writers_and_a_collector_work_side_by_side_and_collectors_by_turns(files: list[Path]) -> None:
     repo = full(files[:1])
-    with (
-        lease(repo, Mode.WRITE),
-        lease(repo, Mode.WRITE),
-        pytest.raises(Busy, match="a test on"),
-        lease(repo, Mode.COLLECT),
-    ):
-        pass
-    with lease(repo, Mode.COLLECT):
-        for mode in Mode:
-            with pytest.raises(Busy, match="is at work"), lease(repo, mode):
-                pass
+    with lease(repo, Mode.WRITE), lease(repo, Mode.COLLECT) as collects, lease(repo, Mode.WRITE), lease(repo, Mode.READ):
+        collects.survey()
+        assert sorted(str(holder)[:9] for holder in collects.writers.values()) == ["a test on"] * 2
+        with pytest.raises(Busy, match="a test on .* is at work"), lease(repo, Mode.COLLECT):
+            pass
     assert list(repo.store.list("leases/")) == []
+
+
+def test_a_writer_that_knows_collectors_as_alone_and_a_collector_exclude_each_other(files: list[Path]) -> None:
+    repo = full(files[:1])
+    with lease(repo, Mode.ALONE), pytest.raises(Busy, match="a test on"), lease(repo, Mode.COLLECT):
+        pass
+    assert list(repo.store.list("leases/")) == []
+
+
+@pytest.mark.parametrize("mode", [Mode.WRITE, Mode.READ])
+def test_a_collector_without_room_for_its_lease_works_alone(files: list[Path], mode: Mode) -> None:
+    """Its lease is empty, so that nobody can tell what it is."""
+    repo = full(files[:1])
+    with lease(repo, Mode.COLLECT) as collects:
+        collects.shut_out_writers(0)
+        with pytest.raises(Busy, match="another snapchain is at work"), lease(repo, mode):
+            pass
+    with (
+        lease(repo, Mode.COLLECT) as collects,
+        lease(repo, Mode.WRITE),
+        pytest.raises(Busy, match="a test on .* is at work"),
+    ):
+        collects.shut_out_writers(0)
 
 
 def test_a_writer_whose_lease_was_taken_for_dead_must_not_publish(files: list[Path]) -> None:

@@ -103,6 +103,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packs, "PACK_BYTES", 1000)
     monkeypatch.setattr(sweep, "LEAST_WASTE", 250)
     monkeypatch.setattr(repositories, "PATIENCE", 0.0)
+    monkeypatch.setattr(gc, "PATIENCE", 0.0)
     monkeypatch.setattr(repositories, "READERS_PATIENCE", 0.0)
 
 
