@@ -60,12 +60,11 @@ def _remedy(error: SnapchainError) -> str:
 
 
 class Mode(Enum):
-    """What somebody does. ALONE: a writer of a program that knows collectors as working alone."""
+    """What somebody does."""
 
     WRITE = "v"
     COLLECT = "g"
     READ = "r"
-    ALONE = "w"
 
     @property
     def prefix(self) -> str:

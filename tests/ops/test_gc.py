@@ -296,11 +296,13 @@ def test_writers_and_a_collector_work_side_by_side_and_collectors_by_turns(files
     assert list(repo.store.list("leases/")) == []
 
 
-def test_a_writer_that_knows_collectors_as_alone_and_a_collector_exclude_each_other(files: list[Path]) -> None:
+def test_a_collector_waits_for_a_writer_that_knows_collectors_as_working_alone(files: list[Path]) -> None:
     repo = full(files[:1])
-    with lease(repo, Mode.ALONE), pytest.raises(Busy, match="a test on"), lease(repo, Mode.COLLECT):
+    theirs = f"leases/w-{'0' * 32}"
+    repo.store.put(theirs, b"sealed by whomever")
+    with pytest.raises(Busy, match="another snapchain is at work"), lease(repo, Mode.COLLECT):
         pass
-    assert list(repo.store.list("leases/")) == []
+    assert [info.name for info in repo.store.list("leases/")] == [theirs]
 
 
 @pytest.mark.parametrize("mode", [Mode.WRITE, Mode.READ])

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import Conflict, Corrupt, Unsupported
 from snapchain.objects.memory import MemoryStore
-from snapchain.repository import index as indexes
+from snapchain.repository import condemned, index as indexes
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal
 from snapchain.repository.format import BLOB_ROW
@@ -152,7 +152,51 @@ def test_only_the_newest_era_counts() -> None:
     store.put("index/no-index", b"")
     index = indexes.load(store, KEYS)
     assert index.era == 1
+    assert [index.find(blob(number)) is not None for number in (1, 2, 3)] == [True, True, True], "it is not complete"
+    indexes.complete_era(store, KEYS, era)
+    index = indexes.load(store, KEYS)
+    assert index.era == 1
     assert [index.find(blob(number)) is not None for number in (1, 2, 3)] == [False, True, False]
+
+
+def test_an_era_that_was_begun_by_who_works_alone_counts_at_once() -> None:
+    store = MemoryStore()
+    indexes.write(store, KEYS, [listed(1, [1])], era=0)
+    before = [info.name for info in store.list("index/")]
+    assert indexes.begin_era(store, KEYS, before, conditional=True, alone=True) == 1
+    assert indexes.load(store, KEYS).find(blob(1)) is None
+
+
+def test_an_era_that_nobody_completed_counts_beside_the_one_before_it() -> None:
+    """Its collector was killed: the next one begins another."""
+    store = MemoryStore()
+    first = indexes.begin_era(store, KEYS, [], conditional=True)
+    indexes.write(store, KEYS, [listed(1, [1])], era=first)
+    indexes.complete_era(store, KEYS, first)
+    second = indexes.begin_era(store, KEYS, [info.name for info in store.list("index/")], conditional=True)
+    third = indexes.begin_era(store, KEYS, [info.name for info in store.list("index/")], conditional=True)
+    assert (first, second, third) == (1, 2, 3)
+    indexes.write(store, KEYS, [listed(2, [2])], era=third)
+    index = indexes.load(store, KEYS)
+    assert [index.find(blob(number)) is not None for number in (1, 2)] == [True, True]
+    indexes.complete_era(store, KEYS, second)  # it wakes up, and lists nothing
+    assert indexes.load(store, KEYS).find(blob(1)) is None
+    assert indexes.load(store, KEYS).find(blob(2)) is not None
+
+
+def test_no_blob_is_found_in_what_is_condemned() -> None:
+    store = MemoryStore()
+    indexes.write(store, KEYS, [listed(1, [1]), listed(2, [2])], era=0)
+    (going,) = condemned.condemn(store, KEYS, [f"{1:032x}"], [])
+    index = indexes.load(store, KEYS)
+    assert index.find(blob(1)) is None
+    assert [place.pack for place in index.find_all(blob(1))] == [f"{1:032x}"], "who reads may have it"
+    assert index.find(blob(2)) is not None
+    store.put(going, store.get(going)[:-1] + b"x")
+    index = indexes.load(store, KEYS)
+    assert index.find(blob(2)) is None, "nobody knows what is to go"
+    index.add(blob(3), place(3))
+    assert index.find(blob(3)) is not None, "what this session stores does not"
 
 
 def test_an_era_is_begun_once() -> None:
