@@ -222,10 +222,11 @@ def merge_points(
 
 
 def gc(destination: Destination | AnyPath, *, on_event: OnEvent | None = None) -> GcReport:
-    """Delete the data of a repository that no point needs. It waits up to ten minutes for ship and merge to end.
+    """Delete the data of a repository that no point needs, beside those who ship, merge and restore.
 
-    The report has `bytes_freed`, and `findings` where data is lost. Raises Busy where they do not end, InvalidInput for
-    a replica, which needs no collecting.
+    The report has `bytes_freed`, `bytes_condemned`, which a later collection deletes, since somebody at work may need
+    it, and `findings` where data is lost. Raises Busy while another collection is at work, InvalidInput for a replica,
+    which needs no collecting.
     """
     return _opened(destination, writing=True).collecting().run(on_event=on_event or _ignore)
 

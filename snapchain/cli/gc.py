@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from snapchain.cli import options, render
+import typer
+
+from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import size
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     examples="""
     snapchain gc /backup
     snapchain gc /backup --dry-run
+    snapchain gc /backup --budget-bytes 10G
     snapchain gc s3://bucket/prefix --json | jq .bytes_freed
     """,
     when_interrupted="nothing that a point needs was touched; run it again to finish",
@@ -29,25 +32,43 @@ if TYPE_CHECKING:
 def gc(
     target: Annotated[str, options.address(metavar="DEST", help="A repository.")],
     *,
+    max_waste: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE", help="Move data out of packs of which more than this is unreferenced. By default 25%."
+        ),
+    ] = None,
+    budget_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Move at most so much, out of the most wasteful packs first: 10G."),
+    ] = None,
     limit_rate: options.LimitRate = None,
     pack_size: options.PackSize = None,
     out: Output,
 ) -> None:
     """Delete data that no point of any disk needs, such as the data of dropped points and of interrupted runs.
 
-    A pack is rewritten when more than a quarter of it is unreferenced. gc is exclusive: it waits up to ten minutes for
-    ship and merge to end, and blocks them while it runs.
+    A pack is rewritten when more than a quarter of it is unreferenced. gc works beside ship, merge and restore. What is
+    unreferenced is condemned first: from then on no new shipment relies on it. It is deleted once all shipments have
+    ended that began before. gc waits a minute for that. What is left then goes with a later gc, and the report says for
+    whom it waits.
 
     gc works around missing or damaged packs and layers. Records are changed to use other copies of their data, if there
     are any. Data that a damaged point may still need is kept. While data is lost, gc ends with exit code 5.
     """
+    from snapchain.destination.records import GcLimits
+
+    limits = GcLimits(
+        waste=None if max_waste is None else quantities.parse_share(max_waste),
+        most_moved=None if budget_bytes is None else quantities.parse_size(budget_bytes),
+    )
     work = options.destination(
         target,
         out,
         writing=not out.dry_run,
         limit_rate=limit_rate,
         pack_size_text=pack_size,
-    ).collecting()
+    ).collecting(limits)
     if out.dry_run:
         plan = work.plan()
         out.plan(plan, _draw_plan, problems=_draw_problems, status=_status(plan))
@@ -82,6 +103,12 @@ def _deleted(done: GcPlan | GcReport) -> str:
     return f"{counted(done.objects_deleted, 'object')}, {packs}"
 
 
+def _condemned(report: GcReport) -> str:
+    if not report.bytes_condemned:
+        return ""
+    return f"{size(report.bytes_condemned)}, for a gc after the end of {'; '.join(report.waits_for) or 'a writer'}"
+
+
 def _draw_report(console: Console, report: GcReport) -> None:
     render.headline(console, f"freed {size(report.bytes_freed)} of {render.place(report.destination)}")
     render.facts(
@@ -90,6 +117,7 @@ def _draw_report(console: Console, report: GcReport) -> None:
             ("deleted", _deleted(report)),
             ("moved", f"{size(report.bytes_moved)} out of {counted(report.packs_moved, 'pack')}"),
             ("added", f"{size(report.bytes_added)} of new records" if report.bytes_added else ""),
+            ("condemned", _condemned(report)),
         ],
     )
     render.findings(console, report.findings)

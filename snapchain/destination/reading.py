@@ -17,6 +17,7 @@ from snapchain.model.guest_checks import GuestCheck, GuestChecks
 if TYPE_CHECKING:
     from snapchain.destination.records import (
         DiskRecord,
+        GcLimits,
         GcPlan,
         GcReport,
         HoldRecord,
@@ -233,6 +234,6 @@ class ReadableDestination(Protocol):
         """Take a hold off a point; as `hold`. Raises NotFound when the point has none of this tag."""
         ...
 
-    def collecting(self) -> Work[GcPlan, GcReport]:
+    def collecting(self, limits: GcLimits | None = None) -> Work[GcPlan, GcReport]:
         """Give back the space of what no point needs. Raises Unsupported where the traits need no collecting."""
         ...

@@ -208,6 +208,17 @@ class PointsMergeReport(Record):
     findings: tuple[Finding, ...] = ()
 
 
+class GcLimits(Record):
+    """How much one collection does.
+
+    waste: the share of a pack that may be unreferenced before the rest is moved, 0 to 1; None: a quarter
+    most_moved: bytes that are copied out of packs, None: any; the most wasteful packs come first
+    """
+
+    waste: float | None = None
+    most_moved: int | None = None
+
+
 class GcPlan(Record):
     """What a collection would do, in stored bytes, without the few bytes that new records need."""
 

@@ -32,6 +32,7 @@ from snapchain.replica.stream.messages import HeldPoint, Hold
 if TYPE_CHECKING:
     from snapchain.destination.records import (
         DiskRecord,
+        GcLimits,
         GcPlan,
         GcReport,
         HoldRecord,
@@ -283,8 +284,9 @@ class ReplicaDestination(ReplicaWriting):
         held = release_at(self.endpoint, disk, in_full(point), check_tag(tag), dry_run=dry_run)
         return held.point, _hold_records(held.holds)
 
-    def collecting(self) -> Work[GcPlan, GcReport]:
+    def collecting(self, limits: GcLimits | None = None) -> Work[GcPlan, GcReport]:
         """Raises InvalidInput: what a merge frees at a replica is free at once."""
+        _ = limits
         raise InvalidInput(
             "this command takes a repository, and that is a replica",
             subject=self.url,

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from snapchain.destination.records import Finding, Findings, GcPlan, GcReport
+from snapchain.destination.records import Finding, Findings, GcLimits, GcPlan, GcReport
 from snapchain.model.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.objects.store import ObjectStore, Refused
 from snapchain.repository.format import fresh_id
 from snapchain.repository.leases import Mode
 from snapchain.repository.mark import Marked, mark
 from snapchain.repository.repository import Repository
-from snapchain.repository.sweep import Limits, estimate, index_objects, sweep
+from snapchain.repository.sweep import ANY, estimate, index_objects, sweep
 from snapchain.repository.verification import points_on
 
 PATIENCE = 60.0
 """Seconds that gc waits for writers that may need what is to go: what it cannot delete then goes the next time."""
 
 
-def plan(repository: Repository, limits: Limits | None = None) -> GcPlan:
+def plan(repository: Repository, limits: GcLimits = ANY) -> GcPlan:
     """Look, and delete nothing. Raises Corrupt when the catalogue of a disk is unsound."""
     marked = mark(repository)
-    would = estimate(marked, limits or Limits(), index_objects(repository))
+    would = estimate(marked, limits, index_objects(repository))
     return GcPlan(
         destination=repository.store.url,
         bytes_freed=would.bytes_freed,
@@ -32,7 +32,7 @@ def plan(repository: Repository, limits: Limits | None = None) -> GcPlan:
     )
 
 
-def run(repository: Repository, limits: Limits | None = None, *, on_event: OnEvent = ignore) -> GcReport:
+def run(repository: Repository, limits: GcLimits = ANY, *, on_event: OnEvent = ignore) -> GcReport:
     """Collect beside writers and readers: what they may need is left for the next run. No earlier plan is relied on.
 
     Raises Refused, and moves nothing, where objects cannot be deleted, and Busy while another collector is at work, or
@@ -50,7 +50,7 @@ def run(repository: Repository, limits: Limits | None = None, *, on_event: OnEve
 
     _check_deletes(repository.store)
     with repository.lease(Mode.COLLECT, "gc", on_wait=on_wait, spends=True) as lease:
-        done = sweep(repository, lease, limits or Limits(patience=PATIENCE), on_object=on_object, on_wait=on_wait)
+        done = sweep(repository, lease, limits, patience=PATIENCE, on_object=on_object, on_wait=on_wait)
     return GcReport(
         destination=repository.store.url,
         bytes_freed=done.bytes_freed,

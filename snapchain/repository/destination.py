@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from snapchain.destination.reading import Work
 from snapchain.destination.records import (
     DiskRecord,
+    GcLimits,
     GcPlan,
     GcReport,
     HoldRecord,
@@ -36,18 +37,19 @@ class Collecting:
     """Work that frees the space of data that no point needs."""
 
     repository: Repository
+    limits: GcLimits
 
     def plan(self) -> GcPlan:
         """As `collecting.plan`."""
         from snapchain.repository import collecting
 
-        return collecting.plan(self.repository)
+        return collecting.plan(self.repository, self.limits)
 
     def run(self, *, on_event: OnEvent = ignore) -> GcReport:
         """As `collecting.run`."""
         from snapchain.repository import collecting
 
-        return collecting.run(self.repository, on_event=on_event)
+        return collecting.run(self.repository, self.limits, on_event=on_event)
 
 
 class RepositoryDestination(RepositoryWriting):
@@ -157,9 +159,9 @@ class RepositoryDestination(RepositoryWriting):
         left = self.repository.release(disk, number, tag, on_wait=lambda words: on_event(Notice(words)))
         return number, _holds_of([left], number)
 
-    def collecting(self) -> Collecting:
+    def collecting(self, limits: GcLimits | None = None) -> Collecting:
         """As ReadableDestination."""
-        return Collecting(self.repository)
+        return Collecting(self.repository, limits or GcLimits())
 
 
 def _holds_of(points: Sequence[Point], number: int) -> tuple[HoldRecord, ...]:

@@ -28,6 +28,7 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
+from snapchain.destination.records import GcLimits
 from snapchain.errors import Corrupt
 from snapchain.objects.exclusive import boot_time
 from snapchain.objects.store import ObjectInfo, Refused
@@ -55,6 +56,7 @@ LEAST_WASTE = 64 * 1024
 MOST_INDEXES = 32
 """Objects beyond those that their size demands; more are put together, for readers without a cache."""
 
+ANY = GcLimits()
 _INDEX_BLOBS = 500_000
 _POLL_SECONDS = 1.0
 _SKEW = 2 * 3600.0
@@ -62,19 +64,6 @@ _SKEW = 2 * 3600.0
 
 Moves = dict[str, dict[int, Location]]
 """pack -> offset in it -> where the blob lies now."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much one run does.
-
-    waste: the share of a pack that may be waste, 0 to 1; most_moved: bytes that it copies out of packs, None: any
-    patience: seconds to wait for writers that may still need what is to go
-    """
-
-    waste: float = WASTE
-    most_moved: int | None = None
-    patience: float = 60.0
 
 
 @dataclass(slots=True)
@@ -103,7 +92,7 @@ def index_objects(repository: Repository) -> list[ObjectInfo]:
     return [info for info in repository.store.list("index/") if index_era(info.name) is not None]
 
 
-def estimate(marked: Marked, limits: Limits = Limits(), indexes: Sequence[ObjectInfo] = ()) -> Swept:
+def estimate(marked: Marked, limits: GcLimits = ANY, indexes: Sequence[ObjectInfo] = ()) -> Swept:
     """What `sweep` would do, without the new records that moving costs. indexes: see `index_objects`."""
     wasted, empty = _wasteful(marked, limits), _unused(marked)
     rescued = sum(where.stored for key, (_, where) in marked.rescued.items() if key in marked.movable)
@@ -124,12 +113,16 @@ def estimate(marked: Marked, limits: Limits = Limits(), indexes: Sequence[Object
     )
 
 
-def _wasteful(marked: Marked, limits: Limits) -> list[Usage]:
+def _wasteful(marked: Marked, limits: GcLimits) -> list[Usage]:
     """The packs to move from, the most wasteful first, as many as may be moved."""
     if marked.unread:
         return []
     found = wasteful(
-        marked.usage, limits.waste, least=LEAST_WASTE, avoid=marked.suspect, emptied=marked.index.condemned.all_packs
+        marked.usage,
+        WASTE if limits.waste is None else limits.waste,
+        least=LEAST_WASTE,
+        avoid=marked.suspect,
+        emptied=marked.index.condemned.all_packs,
     )
     if limits.most_moved is None:
         return found
@@ -146,16 +139,19 @@ def _unused(marked: Marked) -> list[Usage]:
 def sweep(
     repository: Repository,
     lease: Lease,
-    limits: Limits = Limits(),
+    limits: GcLimits = ANY,
     *,
+    patience: float,
     on_object: Callable[[], None],
-    on_wait: Callable[[str], None] = lambda _words: None,
+    on_wait: Callable[[str], None],
 ) -> Swept:
-    """Mark and collect under a collector's lease. on_object: told of each deletion; on_wait: for whom it waits.
+    """Mark and collect under a collector's lease.
 
+    patience: seconds to wait for writers that may need what is to go; on_object: told of each deletion; on_wait: told
+    for whom it waits
     Raises Conflict when others took this run for dead; then what was deleted is what nobody needs all the same.
     """
-    return _Sweep(repository, lease, limits, on_object, on_wait).run()
+    return _Sweep(repository, lease, limits, patience, on_object, on_wait).run()
 
 
 class _Sweep:
@@ -165,11 +161,12 @@ class _Sweep:
         self,
         repository: Repository,
         lease: Lease,
-        limits: Limits,
+        limits: GcLimits,
+        patience: float,
         on_object: Callable[[], None],
         on_wait: Callable[[str], None],
     ) -> None:
-        self._repository, self._lease, self._limits = repository, lease, limits
+        self._repository, self._lease, self._limits, self._patience = repository, lease, limits, patience
         self._on_object, self._on_wait = on_object, on_wait
         self._done = Swept()
 
@@ -245,7 +242,7 @@ class _Sweep:
                 name = condemned.wait_for(repository.store, repository.keys, unsettled, leases)
                 said.awaits[name] = frozenset(unsettled), leases
         except Refused:  # without room to say so, all others have to wait instead
-            lease.shut_out_writers(self._limits.patience)
+            lease.shut_out_writers(self._patience)
             said.packs[""], said.layers[""] = frozenset(packs), frozenset(layers)
             said.awaits[""] = frozenset(said.packs), frozenset(lease.dead)
         return said
@@ -253,7 +250,7 @@ class _Sweep:
     def _wait(self, said: Condemned) -> set[str]:
         """Wait for those who may need what is to go, but not for long; the leases of writers that are still there."""
         lease = self._lease
-        until = boot_time() + self._limits.patience
+        until = boot_time() + self._patience
         told = False
         while True:
             lease.survey()

@@ -288,10 +288,15 @@ def lease(repo: Repository, mode: Mode, *, patience: float = 0) -> Lease:
 
 def test_writers_and_a_collector_work_side_by_side_and_collectors_by_turns(files: list[Path]) -> None:
     repo = full(files[:1])
-    with lease(repo, Mode.WRITE), lease(repo, Mode.COLLECT) as collects, lease(repo, Mode.WRITE), lease(repo, Mode.READ):
+    with (
+        lease(repo, Mode.WRITE),
+        lease(repo, Mode.COLLECT) as collects,
+        lease(repo, Mode.WRITE),
+        lease(repo, Mode.READ),
+    ):
         collects.survey()
         assert sorted(str(holder)[:9] for holder in collects.writers.values()) == ["a test on"] * 2
-        with pytest.raises(Busy, match="a test on .* is at work"), lease(repo, Mode.COLLECT):
+        with pytest.raises(Busy, match=r"a test on .* is at work"), lease(repo, Mode.COLLECT):
             pass
     assert list(repo.store.list("leases/")) == []
 
@@ -316,7 +321,7 @@ def test_a_collector_without_room_for_its_lease_works_alone(files: list[Path], m
     with (
         lease(repo, Mode.COLLECT) as collects,
         lease(repo, Mode.WRITE),
-        pytest.raises(Busy, match="a test on .* is at work"),
+        pytest.raises(Busy, match=r"a test on .* is at work"),
     ):
         collects.shut_out_writers(0)
 
