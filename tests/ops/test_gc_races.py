@@ -338,6 +338,43 @@ def test_what_readers_spared_goes_the_next_time(world: World) -> None:
         pass
 
 
+def test_a_lease_that_was_ended_stays_ended_when_it_is_put_once_more(world: World) -> None:
+    """Its holder stood still between its look at the lease and the refresh."""
+    world.reset()
+    from snapchain.repository.fence import bury
+    from snapchain.repository.leases import Mode
+
+    repo = world.open()
+    with repo.lease(Mode.WRITE, "ship", on_wait=print, disks=[DISK]) as lease:
+        lease.check()
+        world.now += 2 * DEAD_SECONDS
+        with world.open().lease(Mode.COLLECT, "gc", on_wait=print) as collects:
+            bury(world.open(), collects)
+        lease._put()
+        assert repo.store.size(lease.name) is not None
+        with pytest.raises(Conflict, match="others took it for dead"):
+            lease.check()
+
+
+def test_what_a_living_writer_may_need_goes_the_next_time(world: World) -> None:
+    from snapchain.repository.leases import Mode
+
+    world.reset()
+    RepositoryMerge(world.open(), DISK, Policy(last=1)).run()
+    first = world.open()
+    with first.lease(Mode.WRITE, "ship web9/vda", on_wait=print, disks=["web9/vda"]):
+        world.now += 10
+        report = gc.run(world.open())
+        assert (report.packs_deleted, report.bytes_condemned > 0) == (0, True)
+        assert "ship web9/vda on" in report.waits_for[0]
+        with world.open().lease(Mode.WRITE, "ship web8/vda", on_wait=print, disks=["web8/vda"]):
+            assert gc.run(world.open()).packs_deleted == 0
+    with world.open().lease(Mode.WRITE, "ship web8/vda", on_wait=print, disks=["web8/vda"]):
+        report = gc.run(world.open())
+    assert (report.packs_deleted > 0, report.bytes_condemned, report.waits_for) == (True, 0, ())
+    world.check(reported=2)
+
+
 def test_a_disk_that_was_fenced_before_it_was_made_can_be_made(world: World, files: list[Path]) -> None:
     world.reset()
     repo = world.open()
