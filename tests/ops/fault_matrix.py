@@ -123,6 +123,7 @@ class Host:
                 work()
             except (Busy, Conflict, Unavailable) as error:
                 self.counts[type(error).__name__] += 1
+                time.sleep(self.draw.uniform(0, 0.5))
             except Corrupt:
                 self.counts["Corrupt"] += 1  # some byte was given wrong, and was seen to be wrong
             print(json.dumps({"counts": self.counts}), flush=True)
@@ -142,7 +143,7 @@ class Host:
             os.fsync(file.fileno())
 
     def writes(self) -> None:
-        """Change the image, ship it; now and then drop all points but the newest three."""
+        """Change the image, ship it; now and then drop all points but the newest six."""
         image = self.place / f"disk{self.number}.qcow2"
         if not image.exists():
             subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
@@ -160,13 +161,13 @@ class Host:
         assert report.point is not None
         self.note({"disk": self.disk, "point": report.point, "content": content})
         self.counts["points reported"] += 1
-        if self.draw.random() < 0.4:
+        if self.draw.random() < 0.2:
             self.drops()
 
     def drops(self) -> None:
         repository = self.repository()
         try:
-            work = RepositoryMerge(repository, self.disk, Policy(last=3))
+            work = RepositoryMerge(repository, self.disk, Policy(last=6))
         except NotFound:
             return
         going = [each.point for each in work.plan().points if not each.kept]

@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import NotFound
-from snapchain.repository import collecting, leases
+from snapchain.repository import collecting
 from snapchain.repository.opening import open_repository
 from snapchain.repository.verification import verify
 from tests.ops.fault_matrix import DEAD_SECONDS, DIED, PASSPHRASE, ledger
@@ -54,8 +54,9 @@ class Supervised:
             with self._log.open("ab") as log:
                 self._process = subprocess.Popen(self._argv, stdout=subprocess.PIPE, stderr=log, text=True)
             assert self._process.stdout is not None
-            for text in self._process.stdout:
-                self._hear(json.loads(text))
+            with self._process.stdout as lines:
+                for text in lines:
+                    self._hear(json.loads(text))
             status = self._process.wait()
             if self._ends:
                 return
@@ -89,9 +90,7 @@ class Supervised:
 @pytest.mark.soak
 @pytest.mark.timeout(SECONDS + 900)
 @pytest.mark.parametrize("kind", ["directory", "moto", "rclone"])
-def test_four_writers_two_collectors_and_two_readers(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_four_writers_two_collectors_and_two_readers(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = str(tmp_path / "repository")
     if kind != "directory":
         server: S3Server = request.getfixturevalue(kind)
@@ -112,8 +111,6 @@ def test_four_writers_two_collectors_and_two_readers(
     counts = sum((host.counts for host in hosts), Counter[str]())
     print(f"\n{kind}, {SECONDS:.0f} s:", json.dumps(dict(sorted(counts.items())), indent=1))
     assert [fault for host in hosts for fault in host.faults] == []
-    monkeypatch.setattr(leases, "DEAD_SECONDS", 1.0)
-    time.sleep(3)
     _check(tmp_path, url, "as it was left")
     opened = open_repository(url, passphrase=lambda: PASSPHRASE, writing=True)
     for _ in range(3):
