@@ -45,12 +45,12 @@ class Supervised:
         self._log = place / f"log{number}"
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
-        self._ends = False
+        self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._ends:
+        while not self._end.is_set():
             with self._log.open("ab") as log:
                 self._process = subprocess.Popen(self._argv, stdout=subprocess.PIPE, stderr=log, text=True)
             assert self._process.stdout is not None
@@ -58,7 +58,7 @@ class Supervised:
                 for text in lines:
                     self._hear(json.loads(text))
             status = self._process.wait()
-            if self._ends:
+            if self._end.is_set():
                 return
             self.counts["deaths"] += 1
             if status != DIED:
@@ -82,7 +82,7 @@ class Supervised:
 
     def end(self) -> None:
         """Kill it."""
-        self._ends = True
+        self._end.set()
         self._process.kill()
         self._thread.join()
 
