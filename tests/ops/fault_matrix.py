@@ -148,7 +148,7 @@ class Host:
         if not image.exists():
             subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
         commands = [
-            f"write -P {self.draw.randrange(1, 255)} {self.draw.randrange(SIZE >> 16) << 16} {length}"
+            f"write -P {self.draw.randrange(1, 255)} {self.draw.randrange((SIZE >> 16) - 3) << 16} {length}"
             for length in self.draw.choices([4096, 65536, 65536, 262144], k=self.draw.randrange(1, 12))
         ]
         fresh = self.place / f"noise{self.number}"
