@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
@@ -100,6 +101,7 @@ def _memory(wanted: _Wanted) -> ObjectStore:
 def _s3(wanted: _Wanted) -> ObjectStore:
     """A bucket and a prefix. Raises InvalidInput for a prefix that clients of S3 would change."""
     from snapchain.objects.s3 import S3Store
+    from snapchain.objects.s3_settings import settings_of
 
     url, text = wanted.url, wanted.rest[2:]
     if not wanted.rest.startswith("//"):
@@ -112,7 +114,7 @@ def _s3(wanted: _Wanted) -> ObjectStore:
         raise InvalidInput("a destination has no control characters", subject=repr(url))
     if {".", ".."} & set(prefix.split("/")):
         raise InvalidInput("a prefix cannot have '.' or '..' as a segment: S3 clients drop them", subject=url)
-    return S3Store(bucket, prefix, endpoint=wanted.endpoint)
+    return S3Store(bucket, prefix, endpoint=wanted.endpoint, settings=settings_of(os.environ))
 
 
 SCHEMES: dict[str, Callable[[_Wanted], ObjectStore]] = {"file": _file, "memory": _memory, "s3": _s3}

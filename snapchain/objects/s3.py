@@ -32,6 +32,7 @@ from snapchain.objects.s3_client import (
     warnings_about,
 )
 from snapchain.objects.s3_errors import from_s3_error, malformed, page_error, s3_errors, status_of, was_retried
+from snapchain.objects.s3_settings import AS_THE_BUCKET, S3Settings
 from snapchain.objects.store import (
     LARGEST_LISTED_SIZE,
     Data,
@@ -92,10 +93,12 @@ class S3Store:
         client: S3Client | None = None,
         sleep: Callable[[float], None] = time.sleep,
         answer_within: float = ANSWER_WITHIN,
+        settings: S3Settings = AS_THE_BUCKET,
     ) -> None:
         """Sends nothing.
 
         client: as new_client gives it; answer_within: seconds without progress after which a request is given up.
+        settings: how the server is to keep what is put there.
         Raises InvalidInput for an unusable configuration.
         """
         if not bucket:
@@ -103,6 +106,7 @@ class S3Store:
         self._client = client if client is not None else new_client(endpoint)
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._settings = settings
         self._sleep = sleep
         self._page = PAGE
         self._bucket_seen = False
@@ -298,7 +302,8 @@ class S3Store:
 
         def request(watch: Watch) -> PutObjectOutputTypeDef:
             sent = WatchedBody(body, watch)
-            return self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=sent, **more)
+            kept: dict[str, Any] = {**more, **self._settings.of(name)}
+            return self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=sent, **kept)
 
         expected = self._expects
         try:

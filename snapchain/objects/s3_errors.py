@@ -91,6 +91,7 @@ CODES: dict[str, Meaning] = {
     "XMinioStorageFull": _FULL,
     "XMinioAdminBucketQuotaExceeded": _FULL,
     "InvalidObjectState": _ARCHIVED,
+    "InvalidStorageClass": Meaning(InvalidInput, "the server has no such storage class", "SNAPCHAIN_S3_STORAGE_CLASS"),
     "SlowDown": _BUSY,
     "ServiceUnavailable": _BUSY,
     "InternalError": _BUSY,

@@ -1,0 +1,95 @@
+"""Storage class and encryption at the server: which objects get them, what is refused, and that a server takes them."""
+
+from __future__ import annotations
+
+import pytest
+
+from snapchain.errors import InvalidInput
+from snapchain.objects import open_store
+from snapchain.objects.s3 import S3Store
+from snapchain.objects.s3_settings import KMS_KEY, SSE, STORAGE_CLASS, S3Settings, settings_of
+from snapchain.objects.store import Refused
+from tests.objects.scripted import error, scripted_server, stored
+from tests.objects.test_s3_faults import shared_client
+from tests.servers import S3Server, admin_client
+
+PACK, RECORD = f"packs/aa/{'a' * 32}", f"layers/{'b' * 32}"
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in S3Server("", "none", None).environment.items():  # type: ignore[arg-type]
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+
+
+def test_only_packs_have_a_storage_class_and_everything_is_encrypted() -> None:
+    settings = settings_of({STORAGE_CLASS: "GLACIER_IR", SSE: "aws:kms", KMS_KEY: "alias/vault"})
+    encrypted = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "alias/vault"}
+    assert settings.of(PACK) == {"StorageClass": "GLACIER_IR", **encrypted}
+    assert settings.of(RECORD) == encrypted
+    assert settings_of({STORAGE_CLASS: "", SSE: ""}).of(PACK) == {}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({STORAGE_CLASS: "DEEP_ARCHIVE"}, "packs in DEEP_ARCHIVE cannot be read at once"),
+        ({STORAGE_CLASS: "GLACIER"}, "packs in GLACIER cannot be read at once"),
+        ({SSE: "aws:KMS"}, "unknown encryption 'aws:KMS'"),
+        ({KMS_KEY: "alias/vault"}, "names no encryption with such a key"),
+        ({SSE: "AES256", KMS_KEY: "alias/vault"}, "names no encryption with such a key"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(variables: dict[str, str], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        settings_of(variables)
+
+
+def test_the_headers_go_with_each_put() -> None:
+    with scripted_server() as script:
+        settings = S3Settings("STANDARD_IA", "AES256")
+        store = S3Store("bucket", client=shared_client(script.endpoint), settings=settings)
+        script.replies += [stored(b"pack"), stored(b"record")]
+        store.put(PACK, b"pack")
+        store.put(RECORD, b"record")
+        sent = [
+            {name.lower(): value for name, value in request.headers.items() if name.lower().startswith("x-amz-s")}
+            for request in script.requests
+        ]
+    assert sent == [
+        {"x-amz-storage-class": "STANDARD_IA", "x-amz-server-side-encryption": "AES256"},
+        {"x-amz-server-side-encryption": "AES256"},
+    ]
+
+
+def test_a_class_that_the_server_does_not_have_is_named() -> None:
+    with scripted_server() as script:
+        store = S3Store("bucket", client=shared_client(script.endpoint), settings=S3Settings("COLD"))
+        script.replies.append(error(400, "InvalidStorageClass"))
+        with pytest.raises(InvalidInput, match="the server has no such storage class") as caught:
+            store.put(PACK, b"pack")
+    assert caught.value.hint == STORAGE_CLASS
+
+
+def test_an_archived_object_is_no_damage() -> None:
+    with scripted_server() as script:
+        store = S3Store("bucket", client=shared_client(script.endpoint))
+        script.replies.append(error(403, "InvalidObjectState"))
+        with pytest.raises(Refused, match="the object is in an archive tier"):
+            store.get(PACK)
+
+
+def test_a_server_keeps_it_so(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STORAGE_CLASS, "STANDARD_IA")
+    monkeypatch.setenv(SSE, "AES256")
+    bucket = moto.new_bucket()
+    store = open_store(f"s3://{bucket}/place")
+    assert store.create(PACK, b"pack")
+    store.put(RECORD, b"record")
+    assert store.get(PACK) == b"pack"
+    heads = {
+        name: admin_client(moto.endpoint).head_object(Bucket=bucket, Key=f"place/{name}") for name in (PACK, RECORD)
+    }
+    assert [head.get("StorageClass") for head in heads.values()] == ["STANDARD_IA", None]
+    assert [head.get("ServerSideEncryption") for head in heads.values()] == ["AES256"] * 2
