@@ -120,6 +120,16 @@ class LocalStore:
         except OSError as error:
             raise from_os_error(error, self._rooted.path(name)) from error
 
+    def settle(self, name: str) -> None:
+        """As Settles: the file was synced before it had its name, so what is left is the name."""
+        try:
+            with self._rooted.folder(valid_name(name), make=False) as (folder, _):
+                os.fsync(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise from_os_error(error, self._rooted.path(name)) from error
+
     def close(self) -> None:
         self._rooted.close()
 

@@ -302,6 +302,21 @@ class StoreWrapper:
         self.inner.close()
 
 
+@runtime_checkable
+class Settles(Protocol):
+    """A store in which an object may be there and not yet durable."""
+
+    def settle(self, name: str) -> None:
+        """Make an object durable whose writer may have died before it did. No error when it is gone."""
+
+
+def settle(store: ObjectStore, name: str) -> None:
+    """Make sure that an object that somebody else wrote is durable."""
+    bottom = innermost(store)
+    if isinstance(bottom, Settles):
+        bottom.settle(name)
+
+
 def innermost(store: ObjectStore) -> ObjectStore:
     """The store at the bottom of all wrappers."""
     while isinstance(store, StoreWrapper):

@@ -60,28 +60,25 @@ def recorded(store: ObjectStore, keys: Keyring) -> frozenset[str]:
     return frozenset[str]().union(*read(store, keys, names).values())
 
 
-def unlike(store: ObjectStore, sizes: Mapping[str, int]) -> frozenset[str]:
-    """The packs that are missing, or have another size than `sizes` says; of many packs a random share is looked at.
+def compare(store: ObjectStore, sizes: Mapping[str, int]) -> tuple[frozenset[str], dict[str, ObjectInfo]]:
+    """(packs that are missing, or have another size than `sizes` says; packs of which `sizes` says nothing).
 
-    sizes: pack -> bytes of the object, of packs that were durable before this call.
+    sizes: pack -> bytes of the object, of packs that were durable before this call. Of many packs a random share is
+    looked at.
     """
-    if not sizes:
-        return frozenset()
-    count = len(_FOLDERS) * MOST_LISTED // len(sizes)
-    if count >= len(_FOLDERS):
-        return _unlike(sizes, list_packs(store, "packs/"))
+    count = len(_FOLDERS) * MOST_LISTED // max(1, len(sizes))
+    folders = [""] if count >= len(_FOLDERS) else [f"{each}/" for each in random.sample(_FOLDERS, max(1, count))]
     bad: set[str] = set()
-    for folder in random.sample(_FOLDERS, max(1, count)):
-        some = {pack: size for pack, size in sizes.items() if pack.startswith(folder)}
-        bad |= _unlike(some, list_packs(store, f"packs/{folder}/"))
-    return frozenset(bad)
+    fresh: dict[str, ObjectInfo] = {}
+    for folder in folders:
+        there = list_packs(store, f"packs/{folder}")
+        some = {pack: size for pack, size in sizes.items() if pack.startswith(folder.rstrip("/"))}
+        bad |= {pack for pack, size in some.items() if pack not in there or there[pack].size != size}
+        fresh |= {pack: info for pack, info in there.items() if pack not in sizes}
+    return frozenset(bad), fresh
 
 
 def list_packs(store: ObjectStore, prefix: str = "packs/") -> dict[str, ObjectInfo]:
     """pack -> its object, of what stands at its place below `prefix`."""
     found = ((info.name.rpartition("/")[2], info) for info in store.list(prefix))
     return {pack: info for pack, info in found if is_id(pack) and info.name == pack_name(pack)}
-
-
-def _unlike(sizes: Mapping[str, int], there: Mapping[str, ObjectInfo]) -> frozenset[str]:
-    return frozenset(pack for pack, size in sizes.items() if pack not in there or there[pack].size != size)

@@ -102,6 +102,7 @@ class BlobIndex:
     avoid: packs that nothing may rely on (damage.py); may be added to
     condemned: what is to be deleted; no blob is found there, and none anywhere while a record of that is unreadable
     unreadable: what was wrong with index objects that could not be read
+    unlisted: packs that are there and that no index lists, as far as the packs were looked at
     """
 
     _FRESH = 4096
@@ -112,6 +113,7 @@ class BlobIndex:
         self.avoid: set[str] = set()
         self.condemned = Condemned()
         self.unreadable: list[SnapchainError] = []
+        self.unlisted: dict[str, ObjectInfo] = {}
         self._lock = threading.Lock()
         self._segments: list[_Segment] = []
         self._fresh: dict[bytes, Location] = {}
@@ -125,9 +127,10 @@ class BlobIndex:
     def find(self, blob: bytes) -> Location | None:
         """Where the blob is, None when it is not known, or only in packs that are to be avoided or deleted."""
         with self._lock:
-            return next((where for where in self._find(blob) if self._is_to_stay(where.pack)), None)
+            return next((where for where in self._find(blob) if self.may_use(where.pack)), None)
 
-    def _is_to_stay(self, pack: str) -> bool:
+    def may_use(self, pack: str) -> bool:
+        """Whether new records may rely on a pack that is there."""
         if pack in self.avoid or pack in self._to_go:
             return False
         return not self.condemned.unreadable or pack not in self.sizes  # what this session stores is its own
@@ -135,7 +138,7 @@ class BlobIndex:
     def find_all(self, blob: bytes) -> list[Location]:
         """All places of the blob, those in packs that are to be avoided or deleted last."""
         with self._lock:
-            return sorted(self._find(blob), key=lambda where: not self._is_to_stay(where.pack))
+            return sorted(self._find(blob), key=lambda where: not self.may_use(where.pack))
 
     def _find(self, blob: bytes) -> Iterator[Location]:
         fresh = self._fresh.get(blob)

@@ -16,6 +16,7 @@ from snapchain.repository.ingest import Ingest, LayerSource
 from snapchain.repository.layers import LayerHeader, StoredLayer
 from snapchain.repository.packer import Packer
 from snapchain.repository.repository import Repository
+from snapchain.repository.unlisted import unlisted
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class LayerUpload:
         self._packer = Packer(
             repository.store, repository.keys, self.index, pack_size=repository.pack_size, on_durable=on_durable
         )
+        self._packer.adopt(unlisted(repository, self.index))
         self._intake = Ingest(
             keys=repository.keys, index=self.index, packer=self._packer, block_size=repository.config.block_size
         )

@@ -13,7 +13,7 @@ one, so that a long shipment leaves few objects.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from enum import Enum
@@ -118,6 +118,13 @@ class Packer:
                     self.bytes_pending += raw
                     self._raw[location.pack] = self._raw.get(location.pack, 0) + raw
             return location
+
+    def adopt(self, packs: Iterable[IndexedPack]) -> None:
+        """Use what these packs hold, which are in the store and which no index lists; and list them."""
+        for pack in packs:
+            self._index.load(pack.ids, pack.rows, [pack.pack])
+            with self._noting:
+                self._durable.append(pack)
 
     def flush(self) -> None:
         """Close the open packs, wait until all are durable, and list them in an index."""

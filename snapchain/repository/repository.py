@@ -390,7 +390,8 @@ class Repository:
         The packs are listed after the indexes: one of an index that is missing, or has another size, is damaged.
         """
         index = indexes.load(self.store, self.keys)
-        index.avoid |= damage.unlike(self.store, index.sizes)
+        bad, index.unlisted = damage.compare(self.store, index.sizes)
+        index.avoid |= bad
         self.blobs.damaged |= index.avoid & index.sizes.keys()
         self.blobs.use(index)
         return index

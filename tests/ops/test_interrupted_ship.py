@@ -11,8 +11,14 @@ from snapchain.errors import SnapchainError, Unavailable
 from snapchain.model.events import Event, Progress
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, ObjectStore
-from snapchain.repository import packs
+from snapchain.repository import index as indexes, packs
+from snapchain.repository.condemned import condemn
+from snapchain.repository.damage import list_packs
+from snapchain.repository.format import pack_name
+from snapchain.repository.mark import mark
 from snapchain.repository.packer import UPLOADS
+from snapchain.repository.verification import verify
+from snapchain.testing.faults import Crash
 from tests.ops.shipping import DISK, MiB, restore, ship, shipment
 from tests.ops.stacks import Layer, build, flat
 from tests.repository.counting import CountingStore
@@ -77,6 +83,47 @@ def test_what_was_sent_is_not_sent_again(image: Path, tmp_path: Path, after: int
     assert (tmp_path / "out.raw").read_bytes() == flat(image, tmp_path / "flat").read_bytes()
 
 
+@pytest.mark.parametrize("after", [1, 9, 20])
+def test_what_was_sent_before_a_kill_is_not_sent_again(image: Path, tmp_path: Path, after: int) -> None:
+    """No index tells of it: the packs do."""
+    repo = repository(MemoryStore(), block_size=PACK)
+
+    class Killed(Dying):
+        def put(self, name: str, data: Data) -> None:
+            if self.left <= 0:
+                raise Crash
+            super().put(name, data)
+
+    with pytest.raises(Crash):
+        ship(image, repo, store=Killed(repo.store, after, ()))
+    for info in list(repo.store.list("leases/")):  # as of a process that is known to be gone
+        repo.store.delete(info.name)
+    assert list(repo.store.list("index/")) == []
+    there = sum(info.size for info in repo.store.list("packs/"))
+    assert there >= after * PACK
+    whole = ship(image, repository(MemoryStore(), block_size=PACK)).bytes_stored
+    assert ship(image, repo).bytes_stored <= whole - there + 1000
+    assert verify(again(repo), share=1.0).findings == ()
+    assert set(indexes.load(repo.store, repo.keys).sizes) == set(list_packs(repo.store)), "all of them are listed now"
+    restore(repo, tmp_path / "out.raw")
+    assert (tmp_path / "out.raw").read_bytes() == flat(image, tmp_path / "flat").read_bytes()
+
+
+def test_what_is_condemned_or_damaged_is_sent_again(image: Path) -> None:
+    """One pack is to go, one was altered; a killed shipment left them."""
+    repo = repository(MemoryStore(), block_size=PACK)
+    whole = ship(image, repo).bytes_stored
+    first, second, *_ = list_packs(repo.store)
+    for info in [info for folder in ("disks/", "index/", "layers/") for info in repo.store.list(folder)]:
+        repo.store.delete(info.name)
+    condemn(repo.store, repo.keys, [first], [])
+    body = repo.store.get(pack_name(second))
+    repo.store.put(pack_name(second), body[:-1] + b"x")
+    sent = ship(image, repo).bytes_stored
+    assert PACK < sent < 3 * PACK < whole
+    assert not {pack.pack for pack in mark(again(repo)).usage if len(pack.offsets)} & {first, second}
+
+
 def test_a_dead_network_says_so_at_once(image: Path) -> None:
     """The index of what was sent cannot be written either: the error is the first one."""
     repo = repository(MemoryStore(), block_size=PACK)
@@ -100,4 +147,4 @@ def test_a_small_shipment_costs_no_more_requests_than_before_packs_were_looked_a
         counts.append(len(store.asked))
         assert len(store.of("list", "packs/")) <= 1
         assert len(store.of("size", "packs/")) == 0
-    assert counts == [12 + 4, 16, 14]
+    assert counts == [13 + 4, 16, 14]
