@@ -224,7 +224,7 @@ def merge_points(
 def gc(destination: Destination | AnyPath, *, on_event: OnEvent | None = None) -> GcReport:
     """Delete the data of a repository that no point needs, beside those who ship, merge and restore.
 
-    The report has `bytes_freed`, `bytes_condemned`, which a later collection deletes, since somebody at work may need
+    The report has `bytes_freed`, `bytes_left`, which a later collection deletes, since somebody at work may need
     it, and `findings` where data is lost. Raises Busy while another collection is at work, InvalidInput for a replica,
     which needs no collecting.
     """

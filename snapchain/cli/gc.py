@@ -103,10 +103,11 @@ def _deleted(done: GcPlan | GcReport) -> str:
     return f"{counted(done.objects_deleted, 'object')}, {packs}"
 
 
-def _condemned(report: GcReport) -> str:
-    if not report.bytes_condemned:
+def _left(report: GcReport) -> str:
+    if not report.bytes_left:
         return ""
-    return f"{size(report.bytes_condemned)}, for a gc after the end of {'; '.join(report.waits_for) or 'a writer'}"
+    who = "; ".join(report.waits_for) or "a writer"
+    return f"{size(report.bytes_left)} unreferenced so far, for a gc after the end of {who}"
 
 
 def _draw_report(console: Console, report: GcReport) -> None:
@@ -117,7 +118,7 @@ def _draw_report(console: Console, report: GcReport) -> None:
             ("deleted", _deleted(report)),
             ("moved", f"{size(report.bytes_moved)} out of {counted(report.packs_moved, 'pack')}"),
             ("added", f"{size(report.bytes_added)} of new records" if report.bytes_added else ""),
-            ("condemned", _condemned(report)),
+            ("left", _left(report)),
         ],
     )
     render.findings(console, report.findings)

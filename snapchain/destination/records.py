@@ -238,7 +238,7 @@ class GcReport(Record):
     bytes_freed: by how much the stored bytes fell; bytes_added: by how much they grew, where new records cost more than
     what was deleted
     bytes_moved: copied out of wasteful or damaged packs
-    bytes_condemned: unused, and left for the next collection, since somebody at work may still have a use for it
+    bytes_left: unused so far, and left for a later collection, since somebody at work may still have a use for it
     waits_for: who that is, for people
     findings: damage; all that the damaged points may need was kept
     """
@@ -250,6 +250,6 @@ class GcReport(Record):
     objects_deleted: int
     packs_deleted: int
     packs_moved: int
-    bytes_condemned: int = 0
+    bytes_left: int = 0
     waits_for: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()

@@ -59,7 +59,7 @@ def run(repository: Repository, limits: GcLimits = ANY, *, on_event: OnEvent = i
         objects_deleted=done.objects_deleted,
         packs_deleted=done.packs_deleted,
         packs_moved=done.packs_moved,
-        bytes_condemned=done.bytes_condemned,
+        bytes_left=done.bytes_left,
         waits_for=done.waits_for,
         findings=_findings(done.marked) if done.marked else (),
     )

@@ -72,7 +72,7 @@ class Swept:
 
     bytes_freed: less than before, new records counted; bytes_added: more than before, where these cost more than what
     was deleted; bytes_moved: blobs copied into new packs
-    bytes_condemned: packs that are to go, and for which somebody at work may still have a use; waits_for: who
+    bytes_left: unused packs that stay for now, since somebody at work may have a use for them; waits_for: who
     marked: what was in use at the end, and what of it is lost
     """
 
@@ -82,7 +82,7 @@ class Swept:
     objects_deleted: int = 0
     packs_deleted: int = 0
     packs_moved: int = 0
-    bytes_condemned: int = 0
+    bytes_left: int = 0
     waits_for: tuple[str, ...] = ()
     marked: Marked | None = None
 
@@ -191,7 +191,7 @@ class _Sweep:
         said = self._condemn(marked)
         at_work = self._wait(said)
         needed = look_again(repository, marked, lease.spared)
-        self._report_waiting(marked, said, said.ready(at_work))
+        self._report_left(marked, said, said.ready(at_work))
         self._sweep(marked, said, said.ready(at_work), needed)
         less = held - _stored_bytes(repository)
         done.bytes_freed, done.bytes_added = max(0, less), max(0, -less)
@@ -266,10 +266,12 @@ class _Sweep:
             lease.check()
             time.sleep(_POLL_SECONDS)
 
-    def _report_waiting(self, marked: Marked, said: Condemned, ready: Sequence[str]) -> None:
-        later = frozenset().union(*(packs for name, packs in said.packs.items() if name not in ready))
-        self._done.bytes_condemned = sum(pack.size for pack in marked.usage if pack.pack in later)
-        if later:
+    def _report_left(self, marked: Marked, said: Condemned, ready: Sequence[str]) -> None:
+        """What is unused and stays for now: it waits for others, or it is so young that it may be of theirs."""
+        going = frozenset[str]().union(*(said.packs[name] for name in ready))
+        left = [pack.size for pack in _unused(marked) if pack.pack not in going]
+        self._done.bytes_left = sum(left)
+        if left:
             self._done.waits_for = _named(self._lease.writers.values())
 
     # --- Deleting.

@@ -182,7 +182,7 @@ class Host:
         self.counts["collections"] += 1
         self.counts["bytes freed"] += report.bytes_freed
         self.counts["bytes moved"] += report.bytes_moved
-        self.counts["collections that left something for later"] += report.bytes_condemned > 0
+        self.counts["collections that left something for later"] += report.bytes_left > 0
         for finding in report.findings:
             self.counts[f"finding of gc: {finding.kind}"] += 1
         time.sleep(self.draw.uniform(0, 1))
