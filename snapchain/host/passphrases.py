@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
+from snapchain.host.files import directory_of
 from snapchain.host.processes import run
 from snapchain.host.readable import is_readable
 from snapchain.host.terminal import shell_word
@@ -118,6 +119,20 @@ def _first_line(text: bytes, *, subject: str) -> str:
     if not line:
         raise InvalidInput("the passphrase there is empty", subject=subject)
     return line
+
+
+def write_new_file(path: Path, text: str) -> None:
+    """Write a secret to a file that did not exist, and that only this user can read. Raises InvalidInput."""
+    try:
+        with directory_of(path) as directory:
+            fd = directory.create(path.name)
+            with os.fdopen(fd, "wb") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(fd)
+            directory.sync()
+    except FileExistsError as error:
+        raise InvalidInput("the file exists", subject=path, hint="name a new file") from error
 
 
 # --- At a terminal.

@@ -17,26 +17,36 @@ _LEAST_NAME = 3
 _ROW = 5
 """Neighbouring keys or letters that count as one character."""
 
-_ROWS = ("qwertyuiop", "qwertzuiop", "azertyuiop", "asdfghjkl", "zxcvbnm", "yxcvbnm", "1234567890", "0123456789",
-         "abcdefghijklmnopqrstuvwxyz", "1qaz2wsx3edc4rfv5tgb", "1q2w3e4r5t6y7u8i9o0p", "q1w2e3r4t5y6u7i8o9p0")  # fmt: skip
-_WORDS = frozenset(
-    """
-    abc access account admin administrator alex amanda america andrea andrew angel anthony apple archive arsenal asdf
-    ashley austin autumn azerty baby babygirl backup backups bailey banana barcelona baseball basketball batman beautiful
-    bitcoin blink borg buster butterfly change changeit changeme charlie cheese chelsea chocolate chris computer cookie
-    correcthorse correcthorsebatterystaple daniel data database debian default demo diamond disk dragon eagle eminem
-    encryption enter family ferrari flower football forever freedom friends fuckyou gandalf george germany ginger google
-    guest hannah harley heaven hello hockey hunter iloveu iloveyou internet jasmine jennifer jessica jesus jordan joshua
-    justin key killer kvm letmein libvirt linux liverpool local login london love lovely loveme lovers maggie manager
-    marina marlboro martin master matrix matthew melissa merlin michael michelle monday monkey mustang mypass mypassword
-    myspace naruto newpass nicole nothing oracle orange pass passe passphrase passw passwd password passwort peanut
-    pepper phoenix pokemon princess private proxmox purple pw qemu qwer qwert qwerty qwertz rainbow ranger repo
-    repository restic restore robert root samantha samsung secret secure security server shadow silver snapchain
-    snapshot soccer spiderman spring star starwars storage storm summer sunday sunshine superman sysadmin system
-    taylor temp test tester testing thomas thunder tigger toor trustno ubuntu user vagrant vda virtual vm welcome
-    whatever william winter wizard zaq
-    """.split()
+_ROWS = (
+    "qwertyuiop",
+    "qwertzuiop",
+    "azertyuiop",
+    "asdfghjkl",
+    "zxcvbnm",
+    "1234567890",
+    "0123456789",
+    "abcdefghijklmnopqrstuvwxyz",
+    "1qaz2wsx3edc4rfv5tgb",
+    "1q2w3e4r5t6y7u8i9o0p",
+    "q1w2e3r4t5y6u7i8o9p0",
 )
+_COMMON = """
+abc access account admin administrator alex amanda america andrea andrew angel anthony apple archive arsenal asdf
+ashley austin autumn azerty baby babygirl backup backups bailey banana barcelona baseball basketball batman
+beautiful bitcoin blink borg buster butterfly change changeit changeme charlie cheese chelsea chocolate chris
+computer cookie correcthorse correcthorsebatterystaple daniel data database debian default demo diamond disk dragon
+eagle eminem encryption enter family ferrari flower football forever freedom friends fuckyou gandalf george germany
+ginger google guest hannah harley heaven hello hockey hunter iloveu iloveyou internet jasmine jennifer jessica jesus
+jordan joshua justin key killer kvm letmein libvirt linux liverpool local login london love lovely loveme lovers
+maggie manager marina marlboro martin master matrix matthew melissa merlin michael michelle monday monkey mustang
+mypass mypassword myspace naruto newpass nicole nothing oracle orange pass passe passphrase passw passwd password
+passwort peanut pepper phoenix pokemon princess private proxmox purple pw qemu qwer qwert qwerty qwertz rainbow
+ranger repo repository restic restore robert root samantha samsung secret secure security server shadow silver
+snapchain snapshot soccer spiderman spring star starwars storage storm summer sunday sunshine superman sysadmin
+system taylor temp test tester testing thomas thunder tigger toor trustno ubuntu user vagrant vda virtual vm welcome
+whatever william winter wizard zaq
+"""
+_WORDS = frozenset(_COMMON.split())
 _DISGUISES = str.maketrans("@4301!5$7", "aaeoiisst")
 
 

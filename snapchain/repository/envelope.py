@@ -101,7 +101,8 @@ def _judged(errors: Iterable[Any], what: str, subject: str) -> SnapchainError:
 # --- Sealed records: an index, a layer record, a catalogue or a lease as one object.
 #
 #     0   6   "SNAPCH"
-#     6   1   kind: I index, D damage, L layer, C catalogue, E lease, G state of a guest, K list of key slots; P begins a pack
+#     6   1   kind: I index, D damage, L layer, C catalogue, E lease, G state of a guest,
+#             K list of key slots; P begins a pack (packs.py)
 #     7   1   format, 1
 #     8   8   zero
 #     16  32  salt

@@ -4,9 +4,10 @@ Several slots may wrap the same master key.  The hash of `config` is bound to ea
 of the configuration (say, the suite or the repository's id) makes every passphrase fail instead of being believed.  A
 configuration without encryption has no slot that could fail: Repository.open and known.py check for that.
 
-A store can plant slots, and put removed ones back (slot_list.py).  What a slot costs is bounded from above, so that a planted one does not stall us, and from
-below, so that it is no cheaper test of a guessed passphrase than the true slot; all slots together have a budget.  The
-cipher does not commit to its key: docs/decisions/0080-planted-key-slots.md says why the exact length is enough.
+A store can plant slots, and put removed ones back (slot_list.py).  What a slot costs is bounded from above, so that a
+planted one does not stall us, and from below, so that it is no cheaper test of a guessed passphrase than the true slot;
+all slots together have a budget.  The cipher does not commit to its key: docs/decisions/0080-planted-key-slots.md says
+why the exact length is enough.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 A store in hostile hands could put another repository at a known address: an older one of the same passphrase, or one
 without encryption, which would be sent the next point in plain text.  Or it could take the newest generations of a disk
-away: the older ones are valid, and only a machine that has seen a newer one can tell.  So it is with the lists of key
-slots, of which an older one lets removed slots count again.  A machine that has seen more refuses all of these, until its user accepts by id what is there now (`snapchain log DEST --accept-repository ID`).
+away: the older ones are valid, and only a machine that has seen a newer one can tell.  So are the lists of key slots,
+of which an older one lets removed slots count again.  A machine that has seen more refuses all of these, until its user
+accepts by id what is there now (`snapchain log DEST --accept-repository ID`).
 
 One address may be written in several ways, so it is remembered under several: as it was given, and without links.
 A notice reports where no state exists or can be written: then these attacks would go undetected.
@@ -33,7 +34,7 @@ Result = TypeVar("Result")
 
 
 class Vouched(NamedTuple):
-    """A key slot that was found in use. salt: of the slot, in hex; generation: of the list of key slots (slot_list.py)"""
+    """A key slot that was found in use. salt: of it, in hex; generation: of the list of key slots (slot_list.py)"""
 
     salt: str
     generation: int
@@ -42,8 +43,8 @@ class Vouched(NamedTuple):
 class Known(BaseModel):
     """One remembered repository.
 
-    place: its address and endpoint; slot: name of the key slot that opened it; slot_salt: of that slot, in hex, which is
-    in use by the list of key slots with the number slot_list
+    place: its address and endpoint; slot: name of the key slot that opened it; slot_salt: of that slot, in hex,
+    which is in use by the list of key slots with the number slot_list
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -54,7 +55,6 @@ class Known(BaseModel):
     slot: str | None = None
     slot_salt: str | None = None
     slot_list: int = 0
-
 
     def found(self, vouched: Vouched | None) -> Known:
         """With what was found of its slot."""

@@ -103,7 +103,9 @@ class Repository:
     """An open repository. Thread-safe for reading.
 
     memory: how far its disks were seen before (known.py), if known
-    slot: name of the key slot that opened it; vouched: see Vouched; slot_list: number of the newest list of key slots
+    slot, slot_salt: name, and salt in hex, of the key slot that opened it
+    slot_list: number of the newest list of key slots
+    vouched: what that list says of the slot, None where it cannot be read
     config_text: the object `config`, to which key slots are bound
     pack_size: bytes that new packs and indexes have at most; None: the default
     """
@@ -116,6 +118,7 @@ class Repository:
         self.notices: list[str] = list(store.warnings)
         self.memory: SeenGenerations | None = None
         self.slot: str | None = None
+        self.slot_salt = ""
         self.vouched: Vouched | None = None
         self.slot_list = 0
         self.config_text = b""
@@ -178,7 +181,7 @@ class Repository:
         made.notices += found.findings
         made.config_text = text
         if slot is not None:
-            made.slot = slot.name
+            made.slot, made.slot_salt = slot.name, slot.salt
             made.notices += _list_first_slot(made, slot)
         fill_reserve(store)
         return made
@@ -201,7 +204,8 @@ class Repository:
         known: whether it was seen before, so that the caller can tell whether it has always been without encryption.
         judge: raises for a configuration that the caller does not accept; called before the passphrase is asked for.
         slot: name of the key slot that opened it before; vouched: what was found of it then
-        Raises NotFound, InvalidInput (a wrong or removed passphrase), Corrupt (no longer encrypted), Unsupported (a newer format).
+        Raises NotFound, InvalidInput (a wrong or removed passphrase), Corrupt (no longer encrypted),
+        Unsupported (a newer format).
         """
         size = store.size(CONFIG)
         if size is None:
@@ -226,7 +230,7 @@ class Repository:
         opened = cls(store, config, Keyring(config.encryption, config.id, master), conditional=conditional)
         opened.config_text = text
         if unlocked is not None:
-            opened.slot, opened.slot_list = unlocked.slot, guard.newest
+            opened.slot, opened.slot_salt, opened.slot_list = unlocked.slot, unlocked.salt, guard.newest
             opened.vouched = None if guard.notices else Vouched(unlocked.salt, guard.newest)
             opened.notices += guard.notices
         if writing and conditional and not still_conditional(store, _WITNESS, _WITNESS_BODY):

@@ -23,11 +23,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Literal, Self
 
-from snapchain.errors import Conflict, Corrupt, NotFound
+from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
+from snapchain.repository.keys import parse as parse_slot
 
 KIND = b"K"
 KEYS = "keys/"
@@ -44,7 +45,8 @@ class ListedSlot(StoredModel):
     """A slot that is in use.
 
     slot: its name below keys/ when it was made; salt: hex, by which it counts
-    created, host: null for a slot that was made before there was a list; recovery: whether its passphrase is a recovery key
+    created, host: null for a slot that was made before there was a list
+    recovery: whether its passphrase is a recovery key
     """
 
     slot: str
@@ -70,10 +72,10 @@ class ListedSlot(StoredModel):
 
 
 class RemovedSlot(StoredModel):
-    """A slot that opens nothing any more. salt: null when the slot could not be read; host: where it was removed."""
+    """A slot that opens nothing any more. host: where it was removed"""
 
     slot: str
-    salt: str | None
+    salt: str
     time: datetime
     host: str
 
@@ -111,9 +113,7 @@ def read(store: ObjectStore, keys: Keyring) -> tuple[SlotList, list[str]]:
     return found, notices
 
 
-def change(
-    store: ObjectStore, keys: Keyring, alter: Callable[[SlotList], SlotList], *, conditional: bool
-) -> SlotList:
+def change(store: ObjectStore, keys: Keyring, alter: Callable[[SlotList], SlotList], *, conditional: bool) -> SlotList:
     """Store the next list: what `alter` makes of the newest. It may be called several times, and raise.
 
     conditional: whether the store's create-if-absent can be trusted. Raises Conflict when others are always faster.
@@ -143,6 +143,34 @@ def _read(store: ObjectStore, keys: Keyring) -> tuple[SlotList, list[str], int]:
     return SlotList(), notices, max(numbers, default=0)
 
 
+def check(store: ObjectStore, keys: Keyring) -> list[SnapchainError]:
+    """What is wrong with the newest list, and which slots that it lists are missing or damaged."""
+    while True:
+        number = newest(store)
+        if not number:
+            return []
+        try:
+            listed = _load(store, keys, number)
+        except SnapchainError as error:
+            return [error]
+        found = [error for each in listed.slots if (error := _missing(store, each)) is not None]
+        if newest(store) == number:  # else a slot may have been removed meanwhile
+            return found
+
+
+def _missing(store: ObjectStore, listed: ListedSlot) -> SnapchainError | None:
+    name = KEYS + listed.slot
+    try:
+        slot = parse_slot(store.get(name), subject=name)
+    except NotFound:
+        return Corrupt("the key slot is missing from the store: its passphrase opens nothing", subject=name)
+    except (Corrupt, Unsupported) as error:
+        return error
+    if slot.salt_hex == listed.salt:
+        return None
+    return Corrupt("the key slot was replaced by another one: its passphrase opens nothing", subject=name)
+
+
 def list_name(number: int) -> str:
     """The object name of a list."""
     return f"{FOLDER}{number:020d}"
@@ -155,7 +183,9 @@ def _numbers(store: ObjectStore) -> list[int]:
 
 def _load(store: ObjectStore, keys: Keyring, number: int) -> SlotList:
     name = list_name(number)
-    found = parse_stored(SlotList, unseal(keys, KIND, name, store.get(name)), what="the list of key slots", subject=name)
+    found = parse_stored(
+        SlotList, unseal(keys, KIND, name, store.get(name)), what="the list of key slots", subject=name
+    )
     if found.generation != number:
         raise Corrupt("the list of key slots has another number than its name", subject=name)
     return found
