@@ -1,4 +1,4 @@
-"""`snapchain key list|add|change|remove DEST [SLOT]`: the passphrases of a repository."""
+"""`snapchain key ACTION DEST [SLOT]`: list, add, change and remove the passphrases of a repository."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NEW = "New passphrase"
     snapchain key change /backup --keep-passphrase --cost 4
     snapchain key remove /backup 5f0c2a91
     """,
-    when_interrupted="the old passphrase opens the repository, or the new one, or both; `snapchain key list` shows more",
+    when_interrupted="the old passphrase opens the repository, or the new one, or both; see `snapchain key list`",
 )
 @options.takes_output(passphrase=True)
 def key(

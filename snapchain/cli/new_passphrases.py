@@ -1,4 +1,4 @@
-"""A new passphrase: as a program gives it, or typed twice by a person, who may not choose what a guesser tries first."""
+"""A new passphrase: as a program gives it, or typed twice by a person, who may not choose a weak one."""
 
 from __future__ import annotations
 

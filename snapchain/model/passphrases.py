@@ -47,6 +47,7 @@ system taylor temp test tester testing thomas thunder tigger toor trustno ubuntu
 whatever william winter wizard zaq
 """
 _WORDS = frozenset(_COMMON.split())
+_AROUND = "0123456789!.-_?#*"
 _DISGUISES = str.maketrans("@4301!5$7", "aaeoiisst")
 
 
@@ -63,7 +64,7 @@ def weakness(passphrase: str, names: Iterable[str] = ()) -> str | None:
     if len(_without_rows(text)) < _LEAST_DIFFERENT:
         return "it is a row of neighbouring keys, letters or digits"
     for words, reason in ((_WORDS, "it is a common password"), (_known(names), "it is made of a name that others see")):
-        if any(_is_made_of(each, words) for each in (text, _unit(text), text.translate(_DISGUISES))):
+        if any(_is_made_of(each, words) for each in (text, _unit(text), text.strip(_AROUND).translate(_DISGUISES))):
             return reason
     if len(_unit(text)) < SHORTEST:
         return "it repeats a few characters"
@@ -80,7 +81,7 @@ def _is_made_of(text: str, words: frozenset[str]) -> bool:
     if plain in words or _unit(plain) in words:
         return True
     return any(len(word) >= _LEAST_DIFFERENT and len(text.replace(word, "")) < _LEAST_BESIDE for word in words) or any(
-        text.strip("0123456789!.-_?#*") == word for word in words
+        text.strip(_AROUND) == word for word in words
     )
 
 

@@ -182,7 +182,7 @@ def add(repository: Repository, new: NewKey, *, dry_run: bool = False, on_event:
     found = _look(repository, on_event)
     _check_new(repository, found, new)
     if dry_run:
-        left = len(_with_opener(repository, found.list).slots) + 1
+        left = len(_with_opener(repository, found.now).slots) + 1
         return KeyReport(destination=repository.store.url, action=Action.ADD, left=left)
     return _make(repository, new, found, Action.ADD, on_event)
 
@@ -201,7 +201,7 @@ def change(
     dry_run, errors: as `add`
     """
     found = _look(repository, on_event)
-    before = _opener(repository, found.list)
+    before = _opener(repository, found.now)
     new = replace(
         new,
         label=before.label if new.label is None else new.label,
@@ -210,7 +210,7 @@ def change(
     )
     _check_new(repository, found, new)
     if dry_run:
-        left = len(_with_opener(repository, found.list).slots)
+        left = len(_with_opener(repository, found.now).slots)
         return KeyReport(destination=repository.store.url, action=Action.CHANGE, removed=before.slot, left=left)
     return _make(repository, new, found, Action.CHANGE, on_event, secret=secret)
 
@@ -235,7 +235,7 @@ def remove(
     def without(now: SlotList) -> SlotList:
         return _without(repository, found, now, name, even_own=even_own)
 
-    left, is_listed = found.list, not found.is_object_alone(name)
+    left, is_listed = found.now, not found.is_object_alone(name)
     if is_listed:
         left = without(left)
     not_deleted: tuple[str, ...] = ()
@@ -264,13 +264,13 @@ _NEVER = datetime.min.replace(tzinfo=UTC)
 class _Found:
     """The newest list, and the slots in the store by object name; an error for one that cannot be read."""
 
-    list: SlotList
+    now: SlotList
     there: Mapping[str, KeySlot | SnapchainError]
 
     @property
     def missing(self) -> list[ListedSlot]:
         salts = {slot.salt_hex for slot in self.there.values() if isinstance(slot, KeySlot)}
-        return [each for each in self.list.slots if each.salt not in salts]
+        return [each for each in self.now.slots if each.salt not in salts]
 
     def salt(self, name: str) -> str | None:
         """The salt of a slot, None where it is missing or cannot be read."""
@@ -279,7 +279,7 @@ class _Found:
 
     def original(self, name: str) -> ListedSlot | None:
         """The slot in use of which this one is a copy under another name."""
-        known = self.list.listed(self.salt(name) or "")
+        known = self.now.listed(self.salt(name) or "")
         if known is None or KEYS + known.slot == name or self.salt(KEYS + known.slot) != known.salt:
             return None
         return known
@@ -289,7 +289,7 @@ class _Found:
         if name not in self.there:
             return False
         salt = self.salt(name)
-        return salt is None or self.list.removal(salt) is not None or self.original(name) is not None
+        return salt is None or self.now.removal(salt) is not None or self.original(name) is not None
 
 
 def _look(repository: Repository, on_event: OnEvent = ignore) -> _Found:
@@ -318,7 +318,7 @@ def _row(repository: Repository, found: _Found, name: str) -> KeyRow:
         return KeyRow(slot=short, warning=slot.message)
     opened = name == repository.slot
     cost = KeyCost(memory_kib=slot.memory_kib, iterations=slot.iterations, lanes=slot.lanes, factor=slot.cost)
-    known, gone = found.list.listed(slot.salt_hex), found.list.removal(slot.salt_hex)
+    known, gone = found.now.listed(slot.salt_hex), found.now.removal(slot.salt_hex)
     if gone is not None:
         warning = f"removed on {gone.time:%Y-%m-%d} by {gone.host}, and still in the store or put back"
         return KeyRow(slot=short, opened=opened, cost=cost, warning=warning)
@@ -360,7 +360,7 @@ def _check_new(repository: Repository, found: _Found, new: NewKey) -> None:
     """Raises InvalidInput for a bad label, and for slots that a machine would not try all of; Conflict as `_opener`."""
     if new.label is not None and (len(new.label) > LONGEST_LABEL or not new.label.isprintable()):
         raise InvalidInput(f"a label is printable text of at most {LONGEST_LABEL} characters")
-    salts = {each.salt for each in _with_opener(repository, found.list).slots}
+    salts = {each.salt for each in _with_opener(repository, found.now).slots}
     work = sum(slot.cost for slot in found.there.values() if isinstance(slot, KeySlot) and slot.salt_hex in salts)
     # All at once, the one to be replaced too: after a crash both are there.
     if work + (new.cost or 1) > slots.MOST_WORK:
@@ -390,7 +390,7 @@ def _make(
     """Store the new slot, prove it, list it; for a change, remove the one that opened the repository."""
     store, keys = repository.store, repository.keys
     passphrase = _passphrase(repository, new, found, secret)
-    replaced = _opener(repository, found.list) if action is Action.CHANGE else None
+    replaced = _opener(repository, found.now) if action is Action.CHANGE else None
     with spending(store):
         made = slots.put(store, keys.master, passphrase, repository.config_text, cost=new.cost or 1)
         _prove(repository, made, passphrase)
@@ -480,7 +480,7 @@ def _without(repository: Repository, found: _Found, now: SlotList, name: str, *,
     """The list without the slot of that object. Raises Conflict for the last slot, and the one in use."""
     url = repository.store.url
     slot = name.removeprefix(KEYS)
-    salt = found.salt(name) or next(each.salt for each in found.list.slots if each.slot == slot)
+    salt = found.salt(name) or next(each.salt for each in found.now.slots if each.slot == slot)
     if salt == repository.slot_salt and not even_own:
         raise Conflict(
             "this key slot opened the repository for this command",

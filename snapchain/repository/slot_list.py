@@ -134,7 +134,7 @@ def change(store: ObjectStore, keys: Keyring, alter: Callable[[SlotList], SlotLi
 def _read(store: ObjectStore, keys: Keyring) -> tuple[SlotList, list[str], int]:
     """As `read`, and the number of the newest list."""
     numbers = sorted(_numbers(store), reverse=True)
-    notices = []
+    notices: list[str] = []
     for number in numbers[:_OLDER]:
         try:
             return _load(store, keys, number), notices, numbers[0]
@@ -153,7 +153,7 @@ def check(store: ObjectStore, keys: Keyring) -> list[SnapchainError]:
             listed = _load(store, keys, number)
         except SnapchainError as error:
             return [error]
-        found = [error for each in listed.slots if (error := _missing(store, each)) is not None]
+        found = [fault for each in listed.slots if (fault := _missing(store, each)) is not None]
         if newest(store) == number:  # else a slot may have been removed meanwhile
             return found
 
