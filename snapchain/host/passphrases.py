@@ -122,17 +122,14 @@ def _first_line(text: bytes, *, subject: str) -> str:
 
 
 def write_new_file(path: Path, text: str) -> None:
-    """Write a secret to a file that did not exist, and that only this user can read. Raises InvalidInput."""
-    try:
-        with directory_of(path) as directory:
-            fd = directory.create(path.name)
-            with os.fdopen(fd, "wb") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(fd)
-            directory.sync()
-    except FileExistsError as error:
-        raise InvalidInput("the file exists", subject=path, hint="name a new file") from error
+    """Write a secret to a new file that only this user can read. Raises Conflict where it exists."""
+    with directory_of(path) as directory:
+        fd = directory.create(path.name)
+        with os.fdopen(fd, "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(fd)
+        directory.sync()
 
 
 # --- At a terminal.

@@ -49,7 +49,7 @@ _NONCE = bytes(12)
 _MOST_SLOTS = 64
 _MOST_NAMES = 10_000
 _LOOKS = 3
-"""A slot may be removed between the list and the read: then its follower is in the next list."""
+"""A slot may be replaced while it is read, or tried: then its follower is in the next listing."""
 _deriving = threading.Lock()
 """OpenSSL's own threads, one a lane, wait for each other for ever when two derivations of one process overlap."""
 
@@ -198,7 +198,7 @@ def unlock(
             if not is_removed(info.name, slot, master):
                 return Unlocked(master, info.name, slot.salt_hex)
             was_removed = True
-        if not is_gone:
+        if not (is_gone or was_removed):
             break
     if was_removed:
         raise InvalidInput(

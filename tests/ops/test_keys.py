@@ -422,6 +422,17 @@ def test_two_at_once_leave_a_passphrase_that_opens(pair: str) -> None:
     assert len(ends) > 1, "both were faster once"
 
 
+def test_a_reader_opens_the_repository_while_its_slot_is_replaced() -> None:
+    begin = made()
+
+    def replace(store: ObjectStore) -> object:
+        return ops.change(opened(store), NewKey(passphrase=None), secret=lambda: OLD)
+
+    for first, second in some(itertools.product(range(10), range(22)), each=3):
+        ended = at_once(copy_of(begin), Turns(first, second), opened, replace)
+        assert ended == [None, None]
+
+
 def test_a_passphrase_that_was_removed_meanwhile_makes_no_slot() -> None:
     store = made()
     add(store, OTHER)
