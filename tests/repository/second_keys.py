@@ -72,6 +72,11 @@ def master_key(slot: bytes, passphrase: str, config: bytes) -> bytes | None:
         return None
 
 
+def salt_of(slot: bytes) -> str:
+    """The salt of a slot, as the list of key slots has it."""
+    return base64.b64decode(load_json(slot, SLOT_FIELDS)["salt"]).hex()
+
+
 # 5. Keys and suites
 
 
