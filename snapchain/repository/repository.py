@@ -477,7 +477,7 @@ def check_pack_size(size: int | None, block_size: int = 0) -> None:
 
 
 def _list_first_slot(made: Repository, slot: slots.NamedSlot) -> list[str]:
-    """Store the first list of key slots. Where that fails there is none, as in a repository of 0.1: a notice."""
+    """Store the first list of key slots. Where that fails there is none, as in an older repository: a notice."""
     first = slot_list.ListedSlot.of(slot.name, slot.salt)
     try:
         listed = slot_list.change(

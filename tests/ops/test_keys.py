@@ -551,7 +551,7 @@ def test_a_list_that_cannot_be_read_hides_no_data_and_is_told(how: str) -> None:
     for passphrase in (OLD, NEW):
         repository = opened(store, passphrase)
         assert any("a list of key slots cannot be read" in words for words in repository.notices)
-    assert any(finding.subject.startswith("slots/") for finding in verify(opened(store)).findings)
+    assert any((finding.subject or "").startswith("slots/") for finding in verify(opened(store)).findings)
     add(store, OTHER)
     assert opened(store, OTHER).notices == []
     assert all(opens(store, each) for each in (OLD, NEW, OTHER))
