@@ -27,8 +27,6 @@ from snapchain.repository.verification import verify
 from snapchain.testing.faults import Fault, FaultStore, On, crash_points
 from tests.exhaustive import some
 
-pytestmark = pytest.mark.sampled
-
 OLD, NEW, OTHER, THIRD = "the old one", "the new one", "another one", "a third one"
 
 
@@ -384,6 +382,7 @@ def at_once(store: ObjectStore, turns: Turns, *acts: Callable[[ObjectStore], obj
 PAIRS = ["each removes the other's", "each changes the same", "add and remove the adder", "change and remove it"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pair", PAIRS)
 def test_two_at_once_leave_a_passphrase_that_opens(pair: str) -> None:
     begin = made()
@@ -422,6 +421,7 @@ def test_two_at_once_leave_a_passphrase_that_opens(pair: str) -> None:
     assert len(ends) > 1, "both were faster once"
 
 
+@pytest.mark.sampled
 def test_a_reader_opens_the_repository_while_its_slot_is_replaced() -> None:
     begin = made()
 
