@@ -11,8 +11,8 @@ name, it is still the removed one.
 A change is one create-if-absent of the next list.  So of two commands that would each remove the slot of the other,
 the slower one meets the list of the faster one, and is refused.
 
-A repository of an older version has no list until its keys are first changed.  A list that cannot be read hides no data:
-the one before it counts then, with a notice.
+A repository of an older version has no list until its keys are first changed.  A list that cannot be read hides no
+data: the one before it counts then, with a notice.
 """
 
 from __future__ import annotations
