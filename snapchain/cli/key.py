@@ -232,9 +232,9 @@ class _Paper:
     def make(self) -> str:
         """The key."""
         from snapchain.host.passphrases import write_new_file
-        from snapchain.ops.keys import generate
+        from snapchain.ops.keys import recovery_key
 
-        made = generate()
+        made = recovery_key()
         if self._file is not None:
             write_new_file(self._file, f"{made}\n")
         self._made = made

@@ -260,11 +260,12 @@ def reach(at: Sequence[str] | None, without: Sequence[str] | None, out: Output) 
     )
 
 
-def passphrase_source(out: Output, dest: str) -> PassphraseSource:
+def passphrase_source(out: Output, dest: str = "the repository") -> PassphraseSource:
     """A function that returns the passphrase of a destination when it is called, or None when there is none.
 
     From a file, a program, or SNAPCHAIN_PASSWORD; never from a command-line argument. An option beats the environment.
     Nothing is read or run until a repository turns out to be encrypted. Then a person at a terminal is asked.
+    dest: named in the question
     """
     from snapchain.host.passphrases import PassphraseSource, ask
     from snapchain.host.terminal import printable

@@ -125,10 +125,14 @@ def write_new_file(path: Path, text: str) -> None:
     """Write a secret to a new file that only this user can read. Raises Conflict where it exists."""
     with directory_of(path) as directory:
         fd = directory.create(path.name)
-        with os.fdopen(fd, "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(fd)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(fd)
+        except BaseException:
+            directory.remove(path.name)
+            raise
         directory.sync()
 
 

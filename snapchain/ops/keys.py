@@ -22,7 +22,6 @@ from snapchain.destinations import traits_of
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.terminal import shell_word
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.model.passphrases import weakness
 from snapchain.objects.reserve import spending
 from snapchain.objects.store import Refused
 from snapchain.repository import keys as slots, slot_list
@@ -39,24 +38,6 @@ LONGEST_LABEL = 100
 SHORTEST_PREFIX = 4
 _MOST_READ = 200
 """Slots that are looked at: a store could plant thousands."""
-
-__all__ = [
-    "COSTS",
-    "Action",
-    "KeyCost",
-    "KeyList",
-    "KeyReport",
-    "KeyRow",
-    "NewKey",
-    "Passphrase",
-    "add",
-    "change",
-    "generate",
-    "listed",
-    "open_keys",
-    "remove",
-    "weakness",
-]
 
 
 class Action(StrEnum):
@@ -135,6 +116,11 @@ class NewKey:
     label: str | None = None
     recovery: bool = False
     cost: int | None = None
+
+
+def recovery_key() -> str:
+    """A new passphrase for paper (repository/recovery_key.py)."""
+    return generate()
 
 
 def open_keys(

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from pydantic import Field
 
-from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
+from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import KEY_BYTES, SALT_BYTES, TAG_BYTES
 from snapchain.repository.envelope import StoredModel, parse as parse_stored
@@ -164,57 +164,90 @@ def unlock(
     is_removed: gets name, slot and master key of a slot that opens, and says whether it was removed: then it counts not
     Raises InvalidInput when no slot opens, and Corrupt or Unsupported when some cannot be read.
     """
-    secret = canonical(secret)
+    trial = _Trial(store, canonical(secret), config, is_removed)
     for _ in range(_LOOKS):
         found = sorted(
             islice(store.list("keys/"), _MOST_NAMES), key=lambda info: (info.name != first, info.modified or 0.0)
         )
         if not found:
             raise Corrupt("the repository has no key slot: its master key is lost", subject=store.url)
-        work = 0.0
-        damaged: Corrupt | Unsupported | None = None
-        untried = 0
-        was_removed = False
-        is_gone = False
-        for place, info in enumerate(found):
-            if work >= MOST_WORK or place >= _MOST_SLOTS:
-                untried = len(found) - place
-                break
-            try:
-                slot = parse(store.get(info.name), subject=info.name)
-                if work + slot.cost > MOST_WORK:
-                    untried += 1
-                    continue
-                work += slot.cost
-                master = unwrap(slot, secret, config, subject=info.name)
-            except NotFound:
-                is_gone = True
-                continue
-            except (Corrupt, Unsupported) as error:
-                damaged = error  # another slot may hold the same key
-                continue
-            if master is None:
-                continue
-            if not is_removed(info.name, slot, master):
-                return Unlocked(master, info.name, slot.salt_hex)
-            was_removed = True
-        if not (is_gone or was_removed):
+        opened = trial.first_of([info.name for info in found])
+        if opened is not None:
+            return opened
+        if not (trial.is_gone or trial.was_removed):
             break
-    if was_removed:
-        raise InvalidInput(
-            "this passphrase was removed from the repository, and its key slot is in the store all the same",
-            subject=store.url,
-            hint="give another passphrase. `snapchain key list` shows the slot: if no `key` command was interrupted, "
-            "somebody has put it back",
-        )
-    if untried:
-        raise InvalidInput(
-            f"wrong passphrase, or planted key slots: {untried} of {len(found)} slots were not tried",
-            subject=store.url,
-            hint="check the passphrase. If it is right, somebody has planted slots: remove those under keys/ that are "
-            "newer than the object config, and keep a copy of each",
-        )
-    raise damaged or wrong_passphrase(store.url, mistyped_groups(secret))
+    raise trial.failure(len(found))
+
+
+class _Trial:
+    """One passphrase, tried on slots, each of them once. What all of them cost is bounded.
+
+    is_gone: whether a slot was deleted after it was listed; was_removed: whether one opened that counts as removed
+    """
+
+    def __init__(
+        self, store: ObjectStore, secret: str, config: bytes, is_removed: Callable[[str, KeySlot, bytes], bool]
+    ) -> None:
+        self.is_gone = self.was_removed = False
+        self._store, self._secret, self._config, self._is_removed = store, secret, config, is_removed
+        self._tried: set[str] = set()
+        self._work = 0.0
+        self._untried = 0
+        self._damaged: Corrupt | Unsupported | None = None
+
+    def first_of(self, names: Sequence[str]) -> Unlocked | None:
+        """The first of these slots that opens, and was not removed."""
+        self._untried = 0
+        for place, name in enumerate(names):
+            if self._work >= MOST_WORK or place >= _MOST_SLOTS:
+                self._untried = len(names) - place
+                break
+            if name in self._tried:
+                continue
+            try:
+                opened = self._opened(name)
+            except NotFound:
+                self.is_gone = True
+            except (Corrupt, Unsupported) as error:
+                self._damaged = error  # another slot may hold the same key
+            else:
+                if opened is not None:
+                    return opened
+        return None
+
+    def _opened(self, name: str) -> Unlocked | None:
+        slot = parse(self._store.get(name), subject=name)
+        if self._work + slot.cost > MOST_WORK:
+            self._untried += 1
+            return None
+        self._work += slot.cost
+        self._tried.add(name)
+        master = unwrap(slot, self._secret, self._config, subject=name)
+        if master is None:
+            return None
+        if self._is_removed(name, slot, master):
+            self.was_removed = True
+            return None
+        return Unlocked(master, name, slot.salt_hex)
+
+    def failure(self, count: int) -> SnapchainError:
+        """Why no slot has opened. count: of the slots that there are"""
+        url = self._store.url
+        if self.was_removed:
+            return InvalidInput(
+                "this passphrase was removed from the repository, and its key slot is in the store all the same",
+                subject=url,
+                hint="give another passphrase. `snapchain key list` shows the slot: if no `key` command was "
+                "interrupted, somebody has put it back",
+            )
+        if self._untried:
+            return InvalidInput(
+                f"wrong passphrase, or planted key slots: {self._untried} of {count} slots were not tried",
+                subject=url,
+                hint="check the passphrase. If it is right, somebody has planted slots: remove those under keys/ that "
+                "are newer than the object config, and keep a copy of each",
+            )
+        return self._damaged or wrong_passphrase(url, mistyped_groups(self._secret))
 
 
 def parse(data: bytes, *, subject: str) -> KeySlot:

@@ -399,7 +399,7 @@ def test_it_reads_the_list_of_key_slots_and_refuses_a_removed_one(tmp_path: Path
     repository = Repository.create(LocalStore(tmp_path, make=True), passphrase=lambda: PASSPHRASE)
     old = tmp_path / (repository.slot or "")
     text = old.read_bytes()
-    ops.add(repository, ops.NewKey(passphrase=ops.generate, recovery=True, label="paper"))
+    ops.add(repository, ops.NewKey(passphrase=ops.recovery_key, recovery=True, label="paper"))
     ops.change(repository, ops.NewKey(passphrase=lambda: "another one"), secret=lambda: PASSPHRASE)
     found = Reader(tmp_path, "another one").slots()
     assert found is not None
@@ -415,6 +415,6 @@ def test_it_reads_the_list_of_key_slots_and_refuses_a_removed_one(tmp_path: Path
 def test_a_recovery_key_is_what_the_document_says() -> None:
     letters = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
     for _ in range(20):
-        for place, group in enumerate(ops.generate().split("-")):
+        for place, group in enumerate(ops.recovery_key().split("-")):
             a, b, c, d, check = map(letters.index, group)
             assert check == (place + 1 + a + 3 * b + 5 * c + 7 * d) % 32
