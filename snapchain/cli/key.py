@@ -62,7 +62,7 @@ def key(
             "--cost",
             metavar="N",
             help="With add and change: what one guess costs, as a multiple of the default: 1, 2, 4 or 8. "
-            "8 takes 256 MiB of memory and about a second.",
+            "8 takes 256 MiB of memory, and two seconds of processor.",
             autocompletion=options.of("1", "2", "4", "8"),
         ),
     ] = None,
