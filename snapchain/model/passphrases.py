@@ -63,7 +63,10 @@ def weakness(passphrase: str, names: Iterable[str] = ()) -> str | None:
         return f"it has fewer than {_LEAST_DIFFERENT} different characters"
     if len(_without_rows(text)) < _LEAST_DIFFERENT:
         return "it is a row of neighbouring keys, letters or digits"
-    for words, reason in ((_WORDS, "it is a common password"), (_known(names), "it is made of a name that others see")):
+    for words, reason in (
+        (_WORDS, "it is made of common passwords"),
+        (_known(names), "it is made of names that all see"),
+    ):
         if any(_is_made_of(each, words) for each in (text, _unit(text), text.strip(_AROUND).translate(_DISGUISES))):
             return reason
     if len(_unit(text)) < SHORTEST:
@@ -76,13 +79,15 @@ def _known(names: Iterable[str]) -> frozenset[str]:
 
 
 def _is_made_of(text: str, words: frozenset[str]) -> bool:
-    """Whether too little is left of a text without one of these words, and without digits and marks around it."""
+    """Whether too little is left of a text without these words, and without digits and marks around it."""
     plain = "".join(char for char in text if char.isalpha())
     if plain in words or _unit(plain) in words:
         return True
-    return any(len(word) >= _LEAST_DIFFERENT and len(text.replace(word, "")) < _LEAST_BESIDE for word in words) or any(
-        text.strip(_AROUND) == word for word in words
-    )
+    left = text
+    for word in sorted(words, key=len, reverse=True):
+        if len(word) >= _LEAST_DIFFERENT:
+            left = left.replace(word, "")
+    return len(left.strip(_AROUND + " ")) < _LEAST_BESIDE or text.strip(_AROUND) in words
 
 
 def _unit(text: str) -> str:

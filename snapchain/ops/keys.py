@@ -19,7 +19,7 @@ from itertools import islice
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.destinations import traits_of
-from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.host.terminal import shell_word
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.objects.reserve import spending
@@ -379,7 +379,6 @@ def _make(
     replaced = _opener(repository, found.now) if action is Action.CHANGE else None
     with spending(store):
         made = slots.put(store, keys.master, passphrase, repository.config_text, cost=new.cost or 1)
-        _prove(repository, made, passphrase)
         row = ListedSlot.of(made.name, made.salt, label=new.label or "", recovery=new.recovery)
 
         def with_new(now: SlotList) -> SlotList:
@@ -388,10 +387,12 @@ def _make(
             return now if replaced is None else _marked(now, replaced.slot, replaced.salt)
 
         try:
+            _prove(repository, made, passphrase)
             now = _change_list(repository, with_new, made if replaced else None)
-        except Conflict:  # no list has it
-            with suppress(SnapchainError):  # where it cannot be deleted, `key list` shows it
-                store.delete(made.name)
+        except SnapchainError as error:
+            if not isinstance(error, Unavailable):  # else a list may have it
+                with suppress(SnapchainError):  # where it cannot be deleted, `key list` shows it
+                    store.delete(made.name)
             raise
         not_deleted = _delete_removed(repository, now, on_event)
     stored = made.stored

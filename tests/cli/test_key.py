@@ -203,7 +203,7 @@ def test_a_recovery_key_that_got_no_slot_leaves_no_file(run: Run, monkeypatch: p
 def test_init_asks_twice_and_refuses_what_is_guessed_first(run: Run, person: Person) -> None:
     person.answers = [
         ("New passphrase of repo: ", "password1\n"),
-        ("it is a common password", ""),
+        ("it is made of common passwords", ""),
         ("New passphrase of repo: ", f"{GOOD}\n"),
         ("The same again: ", f"{GOOD}x\n"),
         ("The two are not the same.", ""),

@@ -36,6 +36,8 @@ NAMES = ["kvm1", "kvm1.example.org", "vault-eu", "alice", "web1"]
         ("vault-eu-1", "name"),
         ("kvm1.example.org", "name"),
         ("alice2026", "name"),
+        ("alice@kvm1.example.org", "name"),
+        ("monkey dragon banana", "common"),
         ("ALICEalice", "different|name"),
         ("xk9zxk9zxk9z", "different|repeats"),
         ("xk9zqxk9zq", "repeats"),

@@ -299,7 +299,7 @@ def test_a_slot_that_the_store_garbles_replaces_nothing() -> None:
     store = made()
     with pytest.raises(Corrupt, match="does not open after it was stored"):
         change(Garbles(store))
-    assert (opens(store, OLD), opens(store, NEW)) == (True, False)
+    assert (opens(store, OLD), opens(store, NEW), len(keys_in(store))) == (True, False, 1)
 
 
 # --- two at once
@@ -395,7 +395,7 @@ def test_two_at_once_leave_a_passphrase_that_opens(pair: str) -> None:
         PAIRS[3]: (lambda s: change(s, NEW), lambda s: remove(s, old, by=OTHER)),
     }
     ends = set()
-    for first, second in some(itertools.product(range(22), range(22)), each=5):
+    for first, second in some(itertools.product(range(22), range(22)), each=7):
         store = copy_of(begin)
         one, two = at_once(store, Turns(first, second), *acts[pair])
         for error in (one, two):  # NotFound: the slot has been removed already
@@ -428,7 +428,7 @@ def test_a_reader_opens_the_repository_while_its_slot_is_replaced() -> None:
     def replace(store: ObjectStore) -> object:
         return ops.change(opened(store), NewKey(passphrase=None), secret=lambda: OLD)
 
-    for first, second in some(itertools.product(range(10), range(22)), each=3):
+    for first, second in some(itertools.product(range(10), range(22)), each=5):
         ended = at_once(copy_of(begin), Turns(first, second), opened, replace)
         assert ended == [None, None]
 
@@ -575,6 +575,7 @@ def test_a_number_that_nobody_reaches_is_ignored() -> None:
     store.put(slot_list.list_name(10**12), b"planted")
     with pytest.raises(Corrupt, match="somebody has planted one"):
         add(store, OTHER)
+    assert len(keys_in(store)) == 2, "no slot is left of it"
 
 
 def test_a_store_that_refuses_to_delete_is_told_and_the_slot_counts_as_removed() -> None:
@@ -715,6 +716,18 @@ def test_gc_and_verify_keep_and_check_the_lists() -> None:
     store.put(f"keys/{slot}", text[:-5])
     (finding,) = verify(opened(store)).findings
     assert "is damaged" in finding.message
+
+
+def test_gc_removes_claims_on_lists_that_are_dead() -> None:
+    now = [1000.0]
+    store = MemoryStore(clock=lambda: now[0])
+    Repository.create(store, passphrase=lambda: OLD)
+    claims = [f"{slot_list.list_name(2)}.claim.{number:016x}" for number in range(2)]
+    store.put(claims[0], b"")
+    now[0] = 10_000.0
+    store.put(claims[1], b"")
+    gc.run(opened(store))
+    assert [store.size(name) for name in claims] == [None, 0]
 
 
 def test_the_lists_show_the_store_no_name() -> None:
