@@ -23,7 +23,6 @@ from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Snapchai
 from snapchain.host.terminal import shell_word
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.objects.reserve import spending
-from snapchain.objects.store import Refused
 from snapchain.repository import keys as slots, slot_list
 from snapchain.repository.crypto import NONE
 from snapchain.repository.keys import KeySlot
@@ -303,7 +302,7 @@ def _row(repository: Repository, found: _Found, name: str) -> KeyRow:
     if not isinstance(slot, KeySlot):
         return KeyRow(slot=short, warning=slot.message)
     opened = name == repository.slot
-    cost = KeyCost(memory_kib=slot.memory_kib, iterations=slot.iterations, lanes=slot.lanes, factor=slot.cost)
+    cost = _cost(slot)
     known, gone = found.now.listed(slot.salt_hex), found.now.removal(slot.salt_hex)
     if gone is not None:
         warning = f"removed on {gone.time:%Y-%m-%d} by {gone.host}, and still in the store or put back"
@@ -311,9 +310,16 @@ def _row(repository: Repository, found: _Found, name: str) -> KeyRow:
     if known is None:
         words = None if opened else "not listed: an older snapchain or an interrupted command made it, or it is planted"
         return KeyRow(slot=short, opened=opened, cost=cost, warning=words)
+    if known.digest != slot.digest:
+        warning = "changed since it was made: its passphrase opens nothing"
+        return _row_of(known, cost=cost, slot=short, opened=opened, warning=warning)
     if found.original(name) is not None:
         return _row_of(known, cost=cost, slot=short, opened=opened, warning=f"a copy of the slot {known.slot}")
     return _row_of(known, cost=cost, slot=short, opened=opened)
+
+
+def _cost(slot: KeySlot) -> KeyCost:
+    return KeyCost(memory_kib=slot.memory_kib, iterations=slot.iterations, lanes=slot.lanes, factor=slot.cost)
 
 
 def _row_of(known: ListedSlot, **more: object) -> KeyRow:
@@ -323,14 +329,16 @@ def _row_of(known: ListedSlot, **more: object) -> KeyRow:
 
 def _opener(repository: Repository, now: SlotList) -> ListedSlot:
     """The slot that opened the repository, as the list has it. Raises Conflict when it was removed since."""
-    if now.removal(repository.slot_salt) is not None:
+    slot = repository.key_slot
+    assert slot is not None, "`open_keys` refuses what has no keys"
+    if now.removal(slot.salt_hex) is not None:
         raise Conflict(
             "the passphrase that opened the repository was removed meanwhile",
             subject=repository.store.url,
             hint="run it again with another passphrase",
         )
     name = (repository.slot or "").removeprefix(KEYS)
-    return now.listed(repository.slot_salt) or ListedSlot(slot=name, salt=repository.slot_salt)
+    return now.listed(slot.salt_hex) or ListedSlot(slot=name, salt=slot.salt_hex, digest=slot.digest)
 
 
 def _with_opener(repository: Repository, now: SlotList) -> SlotList:
@@ -379,7 +387,7 @@ def _make(
     replaced = _opener(repository, found.now) if action is Action.CHANGE else None
     with spending(store):
         made = slots.put(store, keys.master, passphrase, repository.config_text, cost=new.cost or 1)
-        row = ListedSlot.of(made.name, made.salt, label=new.label or "", recovery=new.recovery)
+        row = ListedSlot.of(made.name, made.slot, label=new.label or "", recovery=new.recovery)
 
         def with_new(now: SlotList) -> SlotList:
             now = _with_opener(repository, now)
@@ -390,17 +398,14 @@ def _make(
             _prove(repository, made, passphrase)
             now = _change_list(repository, with_new, made if replaced else None)
         except SnapchainError as error:
-            if not isinstance(error, Unavailable):  # else a list may have it
-                with suppress(SnapchainError):  # where it cannot be deleted, `key list` shows it
-                    store.delete(made.name)
+            if not isinstance(error, Unavailable):  # else a list that has it may still come
+                _discard(repository, made)
             raise
         not_deleted = _delete_removed(repository, now, on_event)
-    stored = made.stored
-    cost = KeyCost(memory_kib=stored.memory_kib, iterations=stored.iterations, lanes=stored.lanes, factor=stored.cost)
     return KeyReport(
         destination=store.url,
         action=action,
-        added=_row_of(row, cost=cost, opened=replaced is not None),
+        added=_row_of(row, cost=_cost(made.slot), opened=replaced is not None),
         removed=replaced.slot if replaced else None,
         left=len(now.slots),
         not_deleted=not_deleted,
@@ -431,12 +436,20 @@ def _prove(repository: Repository, made: slots.NamedSlot, passphrase: str) -> No
     """Read the new slot back and open it. Raises Corrupt."""
     stored = slots.parse(repository.store.get(made.name), subject=made.name)
     opened = slots.unwrap(stored, canonical(passphrase), repository.config_text, subject=made.name)
-    if stored != made.stored or opened != repository.keys.master:
+    if stored != made.slot or opened != repository.keys.master:
         raise Corrupt(
             "the new key slot does not open after it was stored; the old ones are untouched",
             subject=made.name,
             hint="run it again; the store does not keep what it is given",
         )
+
+
+def _discard(repository: Repository, made: slots.NamedSlot) -> None:
+    """Delete a new slot, unless a list has it. Where that is not known, or it cannot be deleted, it stays."""
+    with suppress(SnapchainError):
+        now, unread = slot_list.read(repository.store, repository.keys)
+        if not unread and now.listed(made.slot.salt_hex) is None:
+            repository.store.delete(made.name)
 
 
 # --- the list
@@ -448,10 +461,10 @@ def _change_list(
     """Store the next list, and remember it on this machine. own: the slot that opens the repository from now on"""
     now = slot_list.change(repository.store, repository.keys, alter, conditional=repository.conditional)
     if own is not None:
-        repository.slot, repository.slot_salt = own.name, own.salt
+        repository.slot, repository.key_slot = own.name, own.slot
+    salt = repository.key_slot.salt_hex if repository.key_slot else ""
     repository.slot_list = now.generation
-    in_use = now.listed(repository.slot_salt) is not None
-    repository.vouched = Vouched(repository.slot_salt if in_use else "", now.generation)
+    repository.vouched = Vouched(salt if now.listed(salt) else "", now.generation)
     note_slot(repository)
     return now
 
@@ -468,15 +481,15 @@ def _without(repository: Repository, found: _Found, now: SlotList, name: str, *,
     url = repository.store.url
     slot = name.removeprefix(KEYS)
     salt = found.salt(name) or next(each.salt for each in found.now.slots if each.slot == slot)
-    if salt == repository.slot_salt and not even_own:
+    if salt == _opener(repository, now).salt and not even_own:
         raise Conflict(
             "this key slot opened the repository for this command",
             subject=slot,
             hint="use another passphrase to remove it, `snapchain key change` to replace it, or --even-own",
         )
     left = _marked(_with_opener(repository, now), slot, salt)
-    there = {each.salt_hex for each in found.there.values() if isinstance(each, KeySlot)}
-    if not any(each.salt in there for each in left.slots):
+    there = {each.digest for each in found.there.values() if isinstance(each, KeySlot)}
+    if not any(each.digest in there for each in left.slots):
         raise Conflict(
             "this is the last key slot: without it nothing could be read again",
             subject=url,
@@ -505,11 +518,16 @@ def _named(repository: Repository, found: _Found, wanted: str) -> str:
 def _delete_removed(repository: Repository, now: SlotList, on_event: OnEvent) -> tuple[str, ...]:
     """Delete the slots that the list has as removed; the names of those that the store does not let go of."""
     left = []
-    for name, slot in _look(repository).there.items():
+    try:
+        there = _look(repository).there
+    except Unavailable as error:  # the list is stored: the next command deletes them
+        on_event(Notice(f"removed key slots count no more, and could not be deleted yet ({error.message})"))
+        return ()
+    for name, slot in there.items():
         if isinstance(slot, KeySlot) and now.removal(slot.salt_hex) is not None:
             try:
                 repository.store.delete(name)
-            except Refused as error:
+            except Unavailable as error:
                 left.append(name)
                 words = f"{name} counts as removed, and cannot be deleted: older snapchains open the repository by it"
                 on_event(Notice(f"{words} ({error.message})"))

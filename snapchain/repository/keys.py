@@ -81,6 +81,16 @@ class KeySlot(StoredModel):
         except ValueError:
             return ""
 
+    @property
+    def digest(self) -> str:
+        """Of all that opening takes, in hex: how the list of key slots knows that no byte was changed."""
+        try:
+            salt, wrapped = (base64.b64decode(text, validate=True) for text in (self.salt, self.wrapped))
+        except ValueError:
+            return ""
+        costs = b"".join(number.to_bytes(4, "little") for number in (self.memory_kib, self.iterations, self.lanes))
+        return blake3.blake3(salt + wrapped + costs).hexdigest()
+
     def wrapping_key(self, passphrase: str) -> bytes:
         """The key that wraps the master key; 0.1 s on purpose."""
         salt = base64.b64decode(self.salt, validate=True)
@@ -93,11 +103,11 @@ class KeySlot(StoredModel):
 
 @dataclass(frozen=True, slots=True)
 class Unlocked:
-    """What a passphrase opened. slot: name of the object; salt: of the slot, in hex"""
+    """What a passphrase opened. name: of the slot's object"""
 
     master: bytes
-    slot: str
-    salt: str
+    name: str
+    slot: KeySlot
 
 
 def wrap(master: bytes, passphrase: str, config: bytes, *, cost: int = 1) -> KeySlot:
@@ -114,18 +124,17 @@ def wrap(master: bytes, passphrase: str, config: bytes, *, cost: int = 1) -> Key
 
 @dataclass(frozen=True, slots=True)
 class NamedSlot:
-    """A slot that was stored. name: of the object; salt: hex"""
+    """A slot that was stored. name: of the object"""
 
     name: str
-    salt: str
-    stored: KeySlot
+    slot: KeySlot
 
 
 def put(store: ObjectStore, master: bytes, passphrase: str, config: bytes, *, cost: int = 1) -> NamedSlot:
     """Store a new slot, as `wrap`."""
     name, slot = f"keys/{fresh_id()}", wrap(master, passphrase, config, cost=cost)
     store.put(name, slot.model_dump_json().encode())
-    return NamedSlot(name, slot.salt_hex, slot)
+    return NamedSlot(name, slot)
 
 
 def unwrap(slot: KeySlot, passphrase: str, config: bytes, *, subject: str) -> bytes | None:
@@ -228,7 +237,7 @@ class _Trial:
         if self._is_removed(name, slot, master):
             self.was_removed = True
             return None
-        return Unlocked(master, name, slot.salt_hex)
+        return Unlocked(master, name, slot)
 
     def failure(self, count: int) -> SnapchainError:
         """Why no slot has opened. count: of the slots that there are"""

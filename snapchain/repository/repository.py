@@ -103,7 +103,7 @@ class Repository:
     """An open repository. Thread-safe for reading.
 
     memory: how far its disks were seen before (known.py), if known
-    slot, slot_salt: name, and salt in hex, of the key slot that opened it
+    slot, key_slot: the name, and the content, of the key slot that opened it
     slot_list: number of the newest list of key slots
     vouched: what that list says of the slot, None where it cannot be read
     config_text: the object `config`, to which key slots are bound
@@ -118,7 +118,7 @@ class Repository:
         self.notices: list[str] = list(store.warnings)
         self.memory: SeenGenerations | None = None
         self.slot: str | None = None
-        self.slot_salt = ""
+        self.key_slot: slots.KeySlot | None = None
         self.vouched: Vouched | None = None
         self.slot_list = 0
         self.config_text = b""
@@ -181,7 +181,7 @@ class Repository:
         made.notices += found.findings
         made.config_text = text
         if slot is not None:
-            made.slot, made.slot_salt = slot.name, slot.salt
+            made.slot, made.key_slot = slot.name, slot.slot
             made.notices += _list_first_slot(made, slot)
         fill_reserve(store)
         return made
@@ -230,8 +230,8 @@ class Repository:
         opened = cls(store, config, Keyring(config.encryption, config.id, master), conditional=conditional)
         opened.config_text = text
         if unlocked is not None:
-            opened.slot, opened.slot_salt, opened.slot_list = unlocked.slot, unlocked.salt, guard.newest
-            opened.vouched = None if guard.notices else Vouched(unlocked.salt, guard.newest)
+            opened.slot, opened.key_slot, opened.slot_list = unlocked.name, unlocked.slot, guard.newest
+            opened.vouched = None if guard.notices else Vouched(unlocked.slot.salt_hex, guard.newest)
             opened.notices += guard.notices
         if writing and conditional and not still_conditional(store, _WITNESS, _WITNESS_BODY):
             opened.conditional = False
@@ -478,7 +478,7 @@ def check_pack_size(size: int | None, block_size: int = 0) -> None:
 
 def _list_first_slot(made: Repository, slot: slots.NamedSlot) -> list[str]:
     """Store the first list of key slots. Where that fails there is none, as in an older repository: a notice."""
-    first = slot_list.ListedSlot.of(slot.name, slot.salt)
+    first = slot_list.ListedSlot.of(slot.name, slot.slot)
     try:
         listed = slot_list.change(
             made.store,
@@ -489,7 +489,7 @@ def _list_first_slot(made: Repository, slot: slots.NamedSlot) -> list[str]:
     except SnapchainError as error:
         return [f"the key slot could not be listed; `snapchain key list` will not know who made it: {error}"]
     made.slot_list = listed.generation
-    made.vouched = Vouched(slot.salt, listed.generation)
+    made.vouched = Vouched(slot.slot.salt_hex, listed.generation)
     return []
 
 

@@ -28,7 +28,7 @@ from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
-from snapchain.repository.keys import parse as parse_slot
+from snapchain.repository.keys import KeySlot, parse as parse_slot
 
 KIND = b"K"
 KEYS = "keys/"
@@ -44,13 +44,14 @@ _OLDER = 10
 class ListedSlot(StoredModel):
     """A slot that is in use.
 
-    slot: its name below keys/ when it was made; salt: hex, by which it counts
+    slot: its name below keys/ when it was made; salt: hex, by which it counts; digest: as KeySlot.digest
     created, host: null for a slot that was made before there was a list
     recovery: whether its passphrase is a recovery key
     """
 
     slot: str
     salt: str
+    digest: str
     created: datetime | None = None
     host: str | None = None
     label: str = ""
@@ -58,11 +59,12 @@ class ListedSlot(StoredModel):
     made_by: str | None = None
 
     @classmethod
-    def of(cls, name: str, salt: str, *, label: str = "", recovery: bool = False) -> Self:
+    def of(cls, name: str, slot: KeySlot, *, label: str = "", recovery: bool = False) -> Self:
         """A slot that this program has just made. name: of the object"""
         return cls(
             slot=name.removeprefix(KEYS),
-            salt=salt,
+            salt=slot.salt_hex,
+            digest=slot.digest,
             created=datetime.now(UTC),
             host=socket.gethostname(),
             label=label,
@@ -126,7 +128,7 @@ def change(store: ObjectStore, keys: Keyring, alter: Callable[[SlotList], SlotLi
         wanted = alter(current).model_copy(update=made)
         name = list_name(number + 1)
         body = seal(keys, KIND, name, wanted.model_dump_json().encode())
-        if create_exclusively(store, name, body, conditional=conditional):
+        if create_exclusively(store, name, body, conditional=conditional) or _is_ours(store, name, body):
             return wanted
     raise Conflict("others change the key slots all the time", subject=store.url, hint="run it again")
 
@@ -158,6 +160,14 @@ def check(store: ObjectStore, keys: Keyring) -> list[SnapchainError]:
             return found
 
 
+def _is_ours(store: ObjectStore, name: str, body: bytes) -> bool:
+    """Whether the list is there that was to be created: a request that was sent twice fails the second time."""
+    try:
+        return store.get(name) == body
+    except NotFound:
+        return False
+
+
 def _missing(store: ObjectStore, listed: ListedSlot) -> SnapchainError | None:
     name = KEYS + listed.slot
     try:
@@ -166,9 +176,9 @@ def _missing(store: ObjectStore, listed: ListedSlot) -> SnapchainError | None:
         return Corrupt("the key slot is missing from the store: its passphrase opens nothing", subject=name)
     except (Corrupt, Unsupported) as error:
         return error
-    if slot.salt_hex == listed.salt:
+    if slot.digest == listed.digest:
         return None
-    return Corrupt("the key slot was replaced by another one: its passphrase opens nothing", subject=name)
+    return Corrupt("the key slot was changed since it was made: its passphrase opens nothing", subject=name)
 
 
 def list_name(number: int) -> str:

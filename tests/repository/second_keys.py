@@ -77,6 +77,13 @@ def salt_of(slot: bytes) -> str:
     return base64.b64decode(load_json(slot, SLOT_FIELDS)["salt"]).hex()
 
 
+def digest_of(slot: bytes) -> str:
+    """The digest of a slot, as the list of key slots has it."""
+    found = load_json(slot, SLOT_FIELDS)
+    costs = struct.pack("<III", found["memory_kib"], found["iterations"], found["lanes"])
+    return blake3(base64.b64decode(found["salt"]) + base64.b64decode(found["wrapped"]) + costs).hexdigest()
+
+
 # 5. Keys and suites
 
 

@@ -44,7 +44,7 @@ POINT_FIELDS = {
     "point", "time", "labels", "layer", "size", "content_id", "holds", "instant", "consistency", "made_by",
 }  # fmt: skip
 SLOT_LIST_FIELDS = {"format", "generation", "time", "slots", "removed", "made_by"}
-LISTED_SLOT_FIELDS = {"slot", "salt", "created", "host", "label", "recovery", "made_by"}
+LISTED_SLOT_FIELDS = {"slot", "salt", "digest", "created", "host", "label", "recovery", "made_by"}
 REMOVED_SLOT_FIELDS = {"slot", "salt", "time", "host"}
 HOLD_FIELDS = {"tag", "since", "reason"}
 WORDS = {"offline", "application", "filesystem", "crash", None}

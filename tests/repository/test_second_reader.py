@@ -405,6 +405,8 @@ def test_it_reads_the_list_of_key_slots_and_refuses_a_removed_one(tmp_path: Path
     assert found is not None
     assert [(each["label"], each["recovery"]) for each in found["slots"]] == [("paper", True), ("", False)]
     assert [each["slot"] for each in found["removed"]] == [old.name]
+    for each in found["slots"]:
+        assert second_keys.digest_of((tmp_path / "keys" / each["slot"]).read_bytes()) == each["digest"]
     (tmp_path / "keys" / ("0" * 32)).write_bytes(text)
     with pytest.raises(Damaged, match="no slot opens"):
         Reader(tmp_path, PASSPHRASE)
