@@ -50,7 +50,7 @@ def key(
     ],
     dest: Annotated[str, options.address(metavar="DEST", help="A repository.")],
     slot: Annotated[
-        str | None, typer.Argument(metavar="[SLOT]", help="With remove: the key slot, or how its name begins.")
+        str | None, typer.Argument(metavar="SLOT", help="With remove: the key slot, or how its name begins.")
     ] = None,
     *,
     label: Annotated[
