@@ -49,6 +49,9 @@ ELSEWHERE = re.compile(
 OTHERWISE = {
     "log /backup --accept-repository": 2,
     "doctor --accept": 3,
+    "key add /backup --label": 2,
+    "key change /backup": 2,
+    "key remove /backup": 3,
     "restore /backup::web1/vda@yesterday": 3,
     "sync /images/web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda --check": 4,
     "migrate web1.qcow2 ssh://kvm2/srv/replica::web1/vda --take-back": 3,
@@ -316,6 +319,7 @@ def test_the_json_fields_are_those_that_are_documented(
         assert set(printed_json(capsys, *watched)["plan"]) == {"guest", "every", "shipments"}
     check_json(capsys, {
         "`init`": [["init", "new"]],
+        "`key`": [["key", "list", "backup"]],
         "`snapshot`": [["snapshot", image]],
         "`ship` and `send`": [["ship", image, "backup::web1/vda"], ["send", image, replica]],
         "`log`": [["log", "backup"], ["log", f"dir:{here}/srv/replica"]],

@@ -131,6 +131,12 @@ PROMISES: dict[str, list[str]] = {
         "tests/repository/test_keys.py::test_hostile_slots_are_refused_at_once",
         "tests/repository/test_keys.py::test_thousands_of_slots_do_not_keep_us_busy",
     ],
+    "store-removed-slots": [
+        "tests/ops/test_keys.py::test_a_removed_slot_that_is_put_back_opens_nothing_and_is_shown",
+        "tests/ops/test_keys.py::test_the_salt_in_another_spelling_is_the_same_salt",
+        "tests/ops/test_keys.py::test_an_older_list_is_refused_where_a_newer_one_was_seen",
+        "tests/ops/test_keys.py::test_a_removed_slot_under_the_name_that_is_remembered_opens_nothing",
+    ],
     "store-bounds": [
         "tests/objects/test_s3_hostile.py::test_an_object_without_end_is_read_no_further_than_its_kind_reaches",
         "tests/objects/test_s3_hostile.py::test_ever_new_tokens_without_names_end",
@@ -219,6 +225,16 @@ PROMISES: dict[str, list[str]] = {
     ],
     "secret-argon": [
         "tests/repository/test_keys.py::test_no_slot_is_cheaper_or_much_dearer_than_those_that_are_written"
+    ],
+    "secret-prompt": [
+        "tests/cli/test_key.py::test_init_asks_twice_and_refuses_what_is_guessed_first",
+        "tests/cli/test_key.py::test_ctrl_c_at_the_question_is_clean",
+        "tests/cli/test_key.py::test_without_a_terminal_nobody_is_asked",
+    ],
+    "secret-slots": [
+        "tests/ops/test_keys.py::test_a_crash_leaves_a_passphrase_that_opens_and_the_next_command_finishes",
+        "tests/ops/test_keys.py::test_two_at_once_leave_a_passphrase_that_opens",
+        "tests/ops/test_keys.py::test_a_lost_reply_leaves_a_passphrase_that_opens",
     ],
     # Supply chain
     "supply-lock": [

@@ -23,7 +23,7 @@ from snapchain.cli.quantities import duration, size
 
 FOLDER = Path("demo-work")
 DISK = "repo::web1/vda"
-PASSWORD = "correct horse battery staple"
+PASSWORD = "tuba glacier ninety otter"
 OLD = 5
 
 

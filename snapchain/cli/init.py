@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from snapchain.ops.init import InitPlan, InitReport
 
 
+_ADVICE = """\
+The passphrase opens the repository. Whoever loses it loses everything in the repository: nobody can replace it.
+Keep a copy elsewhere. `snapchain key add DEST --recovery` makes a recovery key for paper, which opens it too."""
+
+
 @verb(
     examples="""
+    snapchain init /backup
     SNAPCHAIN_PASSWORD=... snapchain init /backup
     snapchain init s3://bucket/prefix --password-command 'pass show backup'
     snapchain init /backup --no-encryption
@@ -53,10 +59,12 @@ def init(
 ) -> None:
     """Make an empty repository in a directory or an S3 bucket.
 
-    It is encrypted with a key from a passphrase, unless --no-encryption is given. Without the passphrase nothing can be
-    read again: keep a copy elsewhere. The store is tested, and what it lacks is reported. An S3 server that ignores
+    It is encrypted with a key from a passphrase, unless --no-encryption is given. At a terminal the passphrase is asked
+    for, twice. Without it nothing can be read again: keep a copy elsewhere, or make a recovery key with `snapchain key
+    add DEST --recovery`. The store is tested, and what it lacks is reported. An S3 server that ignores
     conditional writes can be used by one writer at a time.
     """
+    from snapchain.cli.new_passphrases import new_passphrase
     from snapchain.destination.address import located
     from snapchain.ops import init as ops
 
@@ -70,8 +78,11 @@ def init(
     )
     if out.plan(plan, _draw_plan):
         return
-    secret = options.passphrase_source(out)
-    out.report(ops.run(plan, passphrase=secret, on_event=out.on_event), _draw_report)
+    given = options.given_passphrase(
+        out, out.password_file, out.password_command, options="--password", variable="SNAPCHAIN_PASSWORD"
+    )
+    report = ops.run(plan, passphrase=lambda: new_passphrase(given, out, dest, advice=_ADVICE), on_event=out.on_event)
+    out.report(report, _draw_report)
 
 
 def _draw_plan(console: Console, plan: InitPlan) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from snapchain.cli.output import Output
     from snapchain.destination.address import DestinationAddress, PointAddress
     from snapchain.destination.protocol import Destination
+    from snapchain.host.passphrases import PassphraseSource
     from snapchain.ops.other_destinations import Reach
 
 _OUTPUT = "Output"
@@ -199,7 +200,7 @@ def destination(
         raise InvalidInput(f"--pack-size is for repositories; a {traits.kind} has no packs", subject=dest)
     found = open_destination(
         dest,
-        passphrase=passphrase_source(out),
+        passphrase=passphrase_source(out, dest),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
         pack_size=pack_size(pack_size_text) if traits.deduplicates else None,
@@ -252,28 +253,40 @@ def reach(at: Sequence[str] | None, without: Sequence[str] | None, out: Output) 
     from snapchain.destinations import open_destination
     from snapchain.ops.other_destinations import Reach
 
-    passphrase = passphrase_source(out)
     return Reach(
         at=at or (),
         without=without or (),
-        opens=lambda url: open_destination(url, passphrase=passphrase, writing=True),
+        opens=lambda url: open_destination(url, passphrase=passphrase_source(out, url), writing=True),
     )
 
 
-def passphrase_source(out: Output) -> Callable[[], str | None]:
-    """A function that returns the passphrase when it is called, or None when there is none.
+def passphrase_source(out: Output, dest: str = "the repository") -> PassphraseSource:
+    """A function that returns the passphrase of a destination when it is called, or None when there is none.
 
     From a file, a program, or SNAPCHAIN_PASSWORD; never from a command-line argument. An option beats the environment.
-    Nothing is read or run until a repository turns out to be encrypted.
+    Nothing is read or run until a repository turns out to be encrypted. Then a person at a terminal is asked.
+    dest: named in the question
     """
-    file, command = out.password_file, out.password_command
+    from snapchain.host.passphrases import PassphraseSource, ask
+    from snapchain.host.terminal import printable
+
+    given = given_passphrase(
+        out, out.password_file, out.password_command, options="--password", variable="SNAPCHAIN_PASSWORD"
+    )
+    return PassphraseSource(given, ask=lambda: ask(f"Passphrase of {printable(dest)}: "))
+
+
+def given_passphrase(
+    out: Output, file: Path | None, command: str | None, *, options: str, variable: str
+) -> Callable[[], str | None]:
+    """A function that returns the passphrase that was set for the command. options: how the two options begin"""
     if file is not None and command is not None:
-        raise InvalidInput("--password-file and --password-command are both given", hint="choose one of them")
+        raise InvalidInput(f"{options}-file and {options}-command are both given", hint="choose one of them")
     if file is not None:
         return lambda: _from_file(file, out)
     if command is not None:
-        return lambda: _from_command(command)
-    return lambda: os.environ.get("SNAPCHAIN_PASSWORD") or None
+        return lambda: _from_command(command, f"{options}-command")
+    return lambda: os.environ.get(variable) or None
 
 
 def _from_file(path: Path, out: Output) -> str:
@@ -283,10 +296,10 @@ def _from_file(path: Path, out: Output) -> str:
     return passphrases.from_file(path, on_notice=lambda words: out.on_event(Notice(words)))
 
 
-def _from_command(command: str) -> str:
+def _from_command(command: str, option: str) -> str:
     from snapchain.host import passphrases
 
-    return passphrases.from_program(argv_of(command, option="--password-command"))
+    return passphrases.from_program(argv_of(command, option=option))
 
 
 DiskPairs = Annotated[

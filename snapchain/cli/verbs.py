@@ -54,6 +54,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Set up, repair": {
         "init": "Make a repository.",
+        "key": "List, add, change and remove the passphrases of a repository.",
         "doctor": "Finish or undo what interrupted commands left, and thaw guests.",
         "send": "Send a chain to a replica, or as a stream to stdout.",
         "receive": "Receive a stream from stdin into a replica.",
@@ -83,6 +84,7 @@ ALIASES = {
     "convert": "restore", "extract": "restore", "export": "restore", "download": "restore", "recover": "restore",
     "pin": "hold", "unpin": "release",
     "replicate": "send", "mirror": "send",
+    "passwd": "key", "password": "key", "passphrase": "key", "keys": "key",
     "create": "init", "repair": "doctor", "unlock": "doctor", "cron": "nightly", "move": "migrate",
 }  # fmt: skip
 """A word that people know from other programs -> the verb that does it here."""

@@ -1,4 +1,4 @@
-"""A passphrase from a file or from a program: its first line. Who else could read or replace the file is told.
+"""A passphrase from a file, a program or a terminal: one line. Who else could read or replace the file is told.
 
 What is judged is the file that was opened, not the one that has its name a moment later:
 
@@ -16,11 +16,16 @@ from __future__ import annotations
 import os
 import pwd
 import stat
+import termios
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
+from snapchain.host.files import directory_of
 from snapchain.host.processes import run
 from snapchain.host.readable import is_readable
 from snapchain.host.terminal import shell_word
@@ -28,6 +33,9 @@ from snapchain.host.terminal import shell_word
 _SECONDS = 60.0
 """A program, or the writer of a pipe, has so long."""
 _LIMIT = 64 << 10
+_STDIN = 0
+_LOCAL_FLAGS = 3
+"""Where they are in what tcgetattr gives."""
 
 OnNotice = Callable[[str], None]
 
@@ -111,3 +119,103 @@ def _first_line(text: bytes, *, subject: str) -> str:
     if not line:
         raise InvalidInput("the passphrase there is empty", subject=subject)
     return line
+
+
+def write_new_file(path: Path, text: str) -> None:
+    """Write a secret to a new file that only this user can read. Raises Conflict where it exists."""
+    with directory_of(path) as directory:
+        fd = directory.create(path.name)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(fd)
+        except BaseException:
+            directory.remove(path.name)
+            raise
+        directory.sync()
+
+
+# --- At a terminal.
+
+
+@dataclass(slots=True)
+class PassphraseSource:
+    """Calling it gives the passphrase, or None: what was set for the command; else what a person types.
+
+    given: from a file, a program or the environment; ask: at a terminal. Each is called once at most.
+    """
+
+    given: Callable[[], str | None]
+    ask: Callable[[], str]
+    _typed: str | None = None
+
+    def __call__(self) -> str | None:
+        if self._typed is None:
+            self._typed = self.given() or (self.ask() if is_at_terminal() else None)
+        return self._typed
+
+
+def is_at_terminal() -> bool:
+    """Whether a person can be asked: standard input is a terminal, and this process may read from it.
+
+    Only in the main thread: a Ctrl-C would not end the question in another one.
+    """
+    if threading.current_thread() is not threading.main_thread() or not os.isatty(_STDIN):
+        return False
+    try:
+        return os.tcgetpgrp(_STDIN) == os.getpgrp()  # one in the background would be stopped
+    except OSError:  # a terminal without job control
+        return True
+
+
+def ask(words: str) -> str:
+    """What a person types, without echo. Raises InvalidInput for an end of the input, and what is no UTF-8."""
+    with _terminal() as fd:
+        try:
+            before = termios.tcgetattr(fd)
+            silent = list(before)
+            silent[_LOCAL_FLAGS] &= ~termios.ECHO
+            try:
+                termios.tcsetattr(fd, termios.TCSAFLUSH, silent)
+                os.write(fd, words.encode("utf-8", "replace"))
+                text = _typed_line(fd)
+            finally:
+                termios.tcsetattr(fd, termios.TCSAFLUSH, before)
+                os.write(fd, b"\n")  # the one that was typed was not shown
+        except (OSError, termios.error) as error:
+            raise InvalidInput(f"no passphrase can be asked for at this terminal: {error}") from error
+    return _first_line(text, subject="the terminal")
+
+
+def show(text: str) -> None:
+    """Write text to the terminal, whatever standard output is. Raises InvalidInput."""
+    with _terminal() as fd:
+        try:
+            os.write(fd, text.encode("utf-8", "replace"))
+        except OSError as error:
+            raise InvalidInput(f"the terminal cannot be written to: {error.strerror}") from error
+
+
+@contextmanager
+def _terminal() -> Iterator[int]:
+    """Standard input, for writing too."""
+    try:
+        fd = os.open(f"/dev/fd/{_STDIN}", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        raise InvalidInput(f"the terminal cannot be opened: {error.strerror}") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _typed_line(fd: int) -> bytes:
+    """One line, or what there is before the end of the input."""
+    text = b""
+    while b"\n" not in text and len(text) < _LIMIT:
+        piece = os.read(fd, _LIMIT)
+        if not piece:
+            break
+        text += piece
+    return text

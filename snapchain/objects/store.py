@@ -219,6 +219,7 @@ LARGEST_OBJECT = 257 * _MIB
 LARGEST: dict[str, int] = {
     "config": 64 * _KIB,
     "keys": 64 * _KIB,
+    "slots": 16 * _MIB,
     "witness": 4 * _KIB,
     "leases": 16 * _MIB,
     "disks": 16 * _MIB,
@@ -227,7 +228,13 @@ LARGEST: dict[str, int] = {
     "packs": 132 * _MIB,
 }
 """First segment of a name -> bytes. A pack has at most 128 MiB, or one blob of 4 MiB that found no room in another."""
-MOST_LISTED: dict[str, int] = {"keys": 10_000, "leases": 100_000, "disks": 1_000_000, "index": 100_000}
+MOST_LISTED: dict[str, int] = {
+    "keys": 10_000,
+    "slots": 100_000,
+    "leases": 100_000,
+    "disks": 1_000_000,
+    "index": 100_000,
+}
 """First segment of a prefix -> names that a listing of it may have."""
 LONGEST_LISTING = 2_000_000
 """Names that any other listing may have: it is held in memory. Packs of 16 MiB would be 30 TiB, of 128 MiB 240 TiB."""

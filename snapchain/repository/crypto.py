@@ -88,10 +88,11 @@ def derive(master: bytes, use: str, salt: bytes = b"") -> bytes:
 
 
 class Keyring:
-    """The master key of an open repository, and what is derived from it."""
+    """The master key of an open repository, and what is derived from it. master: for new key slots"""
 
     def __init__(self, suite: str, repository: str, master: bytes) -> None:
         self.suite = suite
+        self.master = master
         self.repository = bytes.fromhex(repository)
         self._pack = derive(master, "pack")
         self._record = derive(master, "record")

@@ -101,8 +101,8 @@ def _judged(errors: Iterable[Any], what: str, subject: str) -> SnapchainError:
 # --- Sealed records: an index, a layer record, a catalogue or a lease as one object.
 #
 #     0   6   "SNAPCH"
-#     6   1   kind: I index, D damage, L layer, C catalogue, E lease, G state of a guest, X what is to
-#              be deleted; P begins a pack (packs.py)
+#     6   1   kind: I index, D damage, L layer, C catalogue, E lease, G state of a guest, K list of key slots,
+#             X what is to be deleted; P begins a pack (packs.py)
 #     7   1   format, 1
 #     8   8   zero
 #     16  32  salt
@@ -141,6 +141,7 @@ EXPANSIONS: dict[bytes, Expansion] = {
     b"E": _JSON,
     b"G": _JSON,
     b"X": _JSON,
+    b"K": _JSON,
     b"I": Expansion(64 * _MIB, 8, _MIB // 4),
     b"L": Expansion(128 * _MIB, 8, _MIB // 4),
 }

@@ -2,6 +2,7 @@
 
     config                        what the repository is; plain JSON, bound to every key slot
     keys/SLOT                     a wrapped master key; JSON
+    slots/GENERATION              which key slots there are, and which were removed
     packs/AA/PACK                 blobs: guest data, or pages of layer records
     index/ERA-NAME                which blob lies where
     index/damaged-NAME            packs that were found damaged

@@ -2,8 +2,9 @@
 
 A store in hostile hands could put another repository at a known address: an older one of the same passphrase, or one
 without encryption, which would be sent the next point in plain text.  Or it could take the newest generations of a disk
-away: the older ones are valid, and only a machine that has seen a newer one can tell.  A machine that has seen more
-refuses all of these, until its user accepts by id what is there now (`snapchain log DEST --accept-repository ID`).
+away: the older ones are valid, and only a machine that has seen a newer one can tell.  So are the lists of key slots,
+of which an older one lets removed slots count again.  A machine that has seen more refuses all of these, until its user
+accepts by id what is there now (`snapchain log DEST --accept-repository ID`).
 
 One address may be written in several ways, so it is remembered under several: as it was given, and without links.
 A notice reports where no state exists or can be written: then these attacks would go undetected.
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -32,8 +33,19 @@ _UNSEEN = "another repository put in its place, or an older state of it, is not 
 Result = TypeVar("Result")
 
 
+class Vouched(NamedTuple):
+    """A key slot that was found in use. salt: of it, in hex; generation: of the list of key slots (slot_list.py)"""
+
+    salt: str
+    generation: int
+
+
 class Known(BaseModel):
-    """One remembered repository. place: its address and endpoint; slot: name of the key slot that opened it."""
+    """One remembered repository.
+
+    place: its address and endpoint; slot: name of the key slot that opened it; slot_salt: of that slot, in hex,
+    which is in use by the list of key slots with the number slot_list
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -41,6 +53,14 @@ class Known(BaseModel):
     id: str
     encryption: str
     slot: str | None = None
+    slot_salt: str | None = None
+    slot_list: int = 0
+
+    def found(self, vouched: Vouched | None) -> Known:
+        """With what was found of its slot."""
+        if vouched is None:
+            return self
+        return self.model_copy(update={"slot_salt": vouched.salt, "slot_list": vouched.generation})
 
 
 class _Generations(BaseModel):
@@ -90,6 +110,12 @@ class Recalled:
         """The key slot that opened the repository last."""
         return self._known[0].slot if self._known else None
 
+    @property
+    def vouched(self) -> Vouched | None:
+        """What was found of that slot."""
+        before = self._known[0] if self._known else None
+        return Vouched(before.slot_salt, before.slot_list) if before and before.slot_salt else None
+
     def judge(self, repository: str, encryption: str) -> None:
         """Raises Corrupt when another repository was here, when it was encrypted and is no longer, or cannot be told.
 
@@ -116,17 +142,33 @@ class Recalled:
                     hint=self.remedy(repository),
                 )
 
-    def begin(self, repository: str, encryption: str, slot: str | None) -> SeenGenerations:
-        """Remember the repository that was opened; how far its disks were seen. Raises Corrupt for damaged state."""
+    def judge_slots(self, repository: str, slot_list: int) -> None:
+        """Raises Corrupt when the newest list of key slots is an older one than this machine has seen."""
+        before = max((each.slot_list for each in self._known), default=0)
+        if slot_list < before:
+            raise Corrupt(
+                f"the list of key slots has the number {slot_list}, and had {before} when this machine last saw it: "
+                "key slots that were removed would count again",
+                subject=self._url,
+                hint=self.remedy(repository),
+            )
+
+    def begin(
+        self, repository: str, encryption: str, slot: str | None, vouched: Vouched | None = None
+    ) -> SeenGenerations:
+        """Remember the repository that was opened; how far its disks were seen. Raises Corrupt for damaged state.
+
+        vouched: what was found of the slot; None: nothing, and what was found before stays
+        """
         fresh = not self._known
-        memory = SeenGenerations(
-            Known(place=self.places[0], id=repository, encryption=encryption, slot=slot), self.remedy(repository)
+        seen = Known(place=self.places[0], id=repository, encryption=encryption, slot=slot).found(
+            vouched or self.vouched
         )
+        memory = SeenGenerations(seen, self.remedy(repository))
         try:
             for place in self.places:
-                seen = Known(place=place, id=repository, encryption=encryption, slot=slot)
-                if seen not in self._known:
-                    _write_known(seen)
+                if (there := seen.model_copy(update={"place": place})) not in self._known:
+                    _write_known(there)
             is_new = memory.begin()
         except Corrupt:
             raise
@@ -273,26 +315,42 @@ class SeenGenerations:
 
 
 def remember(
-    places: Sequence[str], url: str, *, id: str, encryption: str, slot: str | None
+    places: Sequence[str], url: str, *, id: str, encryption: str, slot: str | None, vouched: Vouched | None = None
 ) -> tuple[SeenGenerations, list[str]]:
     """Note a repository that was just made here, whatever was known of its address; notices where that fails."""
     recalled = Recalled(places, url)
     notices = [notice for notice in recalled.notices if not recalled.is_known]
-    memory = SeenGenerations(
-        Known(place=recalled.places[0], id=id, encryption=encryption, slot=slot), recalled.remedy(id)
-    )
+    seen = Known(place=recalled.places[0], id=id, encryption=encryption, slot=slot).found(vouched)
+    memory = SeenGenerations(seen, recalled.remedy(id))
     try:
         recalled.forget()
         for place in recalled.places:
-            _write_known(Known(place=place, id=id, encryption=encryption, slot=slot))
+            _write_known(seen.model_copy(update={"place": place}))
         memory.begin()
     except (SnapchainError, OSError, RuntimeError) as error:
         notices = [f"this machine cannot remember the repository ({error}): {_UNSEEN}"]
     return memory, notices
 
 
+def note_slot(places: Sequence[str], *, id: str, encryption: str, slot: str | None, vouched: Vouched) -> None:
+    """Note a key slot of a repository that is known here: others were removed. Raises as the state directory."""
+    for place in dict.fromkeys(places):
+        _write_known(Known(place=place, id=id, encryption=encryption, slot=slot).found(vouched))
+
+
 def _write_known(seen: Known) -> None:
-    _in_state(lambda state: state.write(_file_of(seen.place), seen.model_dump_json().encode()))
+    """Write what is known of a place, unless another process has seen a newer list of key slots there."""
+
+    def write(state: PrivateDirectory) -> None:
+        with state.locked():
+            try:
+                before = Known.model_validate_json(_read_known(_file_of(seen.place), state))
+            except (NotFound, ValidationError):
+                before = seen
+            if before.id != seen.id or before.slot_list <= seen.slot_list:
+                state.write(_file_of(seen.place), seen.model_dump_json().encode())
+
+    _in_state(write)
 
 
 def _read_known(name: str, state: PrivateDirectory) -> bytes:

@@ -284,7 +284,7 @@ def _look_for_copies(repository: Repository, found: Marked, places: _Places, siz
 def _dead_claims(store: ObjectStore) -> list[ObjectInfo]:
     """Claims (objects/exclusive.py) of writers that died, by the store's clock: as old as the youngest lease, ours."""
     now = max((info.modified for info in store.list("leases/") if info.modified is not None), default=None)
-    claims = [info for prefix in ("config.", "disks/") for info in store.list(prefix) if is_claim(info.name)]
+    claims = [info for prefix in ("config.", "disks/", "slots/") for info in store.list(prefix) if is_claim(info.name)]
     return [info for info in claims if now and info.modified and now - info.modified > CLAIM_LIFE]
 
 

@@ -50,7 +50,13 @@ def open_repository(
 
     try:
         opened = Repository.open(
-            store, passphrase=passphrase, writing=writing, known=recalled.is_known, judge=judge, slot=recalled.slot
+            store,
+            passphrase=passphrase,
+            writing=writing,
+            known=recalled.is_known,
+            judge=judge,
+            slot=recalled.slot,
+            vouched=recalled.vouched,
         )
     except NotFound:
         _check_no_replica(store, NotFound)
@@ -58,7 +64,8 @@ def open_repository(
     if accept is not None:
         _remember(opened)
     else:
-        opened.memory = recalled.begin(opened.config.id, opened.config.encryption, opened.slot)
+        recalled.judge_slots(opened.config.id, opened.slot_list)
+        opened.memory = recalled.begin(opened.config.id, opened.config.encryption, opened.slot, opened.vouched)
         opened.notices += recalled.notices
     check_pack_size(pack_size, opened.config.block_size)
     opened.pack_size = pack_size or opened.pack_size
@@ -116,8 +123,26 @@ def _remember(repository: Repository) -> None:
         id=repository.config.id,
         encryption=repository.config.encryption,
         slot=repository.slot,
+        vouched=repository.vouched,
     )
     repository.notices += notices
+
+
+def note_slot(repository: Repository) -> None:
+    """Remember the key slot of an open repository after its slots were changed. A failure is a notice."""
+    if repository.vouched is None:
+        return
+    config = repository.config
+    try:
+        known.note_slot(
+            _places(repository.store),
+            id=config.id,
+            encryption=config.encryption,
+            slot=repository.slot,
+            vouched=repository.vouched,
+        )
+    except (SnapchainError, OSError, RuntimeError) as error:
+        repository.notices.append(f"this machine cannot remember the change of the key slots: {error}")
 
 
 def _places(store: ObjectStore) -> list[str]:

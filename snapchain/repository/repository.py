@@ -12,13 +12,14 @@ from typing import Literal
 from pydantic import Field
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable
+from snapchain.host.passphrases import PassphraseSource
 from snapchain.model import holds
 from snapchain.model.disk_name import check_disk_name
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.probe import probe, still_conditional
 from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.objects.store import ObjectStore, check_size
-from snapchain.repository import catalogue as catalogues, damage, index as indexes, keys as slots, layers
+from snapchain.repository import catalogue as catalogues, damage, index as indexes, keys as slots, layers, slot_list
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.catalogue import Catalogue, Disk, Hold, Point
 from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
@@ -32,7 +33,7 @@ from snapchain.repository.format import (
     layer_name,
 )
 from snapchain.repository.index import BlobIndex
-from snapchain.repository.known import SeenGenerations
+from snapchain.repository.known import SeenGenerations, Vouched
 from snapchain.repository.layers import LayerHeader, PageCache, PageTable, StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.vacancy import check_vacant, nothing_here
@@ -74,10 +75,38 @@ class Config(StoredModel):
     pack_size: int | None = Field(default=None, ge=MIN_PACK_BYTES, le=MAX_PACK_BYTES)
 
 
+class _SlotGuard:
+    """Says which slots were removed, by the newest list of key slots.
+
+    before: what this machine found earlier. A list of one number never changes, so it is not read again for that slot
+    newest: number of the newest list; notices: of lists that cannot be read. Both are set when a slot has opened.
+    """
+
+    def __init__(self, store: ObjectStore, config: Config, before: Vouched | None) -> None:
+        self.newest = 0
+        self.notices: list[str] = []
+        self._store, self._config, self._before = store, config, before
+        self._list: slot_list.SlotList | None = None
+
+    def is_removed(self, _name: str, slot: slots.KeySlot, master: bytes) -> bool:
+        """Whether a slot that opens was removed. Raises Unsupported for a list of a newer snapchain."""
+        self.newest = slot_list.newest(self._store)
+        if not self.newest or self._before == Vouched(slot.salt_hex, self.newest):
+            return False
+        if self._list is None:
+            keys = Keyring(self._config.encryption, self._config.id, master)
+            self._list, self.notices = slot_list.read(self._store, keys)
+        return self._list.removal(slot.salt_hex) is not None
+
+
 class Repository:
     """An open repository. Thread-safe for reading.
 
-    memory: how far its disks were seen before (known.py), if known; slot: name of the key slot that opened it
+    memory: how far its disks were seen before (known.py), if known
+    slot, key_slot: the name, and the content, of the key slot that opened it
+    slot_list: number of the newest list of key slots
+    vouched: what that list says of the slot, None where it cannot be read
+    config_text: the object `config`, to which key slots are bound
     pack_size: bytes that new packs and indexes have at most; None: the default
     """
 
@@ -89,6 +118,10 @@ class Repository:
         self.notices: list[str] = list(store.warnings)
         self.memory: SeenGenerations | None = None
         self.slot: str | None = None
+        self.key_slot: slots.KeySlot | None = None
+        self.vouched: Vouched | None = None
+        self.slot_list = 0
+        self.config_text = b""
         self.pack_size = config.pack_size
         self.blobs = BlobReader(store, keys, self._load_index)
         self._pages = PageCache(self.blobs)
@@ -139,15 +172,17 @@ class Repository:
         master, slot = Keyring.public_master(config.id), None
         if secret:
             master = secrets.token_bytes(KEY_BYTES)
-            slot = f"keys/{fresh_id()}"
-            store.put(slot, slots.wrap(master, secret, text).model_dump_json().encode())
+            slot = slots.put(store, master, secret, text)
         store.put(_WITNESS, _WITNESS_BODY)
         # The configuration comes last: what has none is no repository, and a second `init` may begin anew.
         if not create_exclusively(store, CONFIG, text, conditional=found.conditional_put):
             raise taken
         made = cls(store, config, Keyring(encryption, config.id, master), conditional=found.conditional_put)
         made.notices += found.findings
-        made.slot = slot
+        made.config_text = text
+        if slot is not None:
+            made.slot, made.key_slot = slot.name, slot.slot
+            made.notices += _list_first_slot(made, slot)
         fill_reserve(store)
         return made
 
@@ -161,14 +196,16 @@ class Repository:
         known: bool = False,
         judge: Callable[[Config], None] | None = None,
         slot: str | None = None,
+        vouched: Vouched | None = None,
     ) -> Repository:
         """Open an existing repository.
 
         writing: find out (with one request) whether the store still honours create-if-absent.
         known: whether it was seen before, so that the caller can tell whether it has always been without encryption.
         judge: raises for a configuration that the caller does not accept; called before the passphrase is asked for.
-        slot: name of the key slot that opened it before.
-        Raises NotFound, InvalidInput (passphrase), Corrupt (no longer encrypted), Unsupported (a newer format).
+        slot: name of the key slot that opened it before; vouched: what was found of it then
+        Raises NotFound, InvalidInput (a wrong or removed passphrase), Corrupt (no longer encrypted),
+        Unsupported (a newer format).
         """
         size = store.size(CONFIG)
         if size is None:
@@ -177,9 +214,12 @@ class Repository:
         config = parse_config(text, subject=store.url)
         if judge is not None:
             judge(config)
-        master, opened_by = Keyring.public_master(config.id), None
+        master, unlocked = Keyring.public_master(config.id), None
+        guard = _SlotGuard(store, config, vouched)
         if config.encryption != NONE:
-            master, opened_by = slots.unlock(store, _secret(store, passphrase), text, first=slot)
+            secret = _secret(store, passphrase)
+            unlocked = slots.unlock(store, secret, text, first=slot, is_removed=guard.is_removed)
+            master = unlocked.master
         elif not known and _is_given(passphrase):
             raise Corrupt(
                 "a passphrase is given, and the repository says that it is not encrypted: it may have been changed",
@@ -188,7 +228,11 @@ class Repository:
             )
         conditional = config.conditional_put
         opened = cls(store, config, Keyring(config.encryption, config.id, master), conditional=conditional)
-        opened.slot = opened_by
+        opened.config_text = text
+        if unlocked is not None:
+            opened.slot, opened.key_slot, opened.slot_list = unlocked.name, unlocked.slot, guard.newest
+            opened.vouched = None if guard.notices else Vouched(unlocked.slot.salt_hex, guard.newest)
+            opened.notices += guard.notices
         if writing and conditional and not still_conditional(store, _WITNESS, _WITNESS_BODY):
             opened.conditional = False
             opened.notices.append(
@@ -433,9 +477,28 @@ def check_pack_size(size: int | None, block_size: int = 0) -> None:
         )
 
 
-def _is_given(passphrase: Passphrase) -> bool:
+def _list_first_slot(made: Repository, slot: slots.NamedSlot) -> list[str]:
+    """Store the first list of key slots. Where that fails there is none, as in an older repository: a notice."""
+    first = slot_list.ListedSlot.of(slot.name, slot.slot)
     try:
-        return bool(passphrase())
+        listed = slot_list.change(
+            made.store,
+            made.keys,
+            lambda _: slot_list.SlotList(slots=(first,)),
+            conditional=made.conditional,
+        )
+    except SnapchainError as error:
+        return [f"the key slot could not be listed; `snapchain key list` will not know who made it: {error}"]
+    made.slot_list = listed.generation
+    made.vouched = Vouched(slot.slot.salt_hex, listed.generation)
+    return []
+
+
+def _is_given(passphrase: Passphrase) -> bool:
+    """Whether there is a passphrase that nobody has to be asked for."""
+    given = passphrase.given if isinstance(passphrase, PassphraseSource) else passphrase
+    try:
+        return bool(given())
     except InvalidInput:  # nobody has set one
         return False
 

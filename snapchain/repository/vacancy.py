@@ -25,8 +25,8 @@ _STORED = {
     "index": re.compile(r"index/[0-9]{10}-[0-9a-f]{32}"),
 }
 """Names that only a repository in use has, by their folders."""
-_BEGINNING = re.compile(r"keys/[0-9a-f]{32}|witness|probe/[0-9a-f]+/.+|config\.claim\.[0-9a-f]+")
-_OWN_TOPS = {"keys", "witness", "probe", "tmp", ".reserve"}
+_BEGINNING = re.compile(r"keys/[0-9a-f]{32}|slots/[0-9]{20}|witness|probe/[0-9a-f]+/.+|config\.claim\.[0-9a-f]+")
+_OWN_TOPS = {"keys", "slots", "witness", "probe", "tmp", ".reserve"}
 _MOST = 1000
 
 

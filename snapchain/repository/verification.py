@@ -21,6 +21,7 @@ from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError
 from snapchain.model.content import LEAF_BYTES, empty_sum
 from snapchain.model.events import Notice, OnEvent, counting, ignore
 from snapchain.model.extents import DATA, Int64s, rounded
+from snapchain.repository import slot_list
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.chain import ChainView
 from snapchain.repository.damage import recorded
@@ -173,6 +174,8 @@ class Verification:
     def _check_rest(self, indexes: list[str], packs: dict[str, int], tally: _Tally) -> None:
         """What no point needs, and the next shipment relies on."""
         repository = self._repository
+        for error in slot_list.check(repository.store, repository.keys):
+            tally.note(error, None, ())
         for error in check_indexes(repository, indexes, packs):
             tally.note(error, None, ())
         if self._share >= 1:

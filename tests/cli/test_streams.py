@@ -33,6 +33,7 @@ READING = {
     "diff": ["diff", "web1.qcow2", "other.qcow2"],
     "verify": ["verify", "repo"],
     "guests": ["guests", "--at", "repo"],
+    "key list": ["key", "list", "keyed"],
     "watch": ["watch", "--qmp", "{here}/qmp", "repo", "--every", "1h", "--print-systemd"],
     "help": ["--help"],
     "version": ["--version"],
@@ -50,6 +51,7 @@ CHANGING = {
     "hold": ["hold", "repo::web1@1", "--tag", "t"],
     "release": ["release", "repo::held@1", "--tag", "t"],
     "gc": ["gc", "repo"],
+    "key": ["key", "change", "keyed", "--keep-passphrase"],
     "nightly": ["nightly", "nightly.toml"],
     "failover": ["failover", "dir:{here}/failover/points::web1", "--source-is-gone", "--yes"],
     "fence": ["fence", "fence/vda.qcow2", "dir:{here}/fence/points::web1/vda"],
@@ -82,6 +84,7 @@ def ground(run: Run, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(guests, "qemu_processes", list)
     qemu_img("create", "-q", "-f", "qcow2", "other.qcow2", "1M")
     run("init", "repo", "--no-encryption")
+    run("init", "keyed")
     run("ship", "other.qcow2", "repo::web1")
     run("ship", "other.qcow2", "repo::held")
     run("hold", "repo::held@1", "--tag", "t")

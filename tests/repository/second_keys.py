@@ -72,6 +72,18 @@ def master_key(slot: bytes, passphrase: str, config: bytes) -> bytes | None:
         return None
 
 
+def salt_of(slot: bytes) -> str:
+    """The salt of a slot, as the list of key slots has it."""
+    return base64.b64decode(load_json(slot, SLOT_FIELDS)["salt"]).hex()
+
+
+def digest_of(slot: bytes) -> str:
+    """The digest of a slot, as the list of key slots has it."""
+    found = load_json(slot, SLOT_FIELDS)
+    costs = struct.pack("<III", found["memory_kib"], found["iterations"], found["lanes"])
+    return blake3(base64.b64decode(found["salt"]) + base64.b64decode(found["wrapped"]) + costs).hexdigest()
+
+
 # 5. Keys and suites
 
 

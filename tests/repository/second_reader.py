@@ -26,6 +26,7 @@ from tests.repository.second_keys import (
     load_json,
     master_key,
     public_master,
+    salt_of,
 )
 
 LEAF = 65536
@@ -42,6 +43,9 @@ CATALOGUE_FIELDS = {
 POINT_FIELDS = {
     "point", "time", "labels", "layer", "size", "content_id", "holds", "instant", "consistency", "made_by",
 }  # fmt: skip
+SLOT_LIST_FIELDS = {"format", "generation", "time", "slots", "removed", "made_by"}
+LISTED_SLOT_FIELDS = {"slot", "salt", "digest", "created", "host", "label", "recovery", "made_by"}
+REMOVED_SLOT_FIELDS = {"slot", "salt", "time", "host"}
 HOLD_FIELDS = {"tag", "since", "reason"}
 WORDS = {"offline", "application", "filesystem", "crash", None}
 INDEX_NAME = "[0-9]{10}-[0-9a-f]{32}"
@@ -160,10 +164,33 @@ class Reader:
         if suite == "none":
             return public_master(repository)
         for slot in sorted((self._root / "keys").iterdir()):
-            master = master_key(slot.read_bytes(), passphrase or "", config)
-            if master is not None:
+            text = slot.read_bytes()
+            master = master_key(text, passphrase or "", config)
+            if master is not None and salt_of(text) not in self._removed(Keys(suite, repository, master)):
                 return master
         raise Damaged("no slot opens with this passphrase")
+
+    def _removed(self, keys: Keys) -> set[str]:
+        """The salts of the slots that were removed (end of section 4)."""
+        found = self.slots(keys)
+        return {each["salt"] for each in found["removed"]} if found else set()
+
+    def slots(self, keys: Keys | None = None) -> Json | None:
+        """The newest list of key slots that can be read."""
+        numbers = [each.name for each in self._root.glob("slots/*") if len(each.name) == 20 and each.name.isdecimal()]
+        for number in sorted((each for each in numbers if int(each) <= 10**12), reverse=True):
+            name = f"slots/{number}"
+            try:
+                found = load_json((keys or self.keys).unseal(b"K", name, self._get(name)), SLOT_LIST_FIELDS)
+            except Damaged:
+                continue
+            for each in found["slots"]:
+                check_fields(each, LISTED_SLOT_FIELDS)
+            for each in found["removed"]:
+                check_fields(each, REMOVED_SLOT_FIELDS)
+            if found["generation"] == int(number):
+                return found
+        return None
 
     # 9. Catalogues
 

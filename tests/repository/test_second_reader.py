@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from snapchain.model.content import content_id
 from snapchain.model.extents import DATA, ZERO, Extents
 from snapchain.model.retention import Policy
 from snapchain.objects.local import LocalStore
+from snapchain.ops import keys as ops
 from snapchain.repository import collecting as gc, keys as slots
 from snapchain.repository.catalogue import Point
 from snapchain.repository.crypto import AES, CHACHA, NONE, SUITES
@@ -391,3 +393,30 @@ def test_the_second_reader_shares_no_code_with_the_package() -> None:
         text = Path(str(module.__file__)).read_text()
         assert "import snapchain" not in text
         assert "from snapchain" not in text
+
+
+def test_it_reads_the_list_of_key_slots_and_refuses_a_removed_one(tmp_path: Path) -> None:
+    repository = Repository.create(LocalStore(tmp_path, make=True), passphrase=lambda: PASSPHRASE)
+    old = tmp_path / (repository.slot or "")
+    text = old.read_bytes()
+    ops.add(repository, ops.NewKey(passphrase=ops.recovery_key, recovery=True, label="paper"))
+    ops.change(repository, ops.NewKey(passphrase=lambda: "another one"), secret=lambda: PASSPHRASE)
+    found = Reader(tmp_path, "another one").slots()
+    assert found is not None
+    assert [(each["label"], each["recovery"]) for each in found["slots"]] == [("paper", True), ("", False)]
+    assert [each["slot"] for each in found["removed"]] == [old.name]
+    for each in found["slots"]:
+        assert second_keys.digest_of((tmp_path / "keys" / each["slot"]).read_bytes()) == each["digest"]
+    (tmp_path / "keys" / ("0" * 32)).write_bytes(text)
+    with pytest.raises(Damaged, match="no slot opens"):
+        Reader(tmp_path, PASSPHRASE)
+    shutil.rmtree(tmp_path / "slots")
+    assert Reader(tmp_path, PASSPHRASE).slots() is None, "as a repository of 0.1"
+
+
+def test_a_recovery_key_is_what_the_document_says() -> None:
+    letters = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+    for _ in range(20):
+        for place, group in enumerate(ops.recovery_key().split("-")):
+            a, b, c, d, check = map(letters.index, group)
+            assert check == (place + 1 + a + 3 * b + 5 * c + 7 * d) % 32
