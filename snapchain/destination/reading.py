@@ -181,10 +181,18 @@ class ReadableDestination(Protocol):
         """A point, for comparing. Raises NotFound."""
         ...
 
-    def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
+    def verify(
+        self,
+        disk: str | None = None,
+        *,
+        share: float = 0.0,
+        since: datetime | None = None,
+        on_event: OnEvent = ignore,
+    ) -> VerifyReport:
         """Check the records, and a share (0 to 1) of the data. Findings are values, not errors.
 
-        Raises NotFound, and InvalidInput for a share that the traits do not allow.
+        since: data that was read and found good at this time or later is not read again
+        Raises NotFound, and InvalidInput for a share, or a time, that this kind of destination does not allow.
         """
         ...
 

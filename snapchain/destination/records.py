@@ -122,7 +122,11 @@ class Findings:
 class VerifyReport(Record):
     """What `verify` found.
 
-    checked_bytes: guest bytes whose data were read and compared, 0 where only records were; layers: distinct ones
+    checked_bytes: bytes of data that were read and found good, 0 where only records were; layers: distinct ones
+    read_bytes: stored bytes that were read for that, of `stored_bytes`; fresh_bytes: those that were not because they
+    had been read and found good before; continued: whether a run that was interrupted was continued
+    verified_since: all data was read and found good at this time or later; None: not all of it was
+    What a replica does not tell is 0 or None.
     """
 
     ok: bool
@@ -133,6 +137,11 @@ class VerifyReport(Record):
     data_read: bool
     checked_bytes: int
     findings: tuple[Finding, ...]
+    read_bytes: int = 0
+    fresh_bytes: int = 0
+    stored_bytes: int = 0
+    continued: bool = False
+    verified_since: datetime | None = None
 
 
 class PointDecision(Record):

@@ -225,9 +225,12 @@ LARGEST: dict[str, int] = {
     "index": 65 * _MIB,
     "layers": 64 * _MIB,
     "packs": 132 * _MIB,
+    "verified": 16 * _MIB,
 }
 """First segment of a name -> bytes. A pack has at most 128 MiB, or one blob of 4 MiB that found no room in another."""
-MOST_LISTED: dict[str, int] = {"keys": 10_000, "leases": 100_000, "disks": 1_000_000, "index": 100_000}
+MOST_LISTED: dict[str, int] = {
+    "keys": 10_000, "leases": 100_000, "disks": 1_000_000, "index": 100_000, "verified": 100_000,
+}  # fmt: skip
 """First segment of a prefix -> names that a listing of it may have."""
 LONGEST_LISTING = 2_000_000
 """Names that any other listing may have: it is held in memory. Packs of 16 MiB would be 30 TiB, of 128 MiB 240 TiB."""

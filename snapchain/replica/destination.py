@@ -239,11 +239,25 @@ class ReplicaDestination(ReplicaWriting):
                 yield found
                 found.finish()
 
-    def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
+    def verify(
+        self,
+        disk: str | None = None,
+        *,
+        share: float = 0.0,
+        since: datetime | None = None,
+        on_event: OnEvent = ignore,
+    ) -> VerifyReport:
         """As `verify_replica`. share: each layer is read with that probability.
 
-        No data cross the link, so a rate has nothing to limit.
+        No data cross the link, so a rate has nothing to limit. Raises InvalidInput for `since`: a replica keeps no
+        record of what was read.
         """
+        if since is not None:
+            raise InvalidInput(
+                "a replica keeps no record of what was verified, so it cannot leave out what was read before",
+                subject=self.url,
+                hint="leave out --max-age; --sample 5% reads a share",
+            )
         if not 0 <= share <= 1:
             raise InvalidInput(f"a share of {share:.0%} of the data", hint="0% to 100%")
         from snapchain.replica.verification import verify_replica

@@ -112,11 +112,18 @@ class RepositoryDestination(RepositoryWriting):
         _ = on_event
         return point_leaves(self.repository, disk, point)
 
-    def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
+    def verify(
+        self,
+        disk: str | None = None,
+        *,
+        share: float = 0.0,
+        since: datetime | None = None,
+        on_event: OnEvent = ignore,
+    ) -> VerifyReport:
         """As `verification.verify`."""
         from snapchain.repository.verification import verify
 
-        return verify(self.repository, disk=disk, share=share, on_event=on_event)
+        return verify(self.repository, disk=disk, share=share, since=since, on_event=on_event)
 
     def merging(
         self, disk: str, rules: Rules, *, zone: tzinfo = UTC, now: datetime | None = None

@@ -101,7 +101,8 @@ def _judged(errors: Iterable[Any], what: str, subject: str) -> SnapchainError:
 # --- Sealed records: an index, a layer record, a catalogue or a lease as one object.
 #
 #     0   6   "SNAPCH"
-#     6   1   kind: I index, D damage, L layer, C catalogue, E lease, G state of a guest; P begins a pack (packs.py)
+#     6   1   kind: I index, D damage, L layer, C catalogue, E lease, G state of a guest,
+#               V what was verified; P begins a pack (packs.py)
 #     7   1   format, 1
 #     8   8   zero
 #     16  32  salt
@@ -141,6 +142,7 @@ EXPANSIONS: dict[bytes, Expansion] = {
     b"G": _JSON,
     b"I": Expansion(64 * _MIB, 8, _MIB // 4),
     b"L": Expansion(128 * _MIB, 8, _MIB // 4),
+    b"V": _JSON,
 }
 """By kind. Two thirds of an index and half of a page table are hashes, which do not compress: true ones unpack to two
 or three times their size."""

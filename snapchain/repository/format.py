@@ -5,6 +5,7 @@
     packs/AA/PACK                 blobs: guest data, or pages of layer records
     index/ERA-NAME                which blob lies where
     index/damaged-NAME            packs that were found damaged
+    verified/NAME                 packs and layers that were read and found good, and when
     layers/LAYER                  one layer: its header and the table of its pages
     disks/DISK/GENERATION         the catalogue of one disk: its points and their layers
     guests/GUEST/NUMBER           a step of a guest from one state to another: who may run it
@@ -75,8 +76,12 @@ PAGE_ROW = np.dtype(
 )
 """A page of a layer record: the guest range it speaks of, the blob that holds it, its DATA and ZERO bytes."""
 
+VERIFIED_ROW = np.dtype([("id", "u1", (PACK_ID_BYTES,)), ("time", "<u8")])
+"""A pack or a layer that was found good, and when: seconds since 1970."""
+
 _INDEX = re.compile(r"index/([0-9]{10})-[0-9a-f]{32}")
 _DAMAGE = re.compile(r"index/damaged-[0-9a-f]{32}")
+_VERIFIED = re.compile(r"verified/[0-9a-f]{32}")
 _HEX16 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -114,6 +119,16 @@ def damage_name(name: str) -> str:
 def is_damage(name: str) -> bool:
     """Whether an object is a record of damaged packs."""
     return _DAMAGE.fullmatch(name) is not None
+
+
+def verified_name(name: str) -> str:
+    """Object name of a record of what was verified."""
+    return f"verified/{name}"
+
+
+def is_verified(name: str) -> bool:
+    """Whether an object is a record of what was verified."""
+    return _VERIFIED.fullmatch(name) is not None
 
 
 def layer_name(layer: str) -> str:
