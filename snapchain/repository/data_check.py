@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -31,9 +32,10 @@ _MOST_ERRORS = 10_000
 """Errors of single blobs that are kept until it is known which of them a point names."""
 _MARKS_BYTES = 64 * 1024 * 1024
 """Of the blobs that were read, as far as they are kept: else the pack's directory is read again."""
-_OFTEN = 1 << 30
+_OFTEN = 15.0
 _PARTS = 32
-"""Progress is kept each time that so many bytes were read, or one part in so many: what a kill -9 costs at most."""
+"""Progress is kept when the last time is so many seconds ago, or one part in so many of the run: what a kill -9 costs.
+Long runs leave few objects by the second."""
 _CONTINUED = timedelta(days=7)
 """A run that was interrupted longer ago is not continued: it would have little to do with what is there now."""
 _LAST_WORDS = 5.0
@@ -73,7 +75,6 @@ class DataCheck:
         self._marks: OrderedDict[str, Marks] = OrderedDict()
         self._marks_bytes = 0
         self._pending: dict[str, int] = {}
-        self._pending_bytes = 0
         self._keeps = True
 
     def choose(self, share: float, since: datetime | None, disk: str | None) -> None:
@@ -124,14 +125,16 @@ class DataCheck:
         """Read the chosen packs. Raises Unavailable when the store no longer answers."""
         total = sum(self._sizes[pack] for pack in self._packs)
         on_bytes = counting("verify", total, self._on_event)
-        every = max(_OFTEN, total // _PARTS)
+        began = kept = time.monotonic()
         repository = self._repository
         work = ((pack, self._sizes[pack]) for pack in self._packs)
         with closing(read_packs(repository.store, repository.keys, work)) as results:
             for read in results:
                 self._take(read)
                 on_bytes(read.size)
-                if self._pending_bytes >= every:
+                now = time.monotonic()
+                if now - kept >= max(_OFTEN, (now - began) / _PARTS):
+                    kept = now
                     self._keep()
                     with suppress(SnapchainError):  # recorded once more at the end
                         repository.record_damage()
@@ -146,17 +149,16 @@ class DataCheck:
         self._raw += read.raw
         if not read.errors:
             self._remember(read.pack, read.marks)
-            self.note_good(read.pack, read.size)
+            self.note_good(read.pack)
             return
         self.bad[read.pack] = read.marks
         self._repository.blobs.damaged.add(read.pack)
         room = max(0, _MOST_ERRORS - len(self._errors))
         self._errors += [(read.pack, offset, error.detached()) for offset, error in read.errors[:room]]
 
-    def note_good(self, each: str, size: int) -> None:
-        """A pack of `size` bytes was read, or a layer was proven."""
+    def note_good(self, each: str) -> None:
+        """A pack was read and is whole, or a layer was proven."""
         self._pending[each] = int(datetime.now(UTC).timestamp())
-        self._pending_bytes += size
 
     def note_named(self, disk: str, pack: str, offsets: Int64s) -> None:
         """A layer of a disk names these blobs."""
@@ -177,9 +179,9 @@ class DataCheck:
         return max(0, self._raw - sum(sum(pages.values()) for pages in self._pages.values()))
 
     def _use(self, disk: str, each: str) -> None:
-        time = self._pending.get(each) or self._known.times.get(each)
-        oldest = self._used.get(disk, time)
-        self._used[disk] = None if time is None or oldest is None else min(time, oldest)
+        seen = self._pending.get(each) or self._known.times.get(each)
+        oldest = self._used.get(disk, seen)
+        self._used[disk] = None if seen is None or oldest is None else min(seen, oldest)
 
     def runs_in(self, page: Page, packs: Collection[str]) -> Flags:
         """Which runs of a page are blobs in one of these packs that are not known to be whole."""
@@ -261,7 +263,7 @@ class DataCheck:
 
     def _keep(self, disks: Collection[DiskVerified] = ()) -> None:
         """Store what is not stored yet. Where that cannot be, it is reported once, and nothing is kept."""
-        pending, self._pending, self._pending_bytes = self._pending, {}, 0
+        pending, self._pending = self._pending, {}
         self._known.note(pending)
         readings = () if self._reading is None else (self._reading,)
         for reading in readings:

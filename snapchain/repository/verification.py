@@ -278,7 +278,7 @@ class Verification:
             if bad:
                 return
         if in_turn:
-            data.note_good(layer.id, 0)
+            data.note_good(layer.id)
 
 
 def verify(

@@ -37,7 +37,7 @@ DISK = "web1/vda"
 def _small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blobs a pack, and progress after each pack."""
     monkeypatch.setattr(packs, "PACK_BYTES", 2 * LEAF + 4096)
-    monkeypatch.setattr(data_check, "_OFTEN", 1)
+    monkeypatch.setattr(data_check, "_OFTEN", 0.0)
     monkeypatch.setattr(data_check, "_PARTS", 1 << 40)
 
 
@@ -258,8 +258,7 @@ class NoDelete(StoreWrapper):
 
 @pytest.mark.parametrize("deletes", [True, False])
 def test_records_are_put_together(deletes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_check, "_PARTS", 1)
-    monkeypatch.setattr(data_check, "_OFTEN", 1 << 30)
+    monkeypatch.setattr(data_check, "_OFTEN", 60.0)
     repo = made()
     other = repo if deletes else again(repo, NoDelete(repo.store))
     for _ in range(30):
