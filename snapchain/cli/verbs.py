@@ -54,6 +54,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Set up, repair": {
         "init": "Make a repository.",
+        "repair": "Store again what a repository has lost, from where it still is.",
         "doctor": "Finish or undo what interrupted commands left, and thaw guests.",
         "send": "Send a chain to a replica, or as a stream to stdout.",
         "receive": "Receive a stream from stdin into a replica.",
@@ -75,7 +76,7 @@ ALIASES = {
     "list": "log", "ls": "log", "snapshots": "log", "points": "log", "history": "log",
     "domains": "guests", "vms": "guests", "machines": "guests",
     "info": "inspect", "show": "inspect", "map": "inspect",
-    "check": "verify", "fsck": "verify", "scrub": "verify",
+    "heal": "repair", "check": "verify", "fsck": "verify", "scrub": "verify",
     "compare": "diff",
     "prune": "merge", "forget": "merge", "rm": "merge", "remove": "merge", "delete": "merge", "commit": "merge",
     "flatten": "merge", "compact": "merge", "rebase": "merge", "expire": "merge",
@@ -83,7 +84,7 @@ ALIASES = {
     "convert": "restore", "extract": "restore", "export": "restore", "download": "restore", "recover": "restore",
     "pin": "hold", "unpin": "release",
     "replicate": "send", "mirror": "send",
-    "create": "init", "repair": "doctor", "unlock": "doctor", "cron": "nightly", "move": "migrate",
+    "create": "init", "unlock": "doctor", "cron": "nightly", "move": "migrate",
 }  # fmt: skip
 """A word that people know from other programs -> the verb that does it here."""
 

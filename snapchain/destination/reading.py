@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         PointRecord,
         PointsMergePlan,
         PointsMergeReport,
+        RepairPlan,
+        RepairReport,
         VerifyReport,
     )
     from snapchain.model.retention import Rules
@@ -119,6 +121,40 @@ class PointLeaves(Protocol):
         Asked for in guest order, each range once.
         """
         ...
+
+
+class LeafSource(Protocol):
+    """A place that may still have data that a destination has lost. Content decides: leaves are asked for by hash.
+
+    name: for people
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def locate(self, wanted: Collection[bytes]) -> Collection[bytes]:
+        """The hashes, of those wanted, of which this place has a leaf. Remembers where."""
+        ...
+
+    def read(self, located: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        """(hash, the 65,536 bytes) of leaves that `locate` found, in any order; without those that cannot be read."""
+        ...
+
+    def whole(self, size: int, content_id: str) -> WholeDisk | None:
+        """A disk here that shows this content as a whole, None where there is none that can be read at any offset."""
+        ...
+
+
+class WholeDisk(Protocol):
+    """A disk that can be read at any offset. extents: its map, DATA where it may hold data, ZERO elsewhere."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def extents(self) -> Extents: ...
+
+    def read_into(self, offset: int, buffer: memoryview, /) -> None: ...
 
 
 class Work(Protocol[PlanT_co, ReportT_co]):
@@ -239,6 +275,14 @@ class ReadableDestination(Protocol):
         self, disk: str, point: str, tag: str, *, dry_run: bool = False, on_event: OnEvent = ignore
     ) -> tuple[int, tuple[HoldRecord, ...]]:
         """Take a hold off a point; as `hold`. Raises NotFound when the point has none of this tag."""
+        ...
+
+    def repairing(self, sources: Sequence[LeafSource], *, read_data: bool = False) -> Work[RepairPlan, RepairReport]:
+        """Store again what is lost, from places that still have it.
+
+        read_data: read everything first, to find damage that nobody has met yet
+        Raises InvalidInput where this kind of destination is made good in another way.
+        """
         ...
 
     def collecting(self) -> Work[GcPlan, GcReport]:

@@ -144,6 +144,50 @@ class VerifyReport(Record):
     verified_since: datetime | None = None
 
 
+class LostRange(Record):
+    """Guest bytes [offset, offset + length) of a disk that some of its points have lost.
+
+    subject: the object that is missing or damaged
+    """
+
+    disk: str
+    points: tuple[int, ...]
+    offset: int
+    length: int
+    subject: str
+
+
+class RepairPlan(Record):
+    """What a repair would do.
+
+    damaged: what cannot be read now; lost: what of it no source has
+    findings: damage that no source can make good, such as that of a catalogue
+    """
+
+    destination: str
+    damaged: tuple[LostRange, ...]
+    lost: tuple[LostRange, ...]
+    findings: tuple[Finding, ...] = ()
+
+
+class RepairReport(Record):
+    """What a repair did.
+
+    damaged: what could not be read before; lost: what of it still cannot, since no source has it
+    blobs_stored, bytes_stored: stored again, before compression; layers_replaced: records that were written anew
+    findings: as of the plan
+    """
+
+    ok: bool
+    destination: str
+    damaged: tuple[LostRange, ...]
+    lost: tuple[LostRange, ...]
+    blobs_stored: int
+    bytes_stored: int
+    layers_replaced: int
+    findings: tuple[Finding, ...] = ()
+
+
 class PointDecision(Record):
     """What becomes of one point, and why. of_the_future: dated later than this host's clock."""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -98,7 +99,7 @@ def diff(old: PointLeaves, new: PointLeaves) -> DiffReport:
     """Compare two disks: images, or points of destinations (`destination.leaves`)."""
     ranges: list[tuple[int, int]] = []
     common = min(old.size, new.size)
-    for first, stop in _windows(_candidates(old, new), common):
+    for first, stop in windows(candidates(old, new), common):
         mine = dict(zip(*_plain(old.leaves(first, stop)), strict=True))
         theirs = dict(zip(*_plain(new.leaves(first, stop)), strict=True))
         for leaf in sorted(mine.keys() | theirs.keys()):
@@ -118,7 +119,16 @@ def diff(old: PointLeaves, new: PointLeaves) -> DiffReport:
     )
 
 
-def _candidates(old: PointLeaves, new: PointLeaves) -> Extents:
+class Parts(Protocol):
+    """Of a disk what tells where another one can differ: see PointLeaves."""
+
+    @property
+    def size(self) -> int: ...
+
+    def parts(self) -> Sequence[tuple[object, Extents]]: ...
+
+
+def candidates(old: Parts, new: Parts) -> Extents:
     """DATA on whole leaves that layers which only one side has speak of."""
     mine, theirs = list(old.parts()), list(new.parts())
     shared = 0
@@ -140,7 +150,8 @@ def _union(left: Extents, right: Extents) -> Extents:
     return Extents.from_starts(left.size, at, np.maximum(one, other)) if left.size else left
 
 
-def _windows(found: Extents, stop: int) -> Iterator[tuple[int, int]]:
+def windows(found: Extents, stop: int) -> Iterator[tuple[int, int]]:
+    """The DATA of a map up to `stop`, in ranges of at most 64 MiB."""
     for start, length, val in found.runs():
         for at in range(start, min(start + length, stop), _WINDOW) if val == DATA else ():
             yield at, min(at + _WINDOW, start + length, stop)

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 
 from snapchain.destination.address import in_full
-from snapchain.destination.reading import Sink, Work
+from snapchain.destination.reading import LeafSource, Sink, Work
 from snapchain.destination.traits import REPLICA, Traits
 from snapchain.errors import InvalidInput, Unsupported
 from snapchain.host.retry import RetryPolicy
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
         PointRecord,
         PointsMergePlan,
         PointsMergeReport,
+        RepairPlan,
+        RepairReport,
         VerifyReport,
     )
     from snapchain.model.retention import Rules
@@ -296,6 +298,15 @@ class ReplicaDestination(ReplicaWriting):
         _ = on_event
         held = release_at(self.endpoint, disk, in_full(point), check_tag(tag), dry_run=dry_run)
         return held.point, _hold_records(held.holds)
+
+    def repairing(self, sources: Sequence[LeafSource], *, read_data: bool = False) -> Work[RepairPlan, RepairReport]:
+        """Raises InvalidInput: a replica's files come whole from their source."""
+        _ = sources, read_data
+        raise InvalidInput(
+            "this command takes a repository, and that is a replica",
+            subject=self.url,
+            hint="send the disk to the replica again: snapchain send IMAGE DEST::DISK --cut-replica",
+        )
 
     def collecting(self) -> Work[GcPlan, GcReport]:
         """Raises InvalidInput: what a merge frees at a replica is free at once."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import TYPE_CHECKING
 
-from snapchain.destination.reading import Work
+from snapchain.destination.reading import LeafSource, Work
 from snapchain.destination.records import (
     DiskRecord,
     GcPlan,
@@ -16,6 +16,8 @@ from snapchain.destination.records import (
     HoldRecord,
     PointsMergePlan,
     PointsMergeReport,
+    RepairPlan,
+    RepairReport,
     VerifyReport,
 )
 from snapchain.destination.traits import REPOSITORY, Traits
@@ -163,6 +165,12 @@ class RepositoryDestination(RepositoryWriting):
             return number, _holds_of(holds.released(catalogue.points, number, tag, disk=disk), number)
         left = self.repository.release(disk, number, tag, on_wait=lambda words: on_event(Notice(words)))
         return number, _holds_of([left], number)
+
+    def repairing(self, sources: Sequence[LeafSource], *, read_data: bool = False) -> Work[RepairPlan, RepairReport]:
+        """As ReadableDestination."""
+        from snapchain.repository.repair import Repair
+
+        return Repair(self.repository, sources, read_data=read_data)
 
     def collecting(self) -> Collecting:
         """As ReadableDestination."""

@@ -1,0 +1,284 @@
+"""repair: what some source still has is whole again, byte for byte, and what stays lost is told exactly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from snapchain.destination.reading import LeafSource, WholeDisk
+from snapchain.destination.records import LostRange, RepairReport
+from snapchain.errors import Corrupt
+from snapchain.model.content import LEAF_BYTES, leaf_hash
+from snapchain.model.retention import Policy
+from snapchain.objects.memory import MemoryStore
+from snapchain.ops.repair import PointSource
+from snapchain.repository import collecting as gc, packs
+from snapchain.repository.chain import ChainView
+from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.format import layer_name, pack_name
+from snapchain.repository.points_merge import RepositoryMerge
+from snapchain.repository.repair import Repair
+from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
+from snapchain.testing.faults import crash_points
+from tests.repository.synthetic import LEAF, Drawn, Run, again, drawn, repository, stacks
+from tests.repository.test_verified import DISK, copied, noise, published
+
+
+@pytest.fixture(autouse=True)
+def _small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packs, "PACK_BYTES", 2 * LEAF + 4096)
+
+
+def page_packs(repo: Repository) -> set[str]:
+    opened = again(repo)
+    return {
+        pack_name(bytes(row["pack"]).hex())
+        for catalogue in opened.catalogues()
+        for layer in catalogue.parents
+        for row in opened.layer(layer).table
+    }
+
+
+def data_packs(repo: Repository) -> list[str]:
+    return sorted({info.name for info in repo.store.list("packs/")} - page_packs(repo))
+
+
+def damage(repo: Repository, names: Sequence[str], draw: random.Random) -> None:
+    """Some of it is only found by reading."""
+    for name in names:
+        body = repo.store.get(name)
+        how = draw.randrange(3)
+        repo.store.delete(name)
+        if how == 1:
+            repo.store.put(name, body[: draw.randrange(len(body))])
+        elif how == 2:
+            at = draw.randrange(16, len(body) - 16)
+            repo.store.put(name, body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :])
+
+
+def source(repo: Repository, disk: str = DISK, point: str | None = None) -> PointSource:
+    return PointSource("other", RepositoryDestination(again(repo)), disk, point)
+
+
+def repaired(repo: Repository, *sources: LeafSource, read_data: bool = True) -> RepairReport:
+    return Repair(again(repo), sources, read_data=read_data).run()
+
+
+def leaf_at(view: ChainView, at: int) -> bytes:
+    buffer = memoryview(bytearray(min(LEAF, view.size - at)))
+    view.read_into(at, buffer)
+    return bytes(buffer)
+
+
+def leaves_lost(repo: Repository, shown: Sequence[bytes], disk: str = DISK) -> dict[int, set[int]]:
+    """point -> leaves that cannot be read; all others must be right."""
+    found: dict[int, set[int]] = {}
+    opened = again(repo)
+    catalogue = opened.catalogue(disk)
+    for point in catalogue.points:
+        view = ChainView(opened.chain(catalogue, point.layer), opened.blobs)
+        for at in range(0, view.size, LEAF):
+            try:
+                assert leaf_at(view, at) == shown[point.point - 1][at : at + LEAF]
+            except Corrupt:
+                found.setdefault(point.point, set()).add(at // LEAF)
+    return found
+
+
+def leaves_of(ranges: Sequence[LostRange], disk: str = DISK) -> dict[int, set[int]]:
+    found: dict[int, set[int]] = {}
+    for each in ranges:
+        if each.disk == disk:
+            for point in each.points:
+                leaves = range(each.offset // LEAF, -(-(each.offset + each.length) // LEAF))
+                found.setdefault(point, set()).update(leaves)
+    return found
+
+
+def hashes_of(content: bytes) -> set[bytes]:
+    return {leaf_hash(content[at : at + LEAF]) for at in range(0, len(content), LEAF)}
+
+
+@given(stacks(units=(512, 4096, LEAF)), st.randoms(use_true_random=False))
+@settings(max_examples=40)
+def test_what_a_source_has_is_whole_again_and_the_rest_is_told_exactly(stack: list[Drawn], draw: random.Random) -> None:
+    repo = published(repository(MemoryStore()), stack)
+    if draw.random() < 0.4:
+        RepositoryMerge(again(repo), DISK, Policy(last=draw.randrange(1, 3))).run()
+    there = stack[: draw.randrange(len(stack) + 1)]
+    sources = [source(published(repository(MemoryStore()), there, "elsewhere"), "elsewhere")] if there else []
+    names = data_packs(repo)
+    damage(repo, draw.sample(names, draw.randrange(len(names) + 1)), draw)
+    shown = [layer.shown for layer in stack]
+    plan = Repair(again(repo), sources, read_data=True).plan()
+    before = leaves_lost(repo, shown)
+    assert leaves_of(plan.damaged) == before
+    points = repo.catalogue(DISK).points
+    report = repaired(repo, *sources)
+    left = leaves_lost(repo, shown)
+    assert leaves_of(report.damaged) == before
+    assert leaves_of(report.lost) == left
+    assert report.ok == (not left)
+    known = {leaf for each in there for leaf in hashes_of(each.shown)}
+    for point, leaves in left.items():
+        for leaf in leaves:
+            assert leaf_hash(shown[point - 1][leaf * LEAF : (leaf + 1) * LEAF]) not in known, "a source had it"
+            assert leaf in leaves_of(plan.lost)[point]
+    after = repo.catalogue(DISK).points
+    assert [each.model_copy(update={"layer": ""}) for each in after] == [
+        each.model_copy(update={"layer": ""}) for each in points
+    ]
+    again_report = repaired(repo, *sources)
+    assert (again_report.lost, again_report.blobs_stored) == (
+        report.lost,
+        0 if report.ok else again_report.blobs_stored,
+    )
+    findings = verify(again(repo), share=1.0).findings
+    assert bool(findings) == bool(left)
+    collected = gc.run(again(repo))
+    assert bool(collected.findings) == bool(left)
+    assert leaves_lost(repo, shown) == left
+
+
+def made() -> tuple[Repository, list[Drawn]]:
+    """Three points: noise, parts of it overwritten, and a shorter one."""
+    root = drawn(10 * LEAF, noise(*range(10)), b"")
+    top = drawn(10 * LEAF, [Run(512, 4096, 7), Run(3 * LEAF, LEAF, None), Run(5 * LEAF, 2 * LEAF, 2000)], root.shown)
+    last = drawn(9 * LEAF + 512, [Run(LEAF, 1024, 9), Run(8 * LEAF, LEAF, 3000)], top.shown)
+    stack = [root, top, last]
+    return published(repository(MemoryStore()), stack), stack
+
+
+class Memory:
+    """Bytes as a LeafSource: what an image is, without the image."""
+
+    name = "memory"
+
+    def __init__(self, *contents: bytes) -> None:
+        self.contents = contents
+        self.leaves = {
+            leaf_hash(body[at : at + LEAF]): body[at : at + LEAF].ljust(LEAF, b"\0")
+            for body in contents
+            for at in range(0, len(body), LEAF)
+        }
+
+    def locate(self, wanted: Collection[bytes]) -> Collection[bytes]:
+        return [leaf for leaf in wanted if leaf in self.leaves]
+
+    def read(self, located: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        return ((leaf, self.leaves[leaf]) for leaf in located)
+
+    def whole(self, size: int, content_id: str) -> WholeDisk | None:
+        from tests.repository.synthetic import content_id_of
+
+        for body in self.contents:
+            if len(body) == size and content_id_of(body) == content_id:
+                return drawn(size, [Run(0, size, 0)], b"").__class__(drawn(size, [Run(0, size, 0)], b"").extents, body)
+        return None
+
+
+class Liar(Memory):
+    """Says that it has everything, and gives other bytes."""
+
+    def locate(self, wanted: Collection[bytes]) -> Collection[bytes]:
+        return wanted
+
+    def read(self, located: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        return ((leaf, bytes(LEAF)) for leaf in located)
+
+
+def test_a_source_that_gives_other_bytes_is_not_believed() -> None:
+    repo, stack = made()
+    shown = [layer.shown for layer in stack]
+    damage(repo, data_packs(repo)[:3], random.Random(1))
+    report = repaired(repo, Liar())
+    assert report.blobs_stored == 0
+    assert leaves_lost(repo, shown) == leaves_of(report.lost) != {}
+
+
+@pytest.mark.parametrize("what", ["page", "record"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_lost_map_is_replaced_by_a_layer_of_the_same_content(what: str, number: int) -> None:
+    repo, stack = made()
+    shown = [layer.shown for layer in stack]
+    points = repo.catalogue(DISK).points
+    layer = points[number - 1].layer
+    lost = layer_name(layer) if what == "record" else pack_name(bytes(again(repo).layer(layer).table[0]["pack"]).hex())
+    repo.store.delete(lost)
+    nothing = repaired(repo)
+    assert {point for each in nothing.lost for point in each.points} == set(range(number, 4))
+    assert repo.catalogue(DISK).points == points, "no point is dropped, and none is changed"
+    plan = Repair(again(repo), [Memory(shown[number - 1])]).plan()
+    assert (plan.lost, bool(plan.damaged)) == ((), True)
+    report = repaired(repo, Memory(shown[number - 1]))
+    assert report.ok
+    assert leaves_lost(repo, shown) == {}
+    assert verify(again(repo), share=1.0).ok
+    assert layer not in repo.catalogue(DISK).parents
+    assert gc.run(again(repo)).findings == ()
+    assert leaves_lost(repo, shown) == {}
+
+
+def test_a_crash_anywhere_leaves_what_was_whole_whole_and_running_again_finishes() -> None:
+    whole, stack = made()
+    shown = [layer.shown for layer in stack]
+    RepositoryMerge(again(whole), DISK, Policy(last=2)).run()
+    damage(whole, data_packs(whole)[1:4], random.Random(2))
+    verify(again(whole), share=1.0)
+    before = leaves_lost(whole, shown)
+    assert before
+    memory = Memory(*shown)
+    deaths = 0
+    for _moment, inner in crash_points(
+        lambda: copied(whole), lambda store: Repair(again(whole, store), [memory]).run()
+    ):
+        repo = again(whole, inner)
+        left = leaves_lost(repo, shown)
+        assert all(leaves <= before[point] for point, leaves in left.items())
+        report = Repair(again(repo), [memory]).run()
+        assert report.ok
+        assert leaves_lost(repo, shown) == {}
+        deaths += 1
+    assert deaths > 6
+
+
+def test_a_dry_run_stores_nothing_but_what_is_known_of_the_damage() -> None:
+    repo, stack = made()
+    repo.store.delete(data_packs(repo)[0])
+    before = {info.name for info in repo.store.list("") if not info.name.startswith("index/damaged-")}
+    assert Repair(again(repo), [Memory(stack[0].shown)]).plan().damaged
+    assert {info.name for info in repo.store.list("") if not info.name.startswith("index/damaged-")} == before
+
+
+def test_a_sound_repository_is_left_alone() -> None:
+    repo, _ = made()
+    before: Mapping[str, bytes] = {info.name: repo.store.get(info.name) for info in repo.store.list("")}
+    report = Repair(again(repo), []).run()
+    assert (report.ok, report.damaged, report.blobs_stored, report.layers_replaced) == (True, (), 0, 0)
+    assert {info.name: repo.store.get(info.name) for info in repo.store.list("")} == before
+
+
+def test_a_catalogue_that_cannot_be_read_is_a_finding() -> None:
+    repo, _ = made()
+    newest = max(info.name for info in repo.store.list(f"disks/{repo.keys.disk_key(DISK)}/"))
+    repo.store.put(newest, repo.store.get(newest)[:-1])
+    report = Repair(again(repo), []).run()
+    assert (report.ok, [each.subject for each in report.findings]) == (False, [newest])
+
+
+def test_data_of_one_disk_heals_another_one() -> None:
+    """Content decides: at another place of another disk."""
+    repo, stack = made()
+    shown = [layer.shown for layer in stack]
+    moved = drawn(20 * LEAF, [Run((19 - at) * LEAF, LEAF, 1000 + at) for at in range(10)], b"")
+    other = published(repository(MemoryStore()), [moved], "other")
+    names = data_packs(repo)
+    root = again(repo).layer(next(iter(repo.catalogue(DISK).parents))).pages(0, 10 * LEAF_BYTES)[0]
+    repo.store.delete(pack_name(root.packs[0]))
+    assert pack_name(root.packs[0]) in names
+    assert repaired(repo, source(other, "other")).ok
+    assert leaves_lost(repo, shown) == {}
