@@ -10,7 +10,7 @@ from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.errors import Corrupt
-from snapchain.host.terminal import counted
+from snapchain.host.terminal import counted, numbered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,8 +132,8 @@ def _summary(ranges: tuple[LostRange, ...]) -> str:
 
 def _draw_ranges(console: Console, word: str, ranges: tuple[LostRange, ...]) -> None:
     for each in ranges[:_SHOWN]:
-        points = ", ".join(map(str, each.points))
+        points = f"points {numbered(each.points)}"
         where = f"guest bytes {each.offset} to {each.offset + each.length}"
-        render.line(console, f"{word}: {each.disk}: {where} of {points}: {each.subject}", indent=2)
+        render.line(console, f"{word}: {each.disk}, {points}: {where}: {each.subject}", indent=2)
     if len(ranges) > _SHOWN:
         render.line(console, f"{len(ranges) - _SHOWN} more ranges; --json lists all", indent=2)

@@ -16,7 +16,7 @@ from snapchain.errors import Corrupt, SnapchainError
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import Int64s
 from snapchain.repository.catalogue import Catalogue
-from snapchain.repository.chain import ChainView
+from snapchain.repository.chain import ChainView, Composed
 from snapchain.repository.damage import list_packs
 from snapchain.repository.format import layer_name, pack_name
 from snapchain.repository.index import BlobIndex
@@ -83,7 +83,9 @@ class Losses:
         self._repository = repository
         self._sizes = list_packs(repository.store)
         # All of them, not a share: what is stored again is stored because nothing there can be relied on.
-        self.index.avoid.update(pack for pack, size in self.index.sizes.items() if self._sizes.get(pack) != size)
+        unlike = {pack for pack, size in self.index.sizes.items() if self._sizes.get(pack) != size}
+        repository.blobs.damaged |= unlike
+        self.index.avoid |= repository.blobs.damaged
         self._seen: dict[tuple[str, int], bool] = {}
 
     def look(self, catalogues: Sequence[Catalogue]) -> Iterator[LostBlob]:
@@ -186,21 +188,44 @@ def _parts_of(page: Page, at: int) -> Iterator[Part]:
         begin = end
 
 
-def unreadable(repository: Repository, chain: Sequence[str], size: int, lost: Lost) -> list[Bad]:
-    """The guest ranges of a chain that cannot be read, of those that may be lost; in whole leaves, ascending.
+class Chains:
+    """The layers of one disk, opened once each as they are asked for."""
 
-    chain: layers, root first; size: of the last one. What is lost of a map is told as all that it spoke of.
-    """
-    if not lost.maps:
+    def __init__(self, repository: Repository, catalogue: Catalogue) -> None:
+        self._repository, self._catalogue = repository, catalogue
+        self._opened: dict[str, StoredLayer] = {}
+        self._composed = Composed()
+
+    def names(self, layer: str) -> tuple[str, ...]:
+        """The chain that ends in a layer, root first. Raises Corrupt."""
+        return self._catalogue.chain(layer)
+
+    def layer(self, layer: str) -> StoredLayer:
+        """One of them. Raises Corrupt where its record is lost."""
+        if layer not in self._opened:
+            self._opened[layer] = self._repository.layer(layer)
+        return self._opened[layer]
+
+    def unreadable(self, layer: str, size: int, lost: Lost) -> list[Bad]:
+        """The guest ranges of a chain that cannot be read, of those that may be lost; in whole leaves, ascending.
+
+        layer: the last one of the chain, of `size` bytes. What is lost of a map is told as all that it spoke of.
+        """
+        if lost.maps:
+            return _unmapped(layer, size, lost)
         if not lost.ranges:
             return []
-        view = ChainView(list(repository.layers(chain).values()), repository.blobs)
-        return _joined(Replay(view, map_of(view.size, lost.ranges)).find_bad())
+        chain = [self.layer(each) for each in self.names(layer)]
+        view = ChainView(chain, self._repository.blobs, self._composed.of(chain))
+        return joined(Replay(view, map_of(view.size, lost.ranges)).find_bad())
+
+
+def _unmapped(layer: str, size: int, lost: Lost) -> list[Bad]:
     found = [Bad(each.first, size if each.stop is None else min(each.stop, size), each.error) for each in lost.maps]
-    missing = Corrupt("the data is missing", subject=layer_name(chain[-1]))
+    missing = Corrupt("the data is missing", subject=layer_name(layer))
     for first, stop in lost.ranges:
         found += [Bad(*pair, missing) for pair in zip(first.tolist(), np.minimum(stop, size).tolist(), strict=True)]
-    return _joined([each for each in found if each.start < each.stop])
+    return joined([each for each in found if each.start < each.stop])
 
 
 def grouped(disk: str, bad: Mapping[int, Sequence[Bad]]) -> list[LostRange]:
@@ -215,7 +240,7 @@ def grouped(disk: str, bad: Mapping[int, Sequence[Bad]]) -> list[LostRange]:
     ]
 
 
-def _joined(bad: Sequence[Bad]) -> list[Bad]:
+def joined(bad: Sequence[Bad]) -> list[Bad]:
     """Neighbouring ranges with one reason as one."""
     found: list[Bad] = []
     for each in sorted(bad, key=lambda one: one.start):

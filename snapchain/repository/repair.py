@@ -33,7 +33,7 @@ from snapchain.repository.ingest import COMPRESSION_LEVEL, store_page_body
 from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import StoredLayer, leaves_shown
 from snapchain.repository.leases import Lease, Mode
-from snapchain.repository.losses import Losses, Lost, LostBlob, grouped, merged, unreadable
+from snapchain.repository.losses import Chains, Losses, Lost, LostBlob, grouped, joined, merged
 from snapchain.repository.packer import Packer
 from snapchain.repository.packs import Location, packed
 from snapchain.repository.pages import Page, PageBuilder, Rows
@@ -105,8 +105,8 @@ class Repair:
             lost: _Bad = {}
             for catalogue in catalogues:
                 for point in catalogue.points:
-                    bad = damaged[catalogue.disk].get(point.point, [])
-                    left = list(self._left(catalogue, point, bad, losses, located, replaced))
+                    bad = damaged.get(catalogue.disk, {}).get(point.point, [])
+                    left = joined(list(self._left(catalogue, point, bad, losses, located, replaced)))
                     if left:
                         lost.setdefault(catalogue.disk, {})[point.point] = left
         return RepairPlan(
@@ -122,18 +122,16 @@ class Repair:
         repository, done = self._repository, _Done()
         with repository.lease(Mode.WRITE, "repair", on_wait=lambda words: on_event(Notice(words))) as lease:
             catalogues, findings = self._catalogues()
-            losses = Losses(repository)
-            for _ in losses.look(catalogues):
-                pass  # what is damaged is to be known before anything is changed
+            losses = self._surveyed(catalogues)
             damaged = self._bad(catalogues, losses)
             lost = damaged
-            if any(damaged.values()):
+            if damaged:
                 repository.record_damage()
                 located = _Located(self._sources)
                 self._store_blobs(catalogues, located, done)
                 catalogues = self._replace_maps(catalogues, losses, lease, done)
                 catalogues = self._store_leaves(catalogues, located, lease, done)
-                lost = self._still_bad(catalogues, damaged)
+                lost = self._bad(catalogues, self._surveyed(catalogues), damaged)
         left = _ranges(lost)
         return RepairReport(
             ok=not left and not findings,
@@ -177,45 +175,31 @@ class Repair:
                 )
             yield
 
-    def _bad(self, catalogues: Sequence[Catalogue], losses: Losses) -> _Bad:
-        """What cannot be read now."""
+    def _surveyed(self, catalogues: Sequence[Catalogue]) -> Losses:
+        """What is lost as things stand."""
+        losses = Losses(self._repository)
+        for _ in losses.look(catalogues):
+            pass  # only where, not what
+        return losses
+
+    def _bad(self, catalogues: Sequence[Catalogue], losses: Losses, of: _Bad | None = None) -> _Bad:
+        """What cannot be read now. of: also of these ranges, which could not be read before."""
         found: _Bad = {}
         for catalogue in catalogues:
-            mine = found.setdefault(catalogue.disk, {})
+            chains = Chains(self._repository, catalogue)
             for point in catalogue.points:
-                bad = self._bad_of(catalogue, point, losses)
-                if bad:
-                    mine[point.point] = bad
-        return found
-
-    def _bad_of(self, catalogue: Catalogue, point: Point, losses: Losses) -> list[Bad]:
-        try:
-            chain = catalogue.chain(point.layer)
-        except Corrupt as error:
-            return [Bad(0, point.size, error)]
-        return unreadable(self._repository, chain, point.size, losses.of(chain))
-
-    def _still_bad(self, catalogues: Sequence[Catalogue], damaged: _Bad) -> _Bad:
-        """What cannot be read of what could not be before, as the points are now."""
-        after = Losses(self._repository)
-        for _ in after.look(catalogues):
-            pass
-        found: _Bad = {}
-        for catalogue in catalogues:
-            for point in catalogue.points:
-                bad = damaged.get(catalogue.disk, {}).get(point.point, [])
-                if not bad:
-                    continue
+                before = (of or {}).get(catalogue.disk, {}).get(point.point, [])
                 try:
-                    chain = catalogue.chain(point.layer)
-                except Corrupt:
+                    lost = losses.of(chains.names(point.layer))
+                except Corrupt as error:
+                    bad = [Bad(0, point.size, error)]
+                else:
+                    first = np.array([each.start for each in before], np.int64)
+                    stop = np.array([each.stop for each in before], np.int64)
+                    ranges = [(first, stop), *lost.ranges] if before else lost.ranges
+                    bad = chains.unreadable(point.layer, point.size, Lost(lost.maps, ranges))
+                if bad:
                     found.setdefault(catalogue.disk, {})[point.point] = bad
-                    continue
-                now = after.of(chain)
-                once = np.array([each.start for each in bad], np.int64), np.array([each.stop for each in bad], np.int64)
-                left = unreadable(self._repository, chain, point.size, Lost(now.maps, [once, *now.ranges]))
-                if left:
-                    found.setdefault(catalogue.disk, {})[point.point] = left
         return found
 
     def _left(
@@ -280,9 +264,7 @@ class Repair:
     ) -> list[Catalogue]:
         """Give each layer that has lost leaves a new record, in which those that some source has are whole."""
         repository = self._repository
-        losses = Losses(repository)
-        for _ in losses.look(catalogues):
-            pass
+        losses = self._surveyed(catalogues)
         with Packer(repository.store, repository.keys, losses.index, pack_size=repository.pack_size) as packer:
             return [self._mended(catalogue, losses, located, packer, lease, done) for catalogue in catalogues]
 
@@ -291,13 +273,15 @@ class Repair:
     ) -> Catalogue:
         renamed: dict[str, str] = {}
         lengths = catalogue.lengths()
+        chains = Chains(self._repository, catalogue)
         for layer in sorted(lengths, key=lengths.__getitem__):
-            chain = catalogue.chain(layer)
-            lost = losses.of(chain)
+            lost = losses.of(chains.names(layer))
             if lost.maps or not lost.ranges:
                 continue
-            opened = self._repository.layer(layer)
-            bad = unreadable(self._repository, chain, opened.size, lost)
+            opened = chains.layer(layer)
+            if not _speaks_of(opened, lost):
+                continue
+            bad = chains.unreadable(layer, opened.size, lost)
             table = self._new_table(opened, bad, located, packer, done)
             if table is None:
                 continue
@@ -460,6 +444,16 @@ def _cut(runs: Rows, first: Int64s, stop: Int64s) -> Rows:
     rows["skip"][held] += (first - rows["start"].astype(np.int64)).astype(np.uint32)[held]
     rows["start"], rows["length"] = first, stop - first
     return rows
+
+
+def _speaks_of(layer: StoredLayer, lost: Lost) -> bool:
+    """Whether a layer has something in the ranges that may be lost."""
+    return any(
+        len(range(*page.places(first, stop).indices(len(page.runs))))
+        for firsts, stops in lost.ranges
+        for first, stop in zip(firsts.tolist(), stops.tolist(), strict=True)
+        for page in layer.each_page(first, min(stop, layer.size))
+    )
 
 
 def _touched(page: Page, bad: Sequence[Bad]) -> list[int]:

@@ -23,9 +23,9 @@ from snapchain.destination.records import Finding, Findings, VerifyReport
 from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError
 from snapchain.model.content import LEAF_BYTES, empty_sum
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.model.extents import DATA, Extents, Int64s, over, rounded
+from snapchain.model.extents import DATA, Int64s, rounded
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
-from snapchain.repository.chain import ChainView
+from snapchain.repository.chain import ChainView, Composed
 from snapchain.repository.damage import recorded
 from snapchain.repository.data_check import DataCheck, check_answers
 from snapchain.repository.format import is_id, layer_name, pack_name
@@ -318,24 +318,6 @@ def _check_sum(chain: Sequence[StoredLayer]) -> None:
         total += change_of(below, touched.at[held], touched.ends[held], page.leaves)
     if not np.array_equal(total, layer.header.sum()):
         raise Corrupt("its leaves do not add up to the content id that was recorded", subject=layer_name(layer.id))
-
-
-class Composed:
-    """The map of a chain, made from that of the chain below where that was asked for last: chains of many layers."""
-
-    def __init__(self) -> None:
-        self._last: tuple[list[str], Extents] = [], Extents.absent(0)
-
-    def of(self, chain: Sequence[StoredLayer]) -> Extents:
-        """As `layers.resolve`. chain: root first"""
-        ids = [layer.id for layer in chain]
-        known, view = self._last
-        at = len(known) if ids[: len(known)] == known else 0
-        for place in range(at, len(chain)):
-            own = chain[place].extents().owned_by(place)
-            view = over(view, own) if place else own
-        self._last = ids, view
-        return view
 
 
 class PointsOn:
