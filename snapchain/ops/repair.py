@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snapchain.destination.address import ImageAddress, parse_address
+from snapchain.destination.address import ImageAddress, in_full, parse_address
 from snapchain.destination.reading import LayerReader, LeafSource, PointLeaves, ReadableDestination, Sink, WholeDisk
 from snapchain.errors import Corrupt
 from snapchain.image import ImageChain
@@ -21,6 +21,7 @@ from snapchain.image.leaves import leaf_hashes
 from snapchain.model.content import LEAF_BYTES, content_id as content_id_of, empty_sum, sum_of
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
+from snapchain.model.points import chosen_point
 from snapchain.ops.diff import ImageSide, candidates, windows
 from snapchain.source.at_rest import ImageAtRest
 
@@ -147,8 +148,8 @@ class PointSource:
         self.name = name
         self._destination, self._disk = destination, disk
         (record,) = destination.disks(disk)
-        numbers = [str(each.point) for each in reversed(record.points)]
-        self._points = numbers if point is None else [point]
+        chosen = record.points if point is None else [chosen_point(disk, record.points, in_full(point))]
+        self._points = [str(each.point) for each in reversed(chosen)]
         self._places = _Places()
 
     def locate(self, wanted: Collection[bytes]) -> Collection[bytes]:
