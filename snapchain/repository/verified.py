@@ -33,6 +33,8 @@ KIND = b"V"
 MOST_ROWS = 200_000
 """Rows of one object, 5 MB: those of more have several."""
 _MOST_DISKS = 20_000
+_MOST_KNOWN = 2_000_000
+"""Packs and layers that are kept in memory: as many as a listing may have. More are as if they were never read."""
 _MANY = 8
 """Objects of which one is made."""
 _LENGTH = struct.Struct("<I")
@@ -82,7 +84,8 @@ class Verified:
     def note(self, ids: Mapping[str, int]) -> None:
         """Packs or layers that were found good at these times."""
         for each, time in ids.items():
-            self.times[each] = max(time, self.times.get(each, 0))
+            if each in self.times or len(self.times) < _MOST_KNOWN:
+                self.times[each] = max(time, self.times.get(each, 0))
 
     def note_reading(self, reading: Reading) -> None:
         """A run that reads everything; of each disk the one that began last counts."""

@@ -43,9 +43,8 @@ def shown(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[i
 
 
 @pytest.mark.parametrize("kind", ["image", "raw", "repository", "point", "replica", "two"])
-@pytest.mark.parametrize("seed", [1, 2])
 def test_each_kind_of_source_gives_what_it_has(
-    files: list[Path], shown: dict[int, bytes], tmp_path: Path, kind: str, seed: int, monkeypatch: pytest.MonkeyPatch
+    files: list[Path], shown: dict[int, bytes], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packs, "PACK_BYTES", 300)
     repo = repository(MemoryStore(), block_size=64 * 1024)
@@ -69,7 +68,7 @@ def test_each_kind_of_source_gives_what_it_has(
         "replica": [f"{replica}::web1"],
         "two": [str(files[0]), str(raw)],
     }[kind]
-    draw = random.Random(seed)
+    draw = random.Random(1)
     names = [info.name for info in repo.store.list("packs/")]
     pages = {
         f"packs/{pack[:2]}/{pack}"

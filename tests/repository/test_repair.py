@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -13,10 +14,12 @@ from snapchain.destination.records import LostRange, RepairReport
 from snapchain.errors import Corrupt
 from snapchain.model.content import LEAF_BYTES, leaf_hash
 from snapchain.model.retention import Policy
+from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.repair import PointSource
 from snapchain.repository import collecting as gc, packs
 from snapchain.repository.chain import ChainView
+from snapchain.repository.crypto import NONE
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.format import layer_name, pack_name
 from snapchain.repository.points_merge import RepositoryMerge
@@ -24,6 +27,7 @@ from snapchain.repository.repair import Repair
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from snapchain.testing.faults import crash_points
+from tests.repository.second_reader import Reader
 from tests.repository.synthetic import LEAF, Drawn, Run, again, content_id_of, drawn, repository, stacks
 from tests.repository.test_verified import DISK, copied, noise, published
 
@@ -104,7 +108,7 @@ def hashes_of(content: bytes) -> set[bytes]:
 
 
 @given(stacks(units=(512, 4096, LEAF)), st.randoms(use_true_random=False))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_what_a_source_has_is_whole_again_and_the_rest_is_told_exactly(stack: list[Drawn], draw: random.Random) -> None:
     repo = published(repository(MemoryStore(), block_size=draw.choice([1, 4]) * LEAF), stack)
     if draw.random() < 0.4:
@@ -278,6 +282,28 @@ def test_a_crash_anywhere_leaves_what_was_whole_whole_and_running_again_finishes
         assert leaves_lost(repo, shown) == {}
         deaths += 1
     assert deaths > 6
+
+
+def test_a_second_reader_reads_what_was_repaired(tmp_path: Path) -> None:
+    """From docs/format.md alone: a blob under its id, a leaf in a new record, and what was verified."""
+    root = drawn(8 * LEAF + 512, [Run(0, 8 * LEAF + 512, 5000)], b"")
+    top = drawn(root.size, [Run(2 * LEAF, LEAF, 6000)], root.shown)
+    for dropped in (True, False):
+        place = tmp_path / str(dropped)
+        repo = Repository.create(LocalStore(place, make=True), passphrase=lambda: None, encryption=NONE)
+        published(repo, [root, top])
+        if dropped:
+            RepositoryMerge(again(repo), DISK, Policy(last=1)).run()
+            gc.run(again(repo))
+        for name in data_packs(repo):
+            repo.store.delete(name)
+        report = repaired(repo, Memory(root.shown, top.shown))
+        assert (report.ok, report.layers_replaced) == (True, int(dropped))
+        assert Reader(place).restore(DISK, 2) == top.shown
+        assert verify(again(repo), share=1.0).ok
+        everything = {info.name.rpartition("/")[2] for info in repo.store.list("packs/")}
+        assert Reader(place).verified().keys() >= everything | repo.catalogue(DISK).parents.keys()
+        repo.store.close()
 
 
 def test_a_dry_run_stores_nothing_but_what_is_known_of_the_damage() -> None:
