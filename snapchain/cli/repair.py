@@ -57,8 +57,8 @@ def repair(
 
     Content decides, not names: a source is looked through for the hashes of the lost data. An image is looked through
     with all files below it; DEST::DISK means all points of the disk, DEST::DISK@POINT one of them. All repositories are
-    opened with the same passphrase. When the record or the map of a layer is lost, only an image that shows the same
-    content as a point can replace it.
+    opened with the same passphrase. When the record or the map of a layer is lost, an image or a point of another
+    repository can replace it that shows the same content.
 
     Repaired ranges are read again as a proof. No point is ever dropped. While data is lost, repair ends with exit
     code 5.

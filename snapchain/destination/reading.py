@@ -217,6 +217,10 @@ class ReadableDestination(Protocol):
         """A point, for comparing. Raises NotFound."""
         ...
 
+    def whole(self, disk: str, point: str | None = None) -> AbstractContextManager[WholeDisk]:
+        """A point that can be read at any offset. Raises NotFound, Unsupported where points are read in one go."""
+        ...
+
     def verify(
         self,
         disk: str | None = None,

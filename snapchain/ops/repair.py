@@ -7,6 +7,7 @@ same disk only what differs.  Points answer from their records; images are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +16,21 @@ import numpy as np
 
 from snapchain.destination.address import ImageAddress, in_full, parse_address
 from snapchain.destination.reading import LayerReader, LeafSource, PointLeaves, ReadableDestination, Sink, WholeDisk
-from snapchain.errors import Corrupt
+from snapchain.errors import Corrupt, Unsupported
 from snapchain.image import ImageChain
-from snapchain.image.leaves import leaf_hashes
-from snapchain.model.content import LEAF_BYTES, content_id as content_id_of, empty_sum, sum_of
-from snapchain.model.events import OnEvent, ignore
-from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
+from snapchain.image.leaves import WORKERS, leaf_hashes
+from snapchain.model.content import LEAF_BYTES, Hashes, content_id as content_id_of, empty_sum, sum_of
+from snapchain.model.events import OnEvent, counting, ignore
+from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s
 from snapchain.model.points import chosen_point
 from snapchain.ops.diff import ImageSide, candidates, windows
 from snapchain.source.at_rest import ImageAtRest
 
 _APART = 1024
 """Leaves (64 MiB) between two that are wanted: a point is read on rather than asked for again."""
+
+
+_PIECE = 4 * 1024 * 1024
 
 
 class _Enough(Exception):
@@ -52,7 +56,10 @@ class _Places:
     of: dict[bytes, tuple[int, int]] = field(default_factory=dict)
 
     def look_through(
-        self, sides: Iterable[AbstractContextManager[PointLeaves]], wanted: Collection[bytes]
+        self,
+        sides: Iterable[AbstractContextManager[PointLeaves]],
+        wanted: Collection[bytes],
+        on_event: OnEvent,
     ) -> set[bytes]:
         """Find leaves in disks that are much alike: the first one is looked through whole, then what differs."""
         left = {leaf for leaf in wanted if leaf not in self.of}
@@ -63,12 +70,14 @@ class _Places:
             with opening as side:
                 now = _Seen(side.size, side.parts())
                 ranges = candidates(before or _Seen(0, ()), now)
+                on_bytes = counting(f"search {side.name}", ranges.data_bytes, on_event)
                 for first, stop in windows(ranges, side.size):
                     numbers, hashes = side.leaves(first, stop)
                     for at, leaf in zip(numbers.tolist(), map(bytes, hashes), strict=True):
                         if leaf in left:
                             left.remove(leaf)
                             self.of[leaf] = number, at
+                    on_bytes(stop - first)
                 before = now
         return {leaf for leaf in wanted if leaf in self.of}
 
@@ -81,18 +90,31 @@ class _Places:
         return found
 
 
+class _HashedImage(ImageSide):
+    """An image whose leaves are hashed on several threads."""
+
+    def leaves(self, first: int, stop: int) -> tuple[Int64s, Hashes]:
+        """As PointLeaves."""
+        pieces = [(at, min(at + _PIECE, stop)) for at in range(first, stop, _PIECE)]
+        with ThreadPoolExecutor(WORKERS, "search") as pool:
+            found = list(pool.map(lambda piece: ImageSide.leaves(self, *piece), pieces))
+        return np.concatenate([each for each, _ in found]), np.concatenate([each for _, each in found])
+
+
 class ImageSource:
     """An image and all files below it, each as the disk that it showed when it was the top. A LeafSource."""
 
-    def __init__(self, name: str, chain: ImageChain) -> None:
+    def __init__(self, name: str, chain: ImageChain, on_event: OnEvent = ignore) -> None:
         self.name = name
+        self._on_event = on_event
         self._disks = [chain, *(chain.at(at) for at in reversed(range(len(chain.files) - 1)))]
         self._places = _Places()
         self._contents: dict[int, str] = {}
 
     def locate(self, wanted: Collection[bytes]) -> Collection[bytes]:
         """As LeafSource."""
-        return self._places.look_through((nullcontext(ImageSide(self.name, disk)) for disk in self._disks), wanted)
+        sides = (nullcontext(_HashedImage(self.name, disk)) for disk in self._disks)
+        return self._places.look_through(sides, wanted, self._on_event)
 
     def read(self, located: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:
         """As LeafSource."""
@@ -143,19 +165,30 @@ class _WholeImage:
 class PointSource:
     """A disk of a destination: one of its points, or all of them, the newest first. A LeafSource."""
 
-    def __init__(self, name: str, destination: ReadableDestination, disk: str, point: str | None) -> None:
-        """Raises NotFound for a disk or point that is not there."""
+    def __init__(
+        self,
+        name: str,
+        destination: ReadableDestination,
+        disk: str,
+        point: str | None,
+        *,
+        kept: ExitStack,
+        on_event: OnEvent = ignore,
+    ) -> None:
+        """kept: what is opened stays so until then. Raises NotFound for a disk or point that is not there."""
         self.name = name
+        self._kept, self._on_event = kept, on_event
         self._destination, self._disk = destination, disk
         (record,) = destination.disks(disk)
         chosen = record.points if point is None else [chosen_point(disk, record.points, in_full(point))]
-        self._points = [str(each.point) for each in reversed(chosen)]
+        self._records = list(reversed(chosen))
+        self._points = [str(each.point) for each in self._records]
         self._places = _Places()
 
     def locate(self, wanted: Collection[bytes]) -> Collection[bytes]:
         """As LeafSource."""
         sides = (self._destination.leaves(self._disk, point) for point in self._points)
-        return self._places.look_through(sides, wanted)
+        return self._places.look_through(sides, wanted, self._on_event)
 
     def read(self, located: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:
         """As LeafSource."""
@@ -167,8 +200,11 @@ class PointSource:
                         yield from _copied(layer, {at: leaves[at] for at in some}, whole=streams)
 
     def whole(self, size: int, content_id: str) -> WholeDisk | None:
-        """None: points are read in one direction."""
-        _ = size, content_id
+        """As LeafSource. None for what is read in one direction only."""
+        for record in self._records:
+            if (record.virtual_size, record.content_id) == (size, content_id):
+                with suppress(Unsupported, Corrupt):
+                    return self._kept.enter_context(self._destination.whole(self._disk, str(record.point)))
         return None
 
 
@@ -191,9 +227,10 @@ def opened_sources(
             address = parse_address(text)
             if isinstance(address, ImageAddress):
                 source = ImageAtRest(address.path, format=format, image_dirs=image_dirs, on_event=on_event)
-                found.append(ImageSource(text, stack.enter_context(source.opened())))
+                found.append(ImageSource(text, stack.enter_context(source.opened()), on_event))
             else:
-                found.append(PointSource(text, open_destination(address.dest), address.disk, address.point))
+                place = open_destination(address.dest)
+                found.append(PointSource(text, place, address.disk, address.point, kept=stack, on_event=on_event))
         yield found
 
 

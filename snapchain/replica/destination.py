@@ -6,7 +6,7 @@ What few commands do is loaded by those that do it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 
 from snapchain.destination.address import in_full
-from snapchain.destination.reading import LeafSource, Sink, Work
+from snapchain.destination.reading import LeafSource, Sink, WholeDisk, Work
 from snapchain.destination.traits import REPLICA, Traits
 from snapchain.errors import InvalidInput, Unsupported
 from snapchain.host.retry import RetryPolicy
@@ -240,6 +240,11 @@ class ReplicaDestination(ReplicaWriting):
                 found = FetchedLeaves(f"{self.url}::{disk}@{answer.point.point}", layer)
                 yield found
                 found.finish()
+
+    def whole(self, disk: str, point: str | None = None) -> AbstractContextManager[WholeDisk]:
+        """Raises Unsupported: a point of a replica comes as a stream."""
+        _ = disk, point
+        raise Unsupported("a point of a replica cannot be read at any offset", subject=self.url)
 
     def verify(
         self,

@@ -26,7 +26,15 @@ from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.repository.catalogue import Catalogue, Hold, Point, find_point
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.disk_writer import RepositoryWriting
-from snapchain.repository.reader import RecordedLeaves, RepositoryPoint, point_leaves, point_record, read_point
+from snapchain.repository.reader import (
+    RecordedLeaves,
+    RepositoryPoint,
+    WholePoint,
+    point_leaves,
+    point_record,
+    read_point,
+    whole_point,
+)
 from snapchain.repository.repository import Repository
 
 if TYPE_CHECKING:
@@ -113,6 +121,10 @@ class RepositoryDestination(RepositoryWriting):
         """A point, for comparing. Raises NotFound."""
         _ = on_event
         return point_leaves(self.repository, disk, point)
+
+    def whole(self, disk: str, point: str | None = None) -> AbstractContextManager[WholePoint]:
+        """As ReadableDestination."""
+        return whole_point(self.repository, disk, point)
 
     def verify(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def damage(repo: Repository, names: Sequence[str], draw: random.Random) -> None:
 
 
 def source(repo: Repository, disk: str = DISK, point: str | None = None) -> PointSource:
-    return PointSource("other", RepositoryDestination(again(repo)), disk, point)
+    return PointSource("other", RepositoryDestination(again(repo)), disk, point, kept=ExitStack())
 
 
 def repaired(repo: Repository, *sources: LeafSource, read_data: bool = True) -> RepairReport:
@@ -241,8 +242,11 @@ def test_parts_of_blobs_are_stored_by_themselves() -> None:
 @pytest.mark.parametrize("what", ["page", "record"])
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_lost_map_is_replaced_by_a_layer_of_the_same_content(what: str, number: int) -> None:
+    """From an image, or from a point of another repository that was cut in another way."""
     repo, stack = made()
     shown = [layer.shown for layer in stack]
+    other = published(repository(MemoryStore(), block_size=4 * LEAF), stack, "other")
+    sources: list[LeafSource] = [Memory(shown[number - 1]), source(other, "other", str(number))]
     points = repo.catalogue(DISK).points
     layer = points[number - 1].layer
     lost = layer_name(layer) if what == "record" else pack_name(bytes(again(repo).layer(layer).table[0]["pack"]).hex())
@@ -250,15 +254,19 @@ def test_a_lost_map_is_replaced_by_a_layer_of_the_same_content(what: str, number
     nothing = repaired(repo)
     assert {point for each in nothing.lost for point in each.points} == set(range(number, 4))
     assert repo.catalogue(DISK).points == points, "no point is dropped, and none is changed"
-    plan = Repair(again(repo), [Memory(shown[number - 1])]).plan()
-    assert (plan.lost, bool(plan.damaged)) == ((), True)
-    report = repaired(repo, Memory(shown[number - 1]))
-    assert report.ok
-    assert leaves_lost(repo, shown) == {}
-    assert verify(again(repo), share=1.0).ok
-    assert layer not in repo.catalogue(DISK).parents
-    assert gc.run(again(repo)).findings == ()
-    assert leaves_lost(repo, shown) == {}
+    damaged = copied(repo)
+    for each in sources:
+        repo = again(repo, MemoryStore())
+        for info in damaged.list(""):
+            repo.store.put(info.name, damaged.get(info.name))
+        plan = Repair(again(repo), [each]).plan()
+        assert (plan.lost, bool(plan.damaged)) == ((), True)
+        assert Repair(again(repo), [each]).run().ok
+        assert leaves_lost(repo, shown) == {}
+        assert verify(again(repo), share=1.0).ok
+        assert layer not in repo.catalogue(DISK).parents
+        assert gc.run(again(repo)).findings == ()
+        assert leaves_lost(repo, shown) == {}
 
 
 def test_a_crash_anywhere_leaves_what_was_whole_whole_and_running_again_finishes() -> None:
