@@ -24,7 +24,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 def doubtful(page: Page, size: int, trusted: Flags, blob_id: Callable[[bytes], bytes]) -> tuple[Int64s, Int64s]:
-    """Guest ranges (first[n], stop[n]) of the leaves of a page that must be read to be proven, ascending by start.
+    """Guest ranges (first[n], stop[n]) of the leaves of a page that must be read to be proven, in no order.
 
     size: of the layer; trusted: of each run, whether its blob is known to be whole, and to lie where the run says
     blob_id: the id of a blob, from the hashes of its pieces
@@ -35,7 +35,7 @@ def doubtful(page: Page, size: int, trusted: Flags, blob_id: Callable[[bytes], b
     # What lies past the end of the disk counts as zeroes.
     stop[zero & (page.stop == size)] = -(-size // LEAF_BYTES)
     listed = page.index.searchsorted(first), page.index.searchsorted(stop)
-    proven = zero & (listed[0] == listed[1])
+    proven = zero.copy()
     whole = (
         ~zero
         & trusted
@@ -49,12 +49,15 @@ def doubtful(page: Page, size: int, trusted: Flags, blob_id: Callable[[bytes], b
     for at in np.flatnonzero(whole).tolist():
         pieces = hashes[int(listed[0][at]) : int(listed[1][at])]
         proven[at] = blob_id(pieces.tobytes()) == ids[at].tobytes()
+    # Leaves in a run of zeroes that are listed as something else: these alone, since such a run may be of any length.
+    run = first.searchsorted(page.index, side="right") - 1
+    wrong = page.index[(run >= 0) & zero[run] & (page.index < stop[run])] if len(first) else page.index
     # Of each run: the leaves that it touches before, and after, those that it proves.
     enters, leaves = page.start // LEAF_BYTES, -(-page.stop // LEAF_BYTES)
     first = np.where(proven & (first < stop), first, leaves)
     stop = np.where(proven & (first < stop), stop, leaves)
-    begin = np.stack([enters, stop], axis=1).ravel()
-    end = np.stack([first, leaves], axis=1).ravel()
+    begin = np.concatenate([enters, stop, wrong])
+    end = np.concatenate([first, leaves, wrong + 1])
     return _bytes_of(begin, end, size)
 
 

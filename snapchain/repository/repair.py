@@ -224,19 +224,20 @@ class Repair:
         if any(lost.layer in chain[top + 1 :] for lost in losses.of(chain).maps):
             yield from bad
             return
-        if top >= 0 and not losses.of(chain[top + 1 :]).ranges:
-            return
-        try:
-            layers = list(self._repository.layers(chain[top + 1 :]).values())
-        except Corrupt:
-            yield from bad
-            return
+        if top >= 0:  # of what is above it only what that has lost itself
+            bad = [
+                Bad(first, min(stop, point.size), bad[0].error)
+                for firsts, stops in losses.of(chain[top + 1 :]).ranges
+                for first, stop in zip(firsts.tolist(), stops.tolist(), strict=True)
+                if first < point.size
+            ]
+        layers = list(self._repository.layers(chain[top + 1 :]).values()) if bad else []
         for each in bad:
-            numbers, hashes = leaves_shown(layers, each.start, each.stop) if layers else (np.empty(0, np.int64), ())
+            numbers, hashes = leaves_shown(layers, each.start, each.stop)
             shown = dict(zip(numbers.tolist(), map(bytes, hashes), strict=True))
             located.look_for(shown.values())
-            for leaf in range(each.start // LEAF_BYTES, -(-each.stop // LEAF_BYTES)):
-                if leaf in shown and shown[leaf] not in located.of:
+            for leaf, digest in shown.items():
+                if digest not in located.of:
                     start = leaf * LEAF_BYTES
                     yield Bad(start, min(start + LEAF_BYTES, each.stop), each.error)
 

@@ -19,7 +19,7 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, ObjectStore, Refused, StoreWrapper
 from snapchain.repository import collecting as gc, data_check, pack_reading, packs, verified
 from snapchain.repository.catalogue import Point
-from snapchain.repository.format import RUN_ROW, pack_name, verified_name
+from snapchain.repository.format import LEAF_ROW, RUN_ROW, pack_name, verified_name
 from snapchain.repository.index import IndexedPack, write as write_index
 from snapchain.repository.leaf_proof import doubtful, map_of
 from snapchain.repository.packs import OpenPack
@@ -371,6 +371,22 @@ def test_what_is_not_doubtful_is_proven(stack: list[Drawn], draw: random.Random)
             left = map_of(layer.size, [doubtful(forged, layer.size, trusted, keys.blob_id)])
             place = int(wrong["index"][at]) * LEAF_BYTES
             assert left.val[np.searchsorted(left.at, place, side="right") - 1] == 0
+
+
+def test_of_zeroes_only_leaves_that_are_listed_as_something_else_are_doubtful() -> None:
+    """The run may be as long as the longest disk: it is never read."""
+    runs, leaves = np.zeros(2, RUN_ROW), np.zeros(2, LEAF_ROW)
+    runs["start"], runs["length"] = [512, 1 << 40], [1 << 39, (1 << 55) + 100]
+    leaves["index"] = [5, (1 << 50) // LEAF]
+    size = (1 << 40) + (1 << 55) + 100
+    first, stop = doubtful(Page(runs, leaves, []), size, np.zeros(2, np.bool_), lambda _: b"")
+    inner, edge = 1 << 39, (1 << 39) + LEAF
+    assert sorted(zip(first.tolist(), stop.tolist(), strict=True)) == [
+        (0, LEAF),
+        (5 * LEAF, 6 * LEAF),
+        (inner, edge),
+        (1 << 50, (1 << 50) + LEAF),
+    ]
 
 
 def test_a_blob_of_other_bytes_than_its_id_says_is_found() -> None:
