@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from snapchain.destination.records import LostRange
-from snapchain.errors import Corrupt, SnapchainError
+from snapchain.errors import Corrupt, SnapchainError, Unavailable
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import Int64s
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.chain import ChainView, Composed
 from snapchain.repository.damage import list_packs
+from snapchain.repository.data_check import check_answers
 from snapchain.repository.format import layer_name, pack_name
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.layers import StoredLayer, page_location
@@ -94,7 +95,8 @@ class Losses:
             for layer in catalogue.parents:
                 try:
                     stored = self._repository.layer(layer)
-                except Corrupt as error:
+                except (Corrupt, Unavailable) as error:
+                    check_answers(self._repository, error)
                     self.maps.setdefault(layer, []).append(LostMap(layer, 0, None, error))
                     continue
                 yield from self._look_at(stored)
@@ -114,7 +116,8 @@ class Losses:
             try:
                 self._check(bytes(row["id"]), where)
                 (page,) = layer.pages(first, stop)
-            except Corrupt as error:
+            except (Corrupt, Unavailable) as error:
+                check_answers(self._repository, error)
                 self.maps.setdefault(layer.id, []).append(LostMap(layer.id, first, stop, error))
                 continue
             yield from self._lost_of(layer, page)
@@ -150,7 +153,8 @@ class Losses:
             try:
                 self._check(blob, where)
                 self._seen[key] = False
-            except Corrupt:
+            except (Corrupt, Unavailable) as error:
+                check_answers(self._repository, error)
                 self._seen[key] = True
         return self._seen[key]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from snapchain.destination.reading import LeafSource, WholeDisk
 from snapchain.destination.records import LostRange, RepairReport
-from snapchain.errors import Corrupt
+from snapchain.errors import Corrupt, Unavailable
 from snapchain.model.content import LEAF_BYTES, leaf_hash
 from snapchain.model.retention import Policy
 from snapchain.objects.local import LocalStore
@@ -30,7 +30,7 @@ from snapchain.repository.verification import verify
 from snapchain.testing.faults import crash_points
 from tests.repository.second_reader import Reader
 from tests.repository.synthetic import LEAF, Drawn, Run, again, content_id_of, drawn, repository, stacks
-from tests.repository.test_verified import DISK, copied, noise, published
+from tests.repository.test_verified import DISK, Bad, Cut, copied, noise, published
 
 
 @pytest.fixture(autouse=True)
@@ -312,6 +312,17 @@ def test_a_second_reader_reads_what_was_repaired(tmp_path: Path) -> None:
         everything = {info.name.rpartition("/")[2] for info in repo.store.list("packs/")}
         assert Reader(place).verified().keys() >= everything | repo.catalogue(DISK).parents.keys()
         repo.store.close()
+
+
+def test_a_bad_sector_is_repaired_and_a_store_that_does_not_answer_is_no_damage() -> None:
+    repo, stack = made()
+    shown = [layer.shown for layer in stack]
+    name = data_packs(repo)[0]
+    report = Repair(again(repo, Bad(repo.store, name)), [Memory(*shown)], read_data=True).run()
+    assert report.damaged
+    assert report.ok
+    with pytest.raises(Unavailable, match="the network is gone"):
+        Repair(again(repo, Cut(repo.store, 0)), [Memory(*shown)]).run()
 
 
 def test_a_dry_run_stores_nothing_but_what_is_known_of_the_damage() -> None:
