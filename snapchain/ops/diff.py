@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -49,7 +50,7 @@ class DiffReport(BaseModel):
     ranges: tuple[Range, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ImageSide:
     """An image, read: a PointLeaves."""
 
@@ -60,6 +61,10 @@ class ImageSide:
     def size(self) -> int:
         return self.chain.size
 
+    @cached_property
+    def _view(self) -> Extents:
+        return rounded(self.chain.resolve(), LEAF_BYTES)
+
     def parts(self) -> Sequence[tuple[object, Extents]]:
         return [((file.device, file.fingerprint), file.extents) for file in self.chain.files]
 
@@ -67,9 +72,8 @@ class ImageSide:
         index: list[int] = []
         hashes: list[bytes] = []
         buffer = memoryview(bytearray(LEAF_BYTES))
-        view = rounded(self.chain.resolve(), LEAF_BYTES)
         for at in range(first, min(stop, self.size), LEAF_BYTES):
-            if view.at_offset(at) == ABSENT:
+            if self._view.at_offset(at) == ABSENT:
                 continue
             part = buffer[: min(LEAF_BYTES, self.size - at)]
             self.chain.read_into(at, part)
