@@ -336,6 +336,7 @@ def test_the_json_fields_are_those_that_are_documented(
         "`merge`": [["merge", image], ["merge", "backup::web1/vda", "--keep-last", "1"],
                     ["merge", replica, "--keep-last", "1"], ["merge", guest, "--keep-last", "1"]],
         "`gc`": [["gc", "backup"]],
+        "`repair`": [["repair", "backup"]],
         "`doctor`": [["doctor", "images"]],
         "`nightly`": [["nightly", "nightly.toml"]],
     })  # fmt: skip

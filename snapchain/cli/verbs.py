@@ -55,6 +55,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "Set up, repair": {
         "init": "Make a repository.",
         "key": "List, add, change and remove the passphrases of a repository.",
+        "repair": "Store again what a repository has lost, from where it still is.",
         "doctor": "Finish or undo what interrupted commands left, and thaw guests.",
         "send": "Send a chain to a replica, or as a stream to stdout.",
         "receive": "Receive a stream from stdin into a replica.",
@@ -76,7 +77,7 @@ ALIASES = {
     "list": "log", "ls": "log", "snapshots": "log", "points": "log", "history": "log",
     "domains": "guests", "vms": "guests", "machines": "guests",
     "info": "inspect", "show": "inspect", "map": "inspect",
-    "check": "verify", "fsck": "verify", "scrub": "verify",
+    "heal": "repair", "check": "verify", "fsck": "verify", "scrub": "verify",
     "compare": "diff",
     "prune": "merge", "forget": "merge", "rm": "merge", "remove": "merge", "delete": "merge", "commit": "merge",
     "flatten": "merge", "compact": "merge", "rebase": "merge", "expire": "merge",
@@ -85,7 +86,7 @@ ALIASES = {
     "pin": "hold", "unpin": "release",
     "replicate": "send", "mirror": "send",
     "passwd": "key", "password": "key", "passphrase": "key", "keys": "key",
-    "create": "init", "repair": "doctor", "unlock": "doctor", "cron": "nightly", "move": "migrate",
+    "create": "init", "unlock": "doctor", "cron": "nightly", "move": "migrate",
 }  # fmt: skip
 """A word that people know from other programs -> the verb that does it here."""
 

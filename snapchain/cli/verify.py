@@ -12,6 +12,8 @@ from snapchain.cli.output import Output
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.host.terminal import counted
 
+_NOT_YET = "not all of it was read and found good yet"
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,10 +25,11 @@ if TYPE_CHECKING:
     snapchain verify /backup
     snapchain verify /backup::web1/vda --read-data
     snapchain verify s3://bucket/prefix --sample 5%
+    snapchain verify s3://bucket/prefix --max-age 30d
     snapchain verify ssh://root@kvm2/srv/replica::web1/vda --read-data
     snapchain verify /backup::web1
     """,
-    when_interrupted="nothing was being changed",
+    when_interrupted="what was read and found good is kept: run it again, and it goes on from there",
 )
 @options.takes_output(passphrase=True, dry_run=False)
 def verify(
@@ -39,28 +42,50 @@ def verify(
         bool, typer.Option("--read-data", help="Read all data too, and compare the bytes with what was shipped.")
     ] = False,
     sample: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="Read this share of the data, chosen anew each time: 5%.")
+        str | None,
+        typer.Option(metavar="SHARE", help="Read this share of the data: 5%. Each run takes the next share."),
+    ] = None,
+    max_age: Annotated[
+        str | None,
+        typer.Option(metavar="SPAN", help="Read all data that was not read and found good within this time: 30d."),
     ] = None,
     limit_rate: options.LimitRate = None,
     out: Output,
 ) -> None:
-    """Check every record of a destination, and that everything they name is there; on request also the data.
+    """Check a destination in three depths: its records, that what they name is there, and on request the data.
 
-    A replica (ssh://[user@]host/path or dir:/path) is read on its own host. Its files must be the chains that its
-    catalogues name. With --read-data their content is compared with what was proven when it arrived.
+    1. Records: catalogues, layers and indexes must be sound, and agree with the recorded content ids.
+
+    2. Existence: every pack that they name must be there, and long enough.
+
+    3. Data, with --read-data, --sample or --max-age: every pack is read whole, each of its blobs is decrypted and
+    compared with its id, and each layer with the hashes that were recorded when it was shipped.
+
+    A repository keeps what was read and found good, and when. So 20 runs with --sample 5% read everything, --max-age
+    leaves out what was read lately, and an interrupted --read-data is continued by the next one within 7 days.
+
+    A replica (ssh://[user@]host/path or dir:/path) is read on its own host, and --sample draws anew each time. Its
+    files must be the chains that its catalogues name. With --read-data their content is compared with what was proven
+    when it arrived.
 
     Guest points are checked too: their records must be readable, and the points of all their disks must be there. Of a
     whole replica, without --read-data, the ten newest records of each guest are read.
 
     Ends with exit code 5 when anything is damaged or missing, and names the points that are affected.
     """
+    from datetime import UTC, datetime
+
     from snapchain.destination.address import parse_destination
     from snapchain.destinations import traits_of
+    from snapchain.model.retention.duration import parse_duration
     from snapchain.ops import guest_verify as ops
 
     if read_data and sample is not None:
         raise InvalidInput("--read-data and --sample are both given", hint="--read-data reads everything")
-    share = quantities.parse_share(sample) if sample is not None else float(read_data)
+    if read_data and max_age is not None:
+        raise InvalidInput("--read-data and --max-age are both given", hint="--max-age leaves out what was read lately")
+    share = quantities.parse_share(sample) if sample is not None else float(read_data or max_age is not None)
+    since = None if max_age is None else parse_duration(max_age).before(datetime.now(UTC), quantities.zone_of(None))
     address = parse_destination(target)
     if limit_rate is not None and traits_of(address.dest).streams:
         raise InvalidInput(
@@ -69,7 +94,7 @@ def verify(
             hint="leave it out; --sample 5% reads less",
         )
     place = options.destination(address.dest, out, limit_rate=limit_rate)
-    report = ops.verify(place, options.disk_of(address), share=share, on_event=out.on_event)
+    report = ops.verify(place, options.disk_of(address), share=share, since=since, on_event=out.on_event)
     out.show(report, _draw, problems=_draw_findings, status=0 if report.ok else Corrupt.exit_code)
 
 
@@ -78,7 +103,14 @@ def _draw(console: Console, report: VerifyReport) -> None:
     how = "records and data" if report.data_read else "records; --read-data reads the data too"
     parts = {"disk": report.disks, "point": report.points, "layer": report.layers}
     checked = ", ".join(counted(number, noun) for noun, number in parts.items())
-    render.facts(console, [("checked", checked), ("read", f"{quantities.size(report.checked_bytes)} ({how})")])
+    facts = [("checked", checked), ("read", f"{quantities.size(report.checked_bytes)} ({how})")]
+    if report.stored_bytes:
+        left = f", {quantities.size(report.fresh_bytes)} were read before" if report.fresh_bytes else ""
+        of = f"{quantities.size(report.read_bytes)} of {quantities.size(report.stored_bytes)}"
+        facts.append(("stored", f"{of} read{left}"))
+        since = report.verified_since
+        facts.append(("whole", f"read and found good since {quantities.moment(since)}" if since else _NOT_YET))
+    render.facts(console, facts)
     _draw_findings(console, report)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         PointRecord,
         PointsMergePlan,
         PointsMergeReport,
+        RepairPlan,
+        RepairReport,
         VerifyReport,
     )
     from snapchain.model.retention import Rules
@@ -122,6 +124,40 @@ class PointLeaves(Protocol):
         ...
 
 
+class LeafSource(Protocol):
+    """A place that may still have data that a destination has lost. Content decides: leaves are asked for by hash.
+
+    name: for people
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def locate(self, wanted: Collection[bytes]) -> Collection[bytes]:
+        """The hashes, of those wanted, of which this place has a leaf. Remembers where."""
+        ...
+
+    def read(self, located: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        """(hash, the 65,536 bytes) of leaves that `locate` found, in any order; without those that cannot be read."""
+        ...
+
+    def whole(self, size: int, content_id: str) -> WholeDisk | None:
+        """A disk here that shows this content as a whole, None where there is none that can be read at any offset."""
+        ...
+
+
+class WholeDisk(Protocol):
+    """A disk that can be read at any offset. extents: its map, DATA where it may hold data, ZERO elsewhere."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def extents(self) -> Extents: ...
+
+    def read_into(self, offset: int, buffer: memoryview, /) -> None: ...
+
+
 class Work(Protocol[PlanT_co, ReportT_co]):
     """A change that was prepared: what it would do, and doing it."""
 
@@ -182,10 +218,22 @@ class ReadableDestination(Protocol):
         """A point, for comparing. Raises NotFound."""
         ...
 
-    def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
+    def whole(self, disk: str, point: str | None = None) -> AbstractContextManager[WholeDisk]:
+        """A point that can be read at any offset. Raises NotFound, Unsupported where points are read in one go."""
+        ...
+
+    def verify(
+        self,
+        disk: str | None = None,
+        *,
+        share: float = 0.0,
+        since: datetime | None = None,
+        on_event: OnEvent = ignore,
+    ) -> VerifyReport:
         """Check the records, and a share (0 to 1) of the data. Findings are values, not errors.
 
-        Raises NotFound, and InvalidInput for a share that the traits do not allow.
+        since: data that was read and found good at this time or later is not read again
+        Raises NotFound, and InvalidInput for a share, or a time, that this kind of destination does not allow.
         """
         ...
 
@@ -232,6 +280,14 @@ class ReadableDestination(Protocol):
         self, disk: str, point: str, tag: str, *, dry_run: bool = False, on_event: OnEvent = ignore
     ) -> tuple[int, tuple[HoldRecord, ...]]:
         """Take a hold off a point; as `hold`. Raises NotFound when the point has none of this tag."""
+        ...
+
+    def repairing(self, sources: Sequence[LeafSource], *, read_data: bool = False) -> Work[RepairPlan, RepairReport]:
+        """Store again what is lost, from places that still have it.
+
+        read_data: read everything first, to find damage that nobody has met yet
+        Raises InvalidInput where this kind of destination is made good in another way.
+        """
         ...
 
     def collecting(self, limits: GcLimits | None = None) -> Work[GcPlan, GcReport]:

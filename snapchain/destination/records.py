@@ -122,7 +122,11 @@ class Findings:
 class VerifyReport(Record):
     """What `verify` found.
 
-    checked_bytes: guest bytes whose data were read and compared, 0 where only records were; layers: distinct ones
+    checked_bytes: bytes of data that were read and found good, 0 where only records were; layers: distinct ones
+    read_bytes: stored bytes that were read for that, of `stored_bytes`; fresh_bytes: those that were not because they
+    had been read and found good before; continued: whether a run that was interrupted was continued
+    verified_since: all data was read and found good at this time or later; None: not all of it was
+    What a replica does not tell is 0 or None.
     """
 
     ok: bool
@@ -133,6 +137,55 @@ class VerifyReport(Record):
     data_read: bool
     checked_bytes: int
     findings: tuple[Finding, ...]
+    read_bytes: int = 0
+    fresh_bytes: int = 0
+    stored_bytes: int = 0
+    continued: bool = False
+    verified_since: datetime | None = None
+
+
+class LostRange(Record):
+    """Guest bytes [offset, offset + length) of a disk that some of its points have lost.
+
+    subject: the object that is missing or damaged
+    """
+
+    disk: str
+    points: tuple[int, ...]
+    offset: int
+    length: int
+    subject: str
+
+
+class RepairPlan(Record):
+    """What a repair would do.
+
+    damaged: what cannot be read now; lost: what of it no source has
+    findings: damage that no source can make good, such as that of a catalogue
+    """
+
+    destination: str
+    damaged: tuple[LostRange, ...]
+    lost: tuple[LostRange, ...]
+    findings: tuple[Finding, ...] = ()
+
+
+class RepairReport(Record):
+    """What a repair did.
+
+    damaged: what could not be read before; lost: what of it still cannot, since no source has it
+    blobs_stored, bytes_stored: stored again, before compression; layers_replaced: records that were written anew
+    findings: as of the plan
+    """
+
+    ok: bool
+    destination: str
+    damaged: tuple[LostRange, ...]
+    lost: tuple[LostRange, ...]
+    blobs_stored: int
+    bytes_stored: int
+    layers_replaced: int
+    findings: tuple[Finding, ...] = ()
 
 
 class PointDecision(Record):

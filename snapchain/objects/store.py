@@ -226,6 +226,7 @@ LARGEST: dict[str, int] = {
     "index": 65 * _MIB,
     "layers": 64 * _MIB,
     "packs": 132 * _MIB,
+    "verified": 16 * _MIB,
 }
 """First segment of a name -> bytes. A pack has at most 128 MiB, or one blob of 4 MiB that found no room in another."""
 MOST_LISTED: dict[str, int] = {
@@ -234,6 +235,7 @@ MOST_LISTED: dict[str, int] = {
     "leases": 100_000,
     "disks": 1_000_000,
     "index": 100_000,
+    "verified": 100_000,
 }
 """First segment of a prefix -> names that a listing of it may have."""
 LONGEST_LISTING = 2_000_000

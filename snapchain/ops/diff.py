@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -48,7 +50,7 @@ class DiffReport(BaseModel):
     ranges: tuple[Range, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ImageSide:
     """An image, read: a PointLeaves."""
 
@@ -59,6 +61,10 @@ class ImageSide:
     def size(self) -> int:
         return self.chain.size
 
+    @cached_property
+    def _view(self) -> Extents:
+        return rounded(self.chain.resolve(), LEAF_BYTES)
+
     def parts(self) -> Sequence[tuple[object, Extents]]:
         return [((file.device, file.fingerprint), file.extents) for file in self.chain.files]
 
@@ -66,9 +72,8 @@ class ImageSide:
         index: list[int] = []
         hashes: list[bytes] = []
         buffer = memoryview(bytearray(LEAF_BYTES))
-        view = rounded(self.chain.resolve(), LEAF_BYTES)
         for at in range(first, min(stop, self.size), LEAF_BYTES):
-            if view.at_offset(at) == ABSENT:
+            if self._view.at_offset(at) == ABSENT:
                 continue
             part = buffer[: min(LEAF_BYTES, self.size - at)]
             self.chain.read_into(at, part)
@@ -98,7 +103,7 @@ def diff(old: PointLeaves, new: PointLeaves) -> DiffReport:
     """Compare two disks: images, or points of destinations (`destination.leaves`)."""
     ranges: list[tuple[int, int]] = []
     common = min(old.size, new.size)
-    for first, stop in _windows(_candidates(old, new), common):
+    for first, stop in windows(candidates(old, new), common):
         mine = dict(zip(*_plain(old.leaves(first, stop)), strict=True))
         theirs = dict(zip(*_plain(new.leaves(first, stop)), strict=True))
         for leaf in sorted(mine.keys() | theirs.keys()):
@@ -118,7 +123,16 @@ def diff(old: PointLeaves, new: PointLeaves) -> DiffReport:
     )
 
 
-def _candidates(old: PointLeaves, new: PointLeaves) -> Extents:
+class Parts(Protocol):
+    """Of a disk what tells where another one can differ: see PointLeaves."""
+
+    @property
+    def size(self) -> int: ...
+
+    def parts(self) -> Sequence[tuple[object, Extents]]: ...
+
+
+def candidates(old: Parts, new: Parts) -> Extents:
     """DATA on whole leaves that layers which only one side has speak of."""
     mine, theirs = list(old.parts()), list(new.parts())
     shared = 0
@@ -140,7 +154,8 @@ def _union(left: Extents, right: Extents) -> Extents:
     return Extents.from_starts(left.size, at, np.maximum(one, other)) if left.size else left
 
 
-def _windows(found: Extents, stop: int) -> Iterator[tuple[int, int]]:
+def windows(found: Extents, stop: int) -> Iterator[tuple[int, int]]:
+    """The DATA of a map up to `stop`, in ranges of at most 64 MiB."""
     for start, length, val in found.runs():
         for at in range(start, min(start + length, stop), _WINDOW) if val == DATA else ():
             yield at, min(at + _WINDOW, start + length, stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import Finding, Findings, VerifyReport
@@ -19,27 +20,33 @@ _FEW = 10
 
 
 def verify(
-    destination: ReadableDestination, name: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore
+    destination: ReadableDestination,
+    name: str | None = None,
+    *,
+    share: float = 0.0,
+    since: datetime | None = None,
+    on_event: OnEvent = ignore,
 ) -> VerifyReport:
-    """Check a destination, a disk or a guest of it, and a share (0 to 1) of the data.
+    """Check a destination, a disk or a guest of it, and a share (0 to 1) of the data as far as it was not read since.
 
     Findings are values. A guest point of which a disk is missing is one. Raises as the destination's own `verify`.
     """
     if name is None:
-        found = destination.verify(None, share=share, on_event=on_event)
+        found = destination.verify(None, share=share, since=since, on_event=on_event)
         guests = guests_of(destination.disks())
         report = _with(found, _of_guests(destination, guests, share=share, on_event=on_event))
         for each in guests:
             _record(destination, each, report, share, on_event)
         return report
     try:
-        return destination.verify(name, share=share, on_event=on_event)
+        return destination.verify(name, share=share, since=since, on_event=on_event)
     except NotFound:
         view = guest_named(destination.disks(), name)
         if view is None:
             raise
     names = [*view.disks, *([view.record_disk] if view.points else [])]
-    reports = [destination.verify(disk, share=share, on_event=on_event) for disk in names]
+    reports = [destination.verify(disk, share=share, since=since, on_event=on_event) for disk in names]
+    times = [each.verified_since for each in reports]
     report = VerifyReport(
         ok=all(each.ok for each in reports),
         destination=destination.url,
@@ -49,6 +56,11 @@ def verify(
         data_read=any(each.data_read for each in reports),
         checked_bytes=sum(each.checked_bytes for each in reports),
         findings=tuple(finding for each in reports for finding in each.findings),
+        read_bytes=sum(each.read_bytes for each in reports),
+        fresh_bytes=sum(each.fresh_bytes for each in reports),
+        stored_bytes=sum(each.stored_bytes for each in reports),
+        continued=any(each.continued for each in reports),
+        verified_since=None if None in times else min(filter(None, times), default=None),
     )
     report = _with(report, _of_guests(destination, [view], share=1.0, on_event=on_event))
     _record(destination, view, report, share, on_event)

@@ -6,7 +6,7 @@ What few commands do is loaded by those that do it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 
 from snapchain.destination.address import in_full
-from snapchain.destination.reading import Sink, Work
+from snapchain.destination.reading import LeafSource, Sink, WholeDisk, Work
 from snapchain.destination.traits import REPLICA, Traits
 from snapchain.errors import InvalidInput, Unsupported
 from snapchain.host.retry import RetryPolicy
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
         PointRecord,
         PointsMergePlan,
         PointsMergeReport,
+        RepairPlan,
+        RepairReport,
         VerifyReport,
     )
     from snapchain.model.retention import Rules
@@ -240,11 +242,30 @@ class ReplicaDestination(ReplicaWriting):
                 yield found
                 found.finish()
 
-    def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
+    def whole(self, disk: str, point: str | None = None) -> AbstractContextManager[WholeDisk]:
+        """Raises Unsupported: a point of a replica comes as a stream."""
+        _ = disk, point
+        raise Unsupported("a point of a replica cannot be read at any offset", subject=self.url)
+
+    def verify(
+        self,
+        disk: str | None = None,
+        *,
+        share: float = 0.0,
+        since: datetime | None = None,
+        on_event: OnEvent = ignore,
+    ) -> VerifyReport:
         """As `verify_replica`. share: each layer is read with that probability.
 
-        No data cross the link, so a rate has nothing to limit.
+        No data cross the link, so a rate has nothing to limit. Raises InvalidInput for `since`: a replica keeps no
+        record of what was read.
         """
+        if since is not None:
+            raise InvalidInput(
+                "a replica keeps no record of what was verified, so it cannot leave out what was read before",
+                subject=self.url,
+                hint="leave out --max-age; --sample 5% reads a share",
+            )
         if not 0 <= share <= 1:
             raise InvalidInput(f"a share of {share:.0%} of the data", hint="0% to 100%")
         from snapchain.replica.verification import verify_replica
@@ -283,6 +304,15 @@ class ReplicaDestination(ReplicaWriting):
         _ = on_event
         held = release_at(self.endpoint, disk, in_full(point), check_tag(tag), dry_run=dry_run)
         return held.point, _hold_records(held.holds)
+
+    def repairing(self, sources: Sequence[LeafSource], *, read_data: bool = False) -> Work[RepairPlan, RepairReport]:
+        """Raises InvalidInput: a replica's files come whole from their source."""
+        _ = sources, read_data
+        raise InvalidInput(
+            "this command takes a repository, and that is a replica",
+            subject=self.url,
+            hint="send the disk to the replica again: snapchain send IMAGE DEST::DISK --cut-replica",
+        )
 
     def collecting(self, limits: GcLimits | None = None) -> Work[GcPlan, GcReport]:
         """Raises InvalidInput: what a merge frees at a replica is free at once."""

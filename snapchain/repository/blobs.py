@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from snapchain.errors import Corrupt, NotFound
+from snapchain.errors import Corrupt, NotFound, Unavailable
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import pack_name
@@ -72,12 +72,18 @@ class BlobReader:
         except Corrupt:
             for at in group:
                 yield at, self._read_somewhere(*wanted[at])
+        except Unavailable:
+            # A store that does not answer has lost nothing; a pack that is known to be damaged has a bad sector.
+            if not self._is_known_damaged(wanted[group[0]][1].pack):
+                raise
+            for at in group:
+                yield at, self._read_somewhere(*wanted[at])
 
     def _read_somewhere(self, blob: bytes, where: Location) -> bytes:
         """The plain bytes of one blob, from the first place where they are whole."""
         try:
             return self._read_there(blob, where)
-        except Corrupt:
+        except (Corrupt, Unavailable):
             self.damaged.add(where.pack)
             for copy in self.copies(blob, where):
                 try:
@@ -85,6 +91,10 @@ class BlobReader:
                 except Corrupt:
                     self.damaged.add(copy.pack)
             raise
+
+    def _is_known_damaged(self, pack: str) -> bool:
+        with self._loading:
+            return pack in self.damaged or (self._index is not None and pack in self._index.avoid)
 
     def _read_there(self, blob: bytes, where: Location) -> bytes:
         ((_, plain),) = self._read_together([(blob, where)], [0])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from snapchain.errors import Corrupt
-from snapchain.model.extents import DATA, Extents, Int64s
+from snapchain.model.extents import DATA, Extents, Int64s, over
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.format import layer_name
 from snapchain.repository.layers import StoredLayer, resolve
@@ -94,6 +94,24 @@ class ChainView:
             view = memoryview(plain)
             for place, at, skip, length in targets[wanted[number][1]][1]:
                 pieces[place][1][at : at + length] = view[skip : skip + length]
+
+
+class Composed:
+    """The map of a chain, made from that of the chain below where that was asked for last: chains of many layers."""
+
+    def __init__(self) -> None:
+        self._last: tuple[list[str], Extents] = [], Extents.absent(0)
+
+    def of(self, chain: Sequence[StoredLayer]) -> Extents:
+        """As `layers.resolve`. chain: root first"""
+        ids = [layer.id for layer in chain]
+        known, view = self._last
+        at = len(known) if ids[: len(known)] == known else 0
+        for place in range(at, len(chain)):
+            own = chain[place].extents().owned_by(place)
+            view = over(view, own) if place else own
+        self._last = ids, view
+        return view
 
 
 def _parts(

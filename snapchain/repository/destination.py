@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import TYPE_CHECKING
 
-from snapchain.destination.reading import Work
+from snapchain.destination.reading import LeafSource, Work
 from snapchain.destination.records import (
     DiskRecord,
     GcLimits,
@@ -17,6 +17,8 @@ from snapchain.destination.records import (
     HoldRecord,
     PointsMergePlan,
     PointsMergeReport,
+    RepairPlan,
+    RepairReport,
     VerifyReport,
 )
 from snapchain.destination.traits import REPOSITORY, Traits
@@ -25,7 +27,15 @@ from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.repository.catalogue import Catalogue, Hold, Point, find_point
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.disk_writer import RepositoryWriting
-from snapchain.repository.reader import RecordedLeaves, RepositoryPoint, point_leaves, point_record, read_point
+from snapchain.repository.reader import (
+    RecordedLeaves,
+    RepositoryPoint,
+    WholePoint,
+    point_leaves,
+    point_record,
+    read_point,
+    whole_point,
+)
 from snapchain.repository.repository import Repository
 
 if TYPE_CHECKING:
@@ -114,11 +124,22 @@ class RepositoryDestination(RepositoryWriting):
         _ = on_event
         return point_leaves(self.repository, disk, point)
 
-    def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
+    def whole(self, disk: str, point: str | None = None) -> AbstractContextManager[WholePoint]:
+        """As ReadableDestination."""
+        return whole_point(self.repository, disk, point)
+
+    def verify(
+        self,
+        disk: str | None = None,
+        *,
+        share: float = 0.0,
+        since: datetime | None = None,
+        on_event: OnEvent = ignore,
+    ) -> VerifyReport:
         """As `verification.verify`."""
         from snapchain.repository.verification import verify
 
-        return verify(self.repository, disk=disk, share=share, on_event=on_event)
+        return verify(self.repository, disk=disk, share=share, since=since, on_event=on_event)
 
     def merging(
         self, disk: str, rules: Rules, *, zone: tzinfo = UTC, now: datetime | None = None
@@ -158,6 +179,12 @@ class RepositoryDestination(RepositoryWriting):
             return number, _holds_of(holds.released(catalogue.points, number, tag, disk=disk), number)
         left = self.repository.release(disk, number, tag, on_wait=lambda words: on_event(Notice(words)))
         return number, _holds_of([left], number)
+
+    def repairing(self, sources: Sequence[LeafSource], *, read_data: bool = False) -> Work[RepairPlan, RepairReport]:
+        """As ReadableDestination."""
+        from snapchain.repository.repair import Repair
+
+        return Repair(self.repository, sources, read_data=read_data)
 
     def collecting(self, limits: GcLimits | None = None) -> Collecting:
         """As ReadableDestination."""

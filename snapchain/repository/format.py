@@ -8,6 +8,7 @@
     index/damaged-NAME            packs that were found damaged
     index/condemned-NAME          packs and layers that are to be deleted
     index/awaited-NAME            for whose leases that waits
+    verified/NAME                 packs and layers that were read and found good, and when
     layers/LAYER                  one layer: its header and the table of its pages
     disks/DISK/GENERATION         the catalogue of one disk: its points and their layers
     guests/GUEST/NUMBER           a step of a guest from one state to another: who may run it
@@ -78,10 +79,14 @@ PAGE_ROW = np.dtype(
 )
 """A page of a layer record: the guest range it speaks of, the blob that holds it, its DATA and ZERO bytes."""
 
+VERIFIED_ROW = np.dtype([("id", "u1", (PACK_ID_BYTES,)), ("time", "<u8")])
+"""A pack or a layer that was found good, and when: seconds since 1970."""
+
 _INDEX = re.compile(r"index/([0-9]{10})-[0-9a-f]{32}")
 _DAMAGE = re.compile(r"index/damaged-[0-9a-f]{32}")
 _CONDEMNED = re.compile(r"index/condemned-[0-9a-f]{32}")
 _AWAITED = re.compile(r"index/awaited-[0-9a-f]{32}")
+_VERIFIED = re.compile(r"verified/[0-9a-f]{32}")
 _HEX16 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -139,6 +144,16 @@ def awaited_name(name: str) -> str:
 def is_awaited(name: str) -> bool:
     """Whether an object says for which leases a deletion waits."""
     return _AWAITED.fullmatch(name) is not None
+
+
+def verified_name(name: str) -> str:
+    """Object name of a record of what was verified."""
+    return f"verified/{name}"
+
+
+def is_verified(name: str) -> bool:
+    """Whether an object is a record of what was verified."""
+    return _VERIFIED.fullmatch(name) is not None
 
 
 def layer_name(layer: str) -> str:

@@ -15,6 +15,7 @@ The directory makes a pack speak for itself: an index can always be made again f
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,17 +153,25 @@ def read_directory(
 ) -> tuple[PackReader, npt.NDArray[np.uint8], npt.NDArray[np.void]]:
     """Open a pack by its own directory. Raises Corrupt."""
     name = pack_name(pack)
+    return directory_of(keys, pack, size, lambda offset, length: store.get(name, offset=offset, length=length))
+
+
+def directory_of(
+    keys: Keyring, pack: str, size: int, read: Callable[[int, int], bytes]
+) -> tuple[PackReader, npt.NDArray[np.uint8], npt.NDArray[np.void]]:
+    """As `read_directory`. read: bytes of the pack, by offset and length."""
+    name = pack_name(pack)
     if size < FIRST_BLOB + TRAILER.size:
         raise Corrupt("the pack is cut short", subject=name)
-    check_head(store.get(name, length=FIRST_BLOB), KIND, subject=name)
+    check_head(read(0, FIRST_BLOB), KIND, subject=name)
     reader = PackReader(keys, pack)
-    stored, count, end = TRAILER.unpack(store.get(name, offset=size - TRAILER.size, length=TRAILER.size))
+    stored, count, end = TRAILER.unpack(read(size - TRAILER.size, TRAILER.size))
     offset = size - TRAILER.size - stored
     if end != _END or offset < FIRST_BLOB:
         raise Corrupt("the pack has no trailer: it is cut short or was altered", subject=name)
     if stored > _LARGEST_DIRECTORY:
         raise Corrupt(f"a directory of {stored} bytes is not plausible", subject=name)
-    ids, rows = reader.directory(offset, count, store.get(name, offset=offset, length=stored))
+    ids, rows = reader.directory(offset, count, read(offset, stored))
     return reader, ids, rows
 
 

@@ -86,6 +86,25 @@ class RecordedLeaves:
         return leaves_shown(self.stored, first, min(stop, self.size))
 
 
+@dataclass(frozen=True, slots=True)
+class WholePoint:
+    """A point as a WholeDisk. What it gives is what its blobs hold: only who takes all of it can prove its content."""
+
+    view: ChainView
+
+    @property
+    def size(self) -> int:
+        return self.view.size
+
+    @property
+    def extents(self) -> Extents:
+        return self.view.extents.owned_by(0)
+
+    def read_into(self, offset: int, buffer: memoryview, /) -> None:
+        """As WholeDisk. Raises Corrupt."""
+        self.view.read_into(offset, buffer)
+
+
 def point_record(point: Point, layers: int) -> PointRecord:
     """layers: length of its chain."""
     from snapchain.model.retention import is_future
@@ -133,6 +152,15 @@ def read_point(
         {disk: [layer.id for layer in layers]}, f"restore {disk}", on_wait=lambda words: on_event(Notice(words))
     ):
         yield opened
+
+
+@contextmanager
+def whole_point(repository: Repository, disk: str, wanted: str | None) -> Iterator[WholePoint]:
+    """A point that can be read at any offset; while it is, no collector takes its data away. Raises NotFound."""
+    catalogue = repository.catalogue(disk)
+    layers = repository.chain_of(catalogue, find_point(catalogue, wanted))
+    with repository.reading({disk: [layer.id for layer in layers]}, f"read {disk}"):
+        yield WholePoint(ChainView(layers, repository.blobs))
 
 
 @contextmanager

@@ -121,16 +121,10 @@ class Replay:
             raise Corrupt("what was read has not the content id that was recorded", subject=layer_name(self._layer.id))
         return self._layer.header.content_id
 
-    def find_bad(self, *, keep: Callable[[int], bool], on_bytes: Callable[[int], None]) -> tuple[int, list[Bad]]:
-        """(guest bytes read, all damaged ranges). keep: whether to read the task of this number."""
-        chosen = (task for at, task in enumerate(self._tasks()) if keep(at))
-        bytes_read, bad = 0, list[Bad]()
-        with closing(self._results(chosen)) as results:
-            for done in results:
-                bytes_read += done.bytes_read
-                bad.extend(done.bad)
-                on_bytes(done.bytes_read)
-        return bytes_read, bad
+    def find_bad(self) -> list[Bad]:
+        """All damaged ranges."""
+        with closing(self._results(self._tasks())) as results:
+            return [bad for done in results for bad in done.bad]
 
     def _tasks(self) -> Iterator[Task]:
         layers = self._view.layers

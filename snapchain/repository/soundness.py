@@ -1,4 +1,4 @@
-"""Is everything in order that restoring does not look at: indexes, older catalogues, and packs as wholes?
+"""Is everything in order that restoring does not look at: indexes and older catalogues? And which blobs are lost?
 
 Shipping relies on it: it names what an index lists and a pack holds, without reading it again.
 """
@@ -11,13 +11,12 @@ import blake3
 import numpy as np
 
 from snapchain.errors import Corrupt, NotFound, SnapchainError
-from snapchain.model.extents import Int64s
 from snapchain.repository import catalogue as catalogues, damage, index as indexes
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.format import pack_name
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.layers import StoredLayer, page_location
-from snapchain.repository.packs import FIRST_BLOB, TRAILER, Location, read_directory
+from snapchain.repository.packs import Location
 from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository
 
@@ -213,36 +212,3 @@ def check_history(repository: Repository, disk_key: str) -> Iterator[SnapchainEr
         if before and before[0].generation + 1 == current.generation and before[1] != current.previous:
             yield Corrupt("it does not follow the generation that is stored before it", subject=name)
         before = current, blake3.blake3(data).hexdigest()
-
-
-def check_pack(repository: Repository, pack: str, size: int, read: Int64s) -> Iterator[SnapchainError]:
-    """What is wrong with a pack, which is noted as damaged then.
-
-    read: offsets of the blobs in it that somebody has read and found right.
-    """
-    for error in _errors_in_pack(repository, pack, size, read):
-        repository.blobs.damaged.add(pack)
-        yield error
-
-
-def _errors_in_pack(repository: Repository, pack: str, size: int, read: Int64s) -> Iterator[SnapchainError]:
-    try:
-        _, ids, rows = read_directory(repository.store, repository.keys, pack, size)
-    except NotFound:
-        return  # collected meanwhile; what somebody needs of it, its layers miss
-    except SnapchainError as error:
-        yield error
-        return
-    offset, stored = rows["offset"].astype(np.int64), rows["stored"].astype(np.int64)
-    ends = np.append(FIRST_BLOB, offset + stored)
-    if not np.array_equal(ends[:-1], offset) or ends[-1] > size - TRAILER.size:
-        yield Corrupt("the pack's directory does not fit the pack", subject=pack_name(pack))
-        return
-    for at in np.flatnonzero(~np.isin(offset, read)).tolist():
-        where = Location(pack, int(offset[at]), int(stored[at]), int(rows["raw"][at]))
-        try:
-            repository.blobs.read(ids[at].tobytes(), where)
-        except SnapchainError as error:
-            if repository.store.size(pack_name(pack)) is None:
-                return
-            yield error

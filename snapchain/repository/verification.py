@@ -1,37 +1,43 @@
-"""Verifying a repository, or one disk of it: is every point still what was shipped?
+"""Verifying a repository, or one disk of it: is every point still what was shipped? In three depths.
 
-Records always: catalogues, layer records, pages, indexes; every pack named is there and long enough, or what it held
-has a copy; every layer's leaves add up to the content id that was recorded.  Data with `read_data` or a `sample`: every
-blob is read, decrypted, and the leaves that it gives compared with the record; and of packs also what no point names.
-Packs in which damage is found are recorded, so that the next shipment stores again what they held.
+records     catalogues, layer records, pages, indexes; every layer's leaves add up to the content id that was recorded
+existence   every pack that a record names is there and long enough, or what it held has a copy
+data        every pack is read, whole and once; each blob decrypts and has the bytes of its id (pack_reading.py); each
+            leaf is proven, by the ids or by reading it (leaf_proof.py).  Also what no point names.
+
+Records and existence always; data of all packs and layers, or of a share of them: those that were not read for longest.
+What was found good is kept (verified.py), so that runs take turns, and one that was interrupted is continued.
+Packs in which damage is found are recorded (damage.py), so that the next shipment stores again what they held.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import numpy as np
-import numpy.typing as npt
 
 from snapchain.destination.records import Finding, Findings, VerifyReport
 from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError
 from snapchain.model.content import LEAF_BYTES, empty_sum
-from snapchain.model.events import Notice, OnEvent, counting, ignore
+from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.extents import DATA, Int64s, rounded
 from snapchain.repository import slot_list
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
-from snapchain.repository.chain import ChainView
+from snapchain.repository.chain import ChainView, Composed
 from snapchain.repository.damage import recorded
+from snapchain.repository.data_check import DataCheck, check_answers
 from snapchain.repository.format import is_id, layer_name, pack_name
 from snapchain.repository.index import newest
 from snapchain.repository.ingest import change_of, sum_beyond
 from snapchain.repository.layers import StoredLayer, page_location
+from snapchain.repository.leaf_proof import doubtful, map_of, touched
+from snapchain.repository.pages import Page
 from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository, check_agrees
-from snapchain.repository.soundness import check_history, check_indexes, check_pack, check_there, named_by_page
+from snapchain.repository.soundness import check_history, check_indexes, check_there, named_by_page
 
 _MOST_STEPS = 2_000_000
 """Layers and points looked at to tell which points are affected; in a catalogue that is nothing but damage."""
@@ -40,33 +46,38 @@ _MOST_STEPS = 2_000_000
 @dataclass(slots=True)
 class _Tally:
     findings: Findings = field(default_factory=Findings)
-    checked_bytes: int = 0
     layers: int = 0
-    read: dict[str, list[Int64s]] = field(default_factory=dict)
-
-    def note_read(self, pack: str, offsets: npt.NDArray[np.uint32]) -> None:
-        """These blobs are read with the layers that name them."""
-        self.read.setdefault(pack, []).append(np.unique(offsets).astype(np.int64))
+    by_disk: dict[str, int] = field(default_factory=dict)
 
     def note(self, error: SnapchainError, catalogue: Catalogue | None, points: Sequence[int], where: str = "") -> None:
         """Turn an error into a finding; the same one twice is one."""
+        if catalogue is not None:
+            self.by_disk[catalogue.disk] = self.by_disk.get(catalogue.disk, 0) + 1
         self.findings.add(Finding.of(error, catalogue.disk if catalogue else None, points, where))
 
 
 class Verification:
-    """A repository, or one disk of it, and how much of its data to read. share: 0 to 1, which part is drawn anew."""
+    """A repository, or one disk of it, and how much of its data to read.
 
-    def __init__(self, repository: Repository, disk: str | None, share: float) -> None:
+    share: 0 to 1; since: what was read and found good at this time or later is not read again
+    """
+
+    def __init__(
+        self, repository: Repository, disk: str | None, share: float, *, since: datetime | None = None
+    ) -> None:
         if not 0 <= share <= 1:
             raise InvalidInput(f"a share of {share:.0%} of the data", hint="0% to 100%")
         self._repository = repository
         self._disk = disk
         self._share = share
+        self._since = since
         self._doubted: frozenset[str] = frozenset()
-        self._draw = random.Random()  # noqa: S311 -- chooses what to read, keeps no secret
 
     def run(self, *, on_event: OnEvent = ignore) -> VerifyReport:
-        """Look at everything; findings are values, not errors. Raises only when nothing can be read."""
+        """Look at everything; findings are values, not errors.
+
+        Raises Unavailable when the store no longer answers: run it again, and it goes on.
+        """
         for attempt in range(ATTEMPTS):
             tally = _Tally()
             found = list(self._catalogues(tally))
@@ -87,25 +98,41 @@ class Verification:
 
     def _checked(self, found: Sequence[Catalogue], tally: _Tally, on_event: OnEvent) -> VerifyReport:
         # In this order: what a shipment adds meanwhile is named by nothing that was read before.
-        listed = [info.name for info in newest(self._repository.store)[1]]
-        packs = {info.name: info.size for info in self._repository.store.list("packs/")}
-        self._doubted = recorded(self._repository.store, self._repository.keys)
-        total = sum(self._repository_bytes(catalogue) for catalogue in found) if self._share else None
-        on_bytes = counting("verify", total, on_event)
-        for catalogue in found:
-            self._check_disk(catalogue, packs, tally, on_bytes)
-        if self._disk is None:
-            self._check_rest(listed, packs, tally)
+        store, keys = self._repository.store, self._repository.keys
+        listed = [info.name for info in newest(store)[1]]
+        packs = {info.name: info.size for info in store.list("packs/")}
+        self._doubted = recorded(store, keys)
+        data = None
+        if self._share:
+            layers = {layer for catalogue in found for layer in catalogue.parents}
+            data = DataCheck(self._repository, self._sizes_in_scope(found, packs), layers, on_event)
+            data.choose(self._share, self._since, self._disk)
+        with ExitStack() as stack:
+            if data is not None:
+                stack.enter_context(data.kept())
+                data.read_packs()
+            for catalogue in found:
+                self._check_disk(catalogue, packs, tally, data)
+            if self._disk is None:
+                self._check_rest(listed, packs, tally, data)
+            if data is not None:
+                there = {*map(_pack_of, packs)} if self._disk is None else None
+                data.finish(found, tally.by_disk, there)
         findings = tally.findings.all()
         return VerifyReport(
             ok=not findings,
-            destination=self._repository.store.url,
+            destination=store.url,
             disks=len(found),
             points=sum(len(catalogue.points) for catalogue in found),
             layers=tally.layers,
             data_read=self._share > 0,
-            checked_bytes=tally.checked_bytes,
+            checked_bytes=data.guest_bytes if data else 0,
             findings=findings,
+            read_bytes=data.read_bytes if data else 0,
+            fresh_bytes=data.fresh_bytes if data else 0,
+            stored_bytes=data.stored_bytes if data else 0,
+            continued=data is not None and data.continued,
+            verified_since=data.oldest if data else None,
         )
 
     def _catalogues(self, tally: _Tally) -> Iterator[Catalogue]:
@@ -114,29 +141,45 @@ class Verification:
             try:
                 yield repository.catalogue(self._disk)
             except Corrupt as error:
-                tally.note(error, None, ())
+                self._note(tally, error, None, ())
             return
         for key in repository.disk_keys():
             try:
                 catalogue = repository.catalogue_of(key)
             except SnapchainError as error:
-                tally.note(error, None, ())
+                self._note(tally, error, None, ())
             else:
                 if catalogue is not None:
                     yield catalogue
 
-    def _repository_bytes(self, catalogue: Catalogue) -> int:
-        total = 0
-        for layer in catalogue.parents:
-            try:
-                total += self._repository.layer(layer).header.data_bytes
-            except SnapchainError:
-                continue  # counted for the progress bar only; `_check_disk` reports it
-        return int(total * self._share)
-
-    def _check_disk(
-        self, catalogue: Catalogue, packs: dict[str, int], tally: _Tally, on_bytes: Callable[[int], None]
+    def _note(
+        self, tally: _Tally, error: SnapchainError, catalogue: Catalogue | None, points: Sequence[int], where: str = ""
     ) -> None:
+        """An error is a finding. Raises Unavailable when the store no longer answers at all."""
+        check_answers(self._repository, error)
+        tally.note(error, catalogue, points, where)
+
+    def _sizes_in_scope(self, found: Sequence[Catalogue], packs: Mapping[str, int]) -> dict[str, int]:
+        """pack -> bytes of its object, of the packs to read: all, or those of one disk. Not those known to be damaged:
+        of them nothing is relied on but what layers name.
+        """
+        there = {_pack_of(name): size for name, size in packs.items() if name == pack_name(_pack_of(name))}
+        wanted = there.keys() - self._doubted
+        if self._disk is not None:
+            wanted &= {pack for catalogue in found for pack in self._named(catalogue)}
+        return {pack: there[pack] for pack in sorted(wanted) if is_id(pack)}
+
+    def _named(self, catalogue: Catalogue) -> Iterator[str]:
+        """The packs that a disk's layers name. Records that cannot be read are reported by `_check_disk`."""
+        for layer in catalogue.parents:
+            with suppress(SnapchainError):
+                opened = self._repository.layer(layer)
+                for row in opened.table:
+                    yield bytes(row["pack"]).hex()
+                    (page,) = opened.pages(int(row["first"]), min(int(row["stop"]), opened.size))
+                    yield from _packs_of(page)
+
+    def _check_disk(self, catalogue: Catalogue, packs: dict[str, int], tally: _Tally, data: DataCheck | None) -> None:
         affected = points_on(catalogue)
         opened: dict[str, StoredLayer] = {}
         bad: set[str] = set()
@@ -144,10 +187,10 @@ class Verification:
             tally.layers += 1
             try:
                 opened[layer] = self._repository.layer(layer)
-                self._check_packs(opened[layer], packs, tally)
+                self._check_packs(opened[layer], packs, catalogue.disk, data)
             except SnapchainError as error:
                 bad.add(layer)
-                tally.note(error, catalogue, affected.get(layer, ()))
+                self._note(tally, error, catalogue, affected.get(layer, ()))
         breaks = catalogue.breaks()
         for point in catalogue.points:
             try:
@@ -156,84 +199,112 @@ class Verification:
                 if top is not None:
                     check_agrees(catalogue.disk, point, top)
             except SnapchainError as error:
-                tally.note(error, catalogue, (point.point,))
+                self._note(tally, error, catalogue, (point.point,))
                 bad.add(point.layer)
         bad |= catalogue.above(bad)
+        composed = Composed()
         for layer in opened:
             if layer in bad:
                 continue
             try:
                 catalogue.check_chain(layer, breaks)
-                chain_ids = catalogue.chain(layer)
-                _check_sum([opened[each] for each in chain_ids])
-                if self._share:
-                    self._check_data([opened[each] for each in chain_ids], catalogue, affected, tally, on_bytes)
+                chain = [opened[each] for each in catalogue.chain(layer)]
+                _check_sum(chain)
+                if data is not None:
+                    self._check_data(chain, composed, catalogue, affected, tally, data)
             except SnapchainError as error:
-                tally.note(error, catalogue, affected.get(layer, ()))
+                self._note(tally, error, catalogue, affected.get(layer, ()))
 
-    def _check_rest(self, indexes: list[str], packs: dict[str, int], tally: _Tally) -> None:
+    def _check_rest(self, indexes: list[str], packs: dict[str, int], tally: _Tally, data: DataCheck | None) -> None:
         """What no point needs, and the next shipment relies on."""
         repository = self._repository
         for error in slot_list.check(repository.store, repository.keys):
             tally.note(error, None, ())
         for error in check_indexes(repository, indexes, packs):
-            tally.note(error, None, ())
+            self._note(tally, error, None, ())
         if self._share >= 1:
             for key in repository.store.list_dirs("disks/"):
                 for error in check_history(repository, key):
-                    tally.note(error, None, ())
-        for name, size in packs.items():
-            pack = name.rpartition("/")[2]
-            if not is_id(pack) or pack in self._doubted or not self._is_drawn():
-                continue  # nothing relies on a pack that is known to be damaged but the layers that name it
-            read = np.concatenate([np.empty(0, np.int64), *tally.read.pop(pack, ())])
-            for error in check_pack(repository, pack, size, read):
-                tally.note(error, None, ())
+                    self._note(tally, error, None, ())
+        for error in () if data is None else data.unnamed_errors():
+            self._note(tally, error, None, ())
 
-    def _is_drawn(self) -> bool:
-        return self._share >= 1 or self._draw.random() < self._share
-
-    def _check_packs(self, layer: StoredLayer, packs: dict[str, int], tally: _Tally) -> None:
+    def _check_packs(self, layer: StoredLayer, packs: dict[str, int], disk: str, data: DataCheck | None) -> None:
         """Every page can be read, and every blob that it names lies inside a pack that is there, or has a copy."""
         repository = self._repository
         for row in layer.table:
-            check_there(repository, bytes(row["id"]), page_location(row), packs, self._doubted)
-            tally.note_read(bytes(row["pack"]).hex(), row["offset"][np.newaxis])
+            where = page_location(row)
+            if data is not None:  # before anything is raised: what is named is no finding of its own
+                data.note_page(disk, where)
+            check_there(repository, bytes(row["id"]), where, packs, self._doubted)
             (page,) = layer.pages(int(row["first"]), min(int(row["stop"]), layer.size))
-            data = page.runs[page.runs["stored"] != 0]
+            held = page.runs[page.runs["stored"] != 0]
             reach = np.zeros(len(page.packs), np.int64)
-            np.maximum.at(reach, data["pack"], data["offset"].astype(np.int64) + data["stored"])
+            np.maximum.at(reach, held["pack"], held["offset"].astype(np.int64) + held["stored"])
             for place, (pack, end) in enumerate(zip(page.packs, reach.tolist(), strict=True)):
                 if not end:
                     continue  # a merge may keep the name of a pack whose blobs it has dropped; gc looks at runs, too
+                if data is not None:
+                    data.note_named(disk, pack, held["offset"][held["pack"] == place].astype(np.int64))
                 if packs.get(pack_name(pack), 0) < end or pack in self._doubted:
-                    for blob, where in named_by_page(page):
-                        check_there(repository, blob, where, packs, self._doubted)
-                tally.note_read(pack, data["offset"][data["pack"] == place])
+                    for blob, at in named_by_page(page):
+                        check_there(repository, blob, at, packs, self._doubted)
 
     def _check_data(
         self,
         chain: Sequence[StoredLayer],
+        composed: Composed,
         catalogue: Catalogue,
         affected: PointsOn,
         tally: _Tally,
-        on_bytes: Callable[[int], None],
+        data: DataCheck,
     ) -> None:
+        """Prove the leaves of the last layer of a chain, if it is its turn; else those in packs with damage."""
         layer = chain[-1]
-        view = ChainView(chain, self._repository.blobs)
-        replay = Replay(view, layer.extents()).on(chain[:-1])
-        read, bad = replay.find_bad(keep=lambda _: self._is_drawn(), on_bytes=on_bytes)
-        tally.checked_bytes += read
-        for each in bad:
-            where = f"guest bytes {each.start} to {each.stop}: "
-            tally.note(each.error, catalogue, affected.get(layer.id, ()), where)
+        in_turn = layer.id in data.layers
+        ranges: list[tuple[Int64s, Int64s]] = []
+        damaged = data.bad.keys() | self._doubted
+        for page in layer.each_page(0, layer.size):
+            suspect = data.runs_in(page, damaged)
+            if in_turn:
+                trusted = data.trusted(page) & ~suspect
+                ranges.append(doubtful(page, layer.size, trusted, self._repository.keys.blob_id))
+            elif suspect.any():
+                ranges.append(touched(page, layer.size, suspect))
+        left = map_of(layer.size, ranges)
+        if left.data_bytes:
+            view = ChainView(chain, self._repository.blobs, composed.of(chain))
+            bad = Replay(view, left).on(chain[:-1]).find_bad()
+            for each in bad:
+                where = f"guest bytes {each.start} to {each.stop}: "
+                self._note(tally, each.error, catalogue, affected.get(layer.id, ()), where)
+            if bad:
+                return
+        if in_turn:
+            data.note_good(layer.id)
 
 
 def verify(
-    repository: Repository, *, disk: str | None = None, share: float = 0.0, on_event: OnEvent = ignore
+    repository: Repository,
+    *,
+    disk: str | None = None,
+    share: float = 0.0,
+    since: datetime | None = None,
+    on_event: OnEvent = ignore,
 ) -> VerifyReport:
-    """Check all disks or one: every record, and a share of the data (1.0 for all of it)."""
-    return Verification(repository, disk, share).run(on_event=on_event)
+    """Check all disks or one: every record, and a share of the data (1.0: all) as far as it was not read since then."""
+    return Verification(repository, disk, share, since=since).run(on_event=on_event)
+
+
+def _pack_of(name: str) -> str:
+    """The id in an object name of a pack."""
+    return name.rpartition("/")[2]
+
+
+def _packs_of(page: Page) -> Iterator[str]:
+    """The packs that a page's runs name."""
+    for place in np.unique(page.runs["pack"][page.runs["stored"] != 0]).tolist():
+        yield page.packs[place]
 
 
 def _check_sum(chain: Sequence[StoredLayer]) -> None:

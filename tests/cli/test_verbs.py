@@ -290,7 +290,7 @@ def test_diff_names_the_ranges(run: Run, disk: Path, week: list[str]) -> None:
 def test_verify_says_what_is_damaged_and_ends_with_5(run: Run, week: list[str], tmp_path: Path) -> None:
     whole = run("verify", "repo", "--read-data", "--json")
     assert (whole.status, whole.json["ok"], whole.json["findings"]) == (0, True, [])
-    assert whole.json["checked_bytes"] > 3 * MiB
+    assert whole.json["checked_bytes"] > MiB
     assert run("verify", DISK, "--sample", "50%").status == 0
     pack = max((tmp_path / "repo" / "packs").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     pack.chmod(0o600)

@@ -222,6 +222,21 @@ def test_a_lost_record_of_a_layer_is_made_good(world: World) -> None:
         assert verify(again(repo), disk=DISK, share=1.0).ok
 
 
+@pytest.mark.parametrize("how", ["gone", "half", "blob"])
+def test_without_any_index_the_image_makes_all_points_whole(world: World, how: str) -> None:
+    """What no index lists counts as absent; a pack that is damaged besides is found by reading."""
+    for name in names(world.repo)[::5]:
+        repo = world.copy()
+        for info in list(repo.store.list("index/")):
+            repo.store.delete(info.name)
+        assert whole(repo, DISK, world.shown[DISK]) == {1, 2, 3}
+        damage(repo.store, name, how)
+        verify(again(repo), share=1.0)
+        assert ship(world.files[-1], repo).damaged == ()
+        assert whole(repo, DISK, world.shown[DISK] | {4: world.shown[DISK][3]}) == {1, 2, 3, 4}, name
+        assert verify(again(repo), disk=DISK, share=1.0).ok
+
+
 def test_damage_that_comes_to_light_while_shipping_is_mended_by_the_same_shipment(world: World) -> None:
     """A page of a layer below is read to count the new content: the shipment begins again, and knows."""
     made = repository(MemoryStore(), suite=AES, block_size=BLOCK)

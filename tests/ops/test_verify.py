@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from snapchain.destination.records import VerifyReport
@@ -18,7 +17,7 @@ from snapchain.ops.inspect import inspect_point
 from snapchain.ops.restore.run import Restoration
 from snapchain.repository import collecting as gc, index as indexes
 from snapchain.repository.catalogue import Point
-from snapchain.repository.crypto import AES, NONE
+from snapchain.repository.crypto import AES
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.format import is_damage, layer_name, pack_name
 from snapchain.repository.points_merge import RepositoryMerge
@@ -352,16 +351,6 @@ def test_a_blob_that_only_an_index_names_is_read_too(repo: Repository) -> None:
             for name in [each.name for each in store.list("index/") if is_damage(each.name)]:
                 store.delete(name)
     assert unnamed > 1
-
-
-def test_a_sample_reads_about_its_share(tmp_path: Path) -> None:
-    repo = repository(MemoryStore(), suite=NONE)
-    (image,) = build(tmp_path / "c", [Layer(256 * MiB)])
-    write(image, "write -P 1 0 256M")
-    ship(image, repo)
-    read = [verify(again(repo), share=0.25).checked_bytes for _ in range(3)]
-    assert all(0 < each < 256 * MiB for each in read)
-    assert abs(np.mean(read) / (256 * MiB) - 0.25) < 0.2
 
 
 def test_what_is_shipped_meanwhile_is_no_finding(repo: Repository, tmp_path: Path) -> None:

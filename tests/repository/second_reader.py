@@ -286,6 +286,17 @@ class Reader:
             found.update(load_json(body, {"format", "time", "packs", "made_by"}, {"made_by"})["packs"])
         return found
 
+    def verified(self) -> dict[str, int]:
+        """Packs and layers that were found good -> seconds since 1970."""
+        found: dict[str, int] = {}
+        for path in sorted((self._root / "verified").glob("*")):
+            body = self.keys.unseal(b"V", f"verified/{path.name}", path.read_bytes())
+            at = 4 + struct.unpack_from("<I", body)[0]
+            load_json(body[4:at], {"format", "time", "readings", "disks", "made_by"}, {"made_by"})
+            for each, time in struct.iter_unpack("<16sQ", body[at:]):
+                found[each.hex()] = max(time, found.get(each.hex(), 0))
+        return {each: time for each, time in found.items() if each not in self.damaged()}
+
     def _blob_at(self, blob: bytes, where: Location) -> bytes:
         with self._root.joinpath("packs", where.pack[:2], where.pack).open("rb") as file:
             file.seek(where.offset)
