@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         PointsMergeReport,
         VerifyReport,
     )
+    from snapchain.destination.summary import DiskSummary
     from snapchain.model.retention import Rules
 
 PlanT_co = TypeVar("PlanT_co", covariant=True)
@@ -153,6 +154,14 @@ class ReadableDestination(Protocol):
 
     def disks(self, disk: str | None = None) -> tuple[DiskRecord, ...]:
         """All disks by name, or one, with their points. Raises NotFound."""
+        ...
+
+    def summaries(self, disk: str | None = None, *, now: datetime | None = None) -> tuple[DiskSummary, ...]:
+        """All disks by name, or one, at a glance. now: the clock that says which points are of the future
+
+        Of all disks, one that cannot be read is a summary with its trouble. Raises NotFound, and what keeps the
+        destination from answering at all.
+        """
         ...
 
     def reader(

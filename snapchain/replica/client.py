@@ -23,6 +23,7 @@ from snapchain.replica.stream.guest_messages import AskGuest, Handed, HandedDisk
 from snapchain.replica.stream.messages import (
     PROGRESS,
     Ask,
+    BriefDisk,
     DecidedPoint,
     Finding,
     Held,
@@ -79,6 +80,27 @@ def points_at(endpoint: Endpoint, disk: str | None = None) -> list[Disk]:
             found[-1].points.extend(page.points)
     if disk is not None and not found:
         raise Corrupt("its answer lacks the disk that was asked for", subject=endpoint.url)
+    return found
+
+
+def summaries_at(endpoint: Endpoint) -> list[BriefDisk] | None:
+    """All disks there in short, as they are listed; None from a snapchain that is too old to answer so.
+
+    Raises as `points_at`.
+    """
+    found: list[BriefDisk] = []
+    with _connected(endpoint) as session:
+        session.begin()
+        if Feature.SUMMARY not in session.features:
+            return None
+        for frame in session.responses(Kind.ASK, Ask(want="summary", replica=endpoint.replica)):
+            if frame.kind is not Kind.DISK:
+                raise session.unexpected(frame)
+            brief = session.decode(BriefDisk, frame)
+            _checked(brief.disk, None, session.peer)
+            found.append(brief)
+    if len({each.disk for each in found}) < len(found):
+        raise Corrupt("it lists one disk in two places", subject=endpoint.url)
     return found
 
 

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
         PointsMergeReport,
         VerifyReport,
     )
+    from snapchain.destination.summary import DiskSummary
     from snapchain.model.retention import Rules
+    from snapchain.replica.stream.messages import BriefDisk
 
 NOT_ENCRYPTED = "none"
 MOST_RUNS = 1 << 23
@@ -210,6 +212,17 @@ class ReplicaDestination(ReplicaWriting):
             for each in points_at(self.endpoint, disk)
         )
 
+    def summaries(self, disk: str | None = None, *, now: datetime | None = None) -> tuple[DiskSummary, ...]:
+        """As ReadableDestination. An older peer lists all points, and lets one disk that it cannot read hide all."""
+        from snapchain.destination.summary import summary_of, with_guests
+        from snapchain.replica.client import summaries_at
+
+        briefs = summaries_at(self.endpoint) if disk is None else None
+        if briefs is not None:
+            return with_guests(map(_summary, briefs))
+        now = now or datetime.now(UTC)
+        return with_guests(summary_of(each, now) for each in self.disks(disk))
+
     @contextmanager
     def reader(
         self,
@@ -313,6 +326,29 @@ def _point_record(point: HeldPoint) -> PointRecord:
         of_the_future=is_future(point.time, datetime.now(UTC)),
         instant=point.instant,
         consistency=point.consistency,
+    )
+
+
+def _summary(brief: BriefDisk) -> DiskSummary:
+    from snapchain.destination.records import Finding
+    from snapchain.destination.summary import DiskSummary, PointSummary, possible_guest
+    from snapchain.replica.stream.session import printable
+
+    trouble = None
+    if brief.kind is not None:
+        trouble = Finding(
+            kind=printable(brief.kind), subject=None, message=printable(brief.message), disk=brief.disk, points=()
+        )
+    return DiskSummary(
+        name=brief.disk,
+        epoch=brief.epoch,
+        points=brief.points,
+        layers=brief.layers,
+        newest=tuple(
+            PointSummary(point=each.point, time=each.time, virtual_size=each.size) for each in brief.newest
+        ),
+        guest=possible_guest(brief.disk) if brief.of_guest else None,
+        trouble=trouble,
     )
 
 

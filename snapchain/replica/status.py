@@ -1,6 +1,6 @@
 """The answer to ASK: the points of a replica, and whether it is sound.
 
-    ASK  ->  DISK* DONE                                    what points there are
+    ASK  ->  DISK* DONE                                    what points there are, or each disk in short
          ->  (PROGRESS* FINDING* VERDICT)* DONE            whether records, or data, are sound
 
 Nothing is made, locked or changed, except that an interrupted merge is finished or undone first.
@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from snapchain.errors import Busy, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
@@ -22,13 +23,15 @@ from snapchain.image.qcow2.refcounts import refcounts
 from snapchain.image.qcow2.tables import ImageFd
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import ByteCount
+from snapchain.model.freshness import candidates
 from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Catalogue, Point
+from snapchain.replica.guest_store import guest_of, read_standing
 from snapchain.replica.merge_journal import is_under_way, wait_for_merge
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream.fields import POINTS_AT_ONCE
 from snapchain.replica.stream.frames import Kind
-from snapchain.replica.stream.messages import PROGRESS, Ask, Finding, HeldDisk, HeldPoint, Verdict
+from snapchain.replica.stream.messages import PROGRESS, Ask, BriefDisk, BriefPoint, Finding, HeldDisk, HeldPoint, Verdict
 from snapchain.replica.stream.requests import Feature
 
 if TYPE_CHECKING:
@@ -40,6 +43,12 @@ def answer(receiver: Receiver, request: Ask) -> None:
     session = receiver.session
     replica = open_replica(receiver.root(request.replica))
     disks = replica.disks() if request.disk is None else [replica.disk(request.disk)]
+    if request.want == "summary":
+        for disk in disks:
+            if (brief := _brief(disk, datetime.now(UTC))) is not None:
+                session.reply(Kind.DISK, brief)
+        session.done()
+        return
     if request.want == "points":
         for disk in disks:
             found = _settled(disk)
@@ -67,6 +76,28 @@ def _settled(disk: ReplicaDisk) -> Catalogue | None:
     with suppress(Busy, InvalidInput, Unsupported):  # its points are listed all the same
         wait_for_merge(disk, patience=0)
     return disk.read()
+
+
+def _brief(disk: ReplicaDisk, now: datetime) -> BriefDisk | None:
+    """A disk in short; None where its first layer is on its way. One that cannot be read hides no other."""
+    try:
+        found = _settled(disk)
+        guest = guest_of(disk.name)
+        standing = read_standing(disk.root, guest) if guest else None
+    except SnapchainError as error:
+        return BriefDisk(disk=disk.name, kind=error.kind, message=str(error)[:4000])
+    if found is None:
+        return None
+    return BriefDisk(
+        disk=disk.name,
+        epoch=found.epoch,
+        points=len(found.points),
+        layers=len(found.layers),
+        newest=tuple(
+            BriefPoint(point=each.point, time=each.time, size=each.size) for each in candidates(found.points, now)
+        ),
+        of_guest=standing is not None or any(point.instant for point in found.points),
+    )
 
 
 def held_point(point: Point, layers: int, features: Collection[str]) -> HeldPoint:

@@ -18,6 +18,7 @@ from snapchain.destination.records import (
     PointsMergeReport,
     VerifyReport,
 )
+from snapchain.destination.summary import DiskSummary, summary_of
 from snapchain.destination.traits import REPOSITORY, Traits
 from snapchain.model import holds
 from snapchain.model.events import Notice, OnEvent, ignore
@@ -81,6 +82,15 @@ class RepositoryDestination(RepositoryWriting):
         repository = self.repository
         found = repository.catalogues() if disk is None else [repository.catalogue(disk)]
         return tuple(map(_disk_record, found))
+
+    def summaries(self, disk: str | None = None, *, now: datetime | None = None) -> tuple[DiskSummary, ...]:
+        """As `summaries.summaries`."""
+        now = now or datetime.now(UTC)
+        if disk is not None:
+            return (summary_of(_disk_record(self.repository.catalogue(disk)), now),)
+        from snapchain.repository.summaries import summaries
+
+        return summaries(self.repository, now)
 
     def reader(
         self,
