@@ -32,7 +32,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Look": {
         "guests": "List the guests of this host, their disks, and what protects them.",
-        "status": "Show how guests stand: who may run each, how far behind, what is owed.",
+        "status": "Show how disks and guests stand: newest points, their age, what is wrong.",
         "log": "List the points of a destination.",
         "inspect": "Show what each layer of a chain holds, drawn to scale.",
         "diff": "List the bytes that differ between two points or images.",

@@ -1,4 +1,4 @@
-"""A disk at a glance: what `status` shows of thousands of disks, without reading all that is recorded of their points."""
+"""A disk at a glance: what `status` shows of thousands of disks, without reading all records of their points."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How old the newest point of a disk is, when some points may be dated later than the clock.
 
-A point of the future proves nothing: a disk whose only new points are of the future may not have been shipped for weeks.
-So the newest point is the newest one that is not of the future; the others are reported beside it.
+A point of the future proves nothing: a disk whose only new points are of the future may not have been shipped for
+weeks.  So the newest point is the newest one that is not of the future; the others are reported beside it.
 
 What is kept of a disk for a later look (`candidates`) stays true as the clock goes on:
 
@@ -37,7 +37,10 @@ P = TypeVar("P", bound=Dated)
 
 
 def newest_of(points: Iterable[P], now: datetime) -> tuple[P | None, tuple[P, ...]]:
-    """The newest point that is not of the future, and all that are, by time. Of equal times the higher number is newer."""
+    """The newest point that is not of the future, and all that are, by time.
+
+    Of equal times the higher number is newer.
+    """
     ordered = sorted(points, key=lambda each: (each.time, each.point))
     future = [each for each in ordered if is_future(each.time, now)]
     past = ordered[: len(ordered) - len(future)]

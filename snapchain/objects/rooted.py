@@ -114,9 +114,7 @@ class Rooted:
         def status(entry: os.DirEntry[str]) -> os.stat_result | None:
             return None if entry.is_dir(follow_symlinks=False) else entry.stat(follow_symlinks=False)
 
-        return sorted(
-            self._scanned(folder, start, status), key=lambda row: f"{row[0]}/" if row[1] is None else row[0]
-        )
+        return sorted(self._scanned(folder, start, status), key=lambda row: f"{row[0]}/" if row[1] is None else row[0])
 
     def _scanned(self, folder: str, start: str, look: Callable[[os.DirEntry[str]], Found]) -> list[tuple[str, Found]]:
         """What `look` says of each entry of `folder` that may be ours, without those that go meanwhile."""

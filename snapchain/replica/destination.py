@@ -344,9 +344,7 @@ def _summary(brief: BriefDisk) -> DiskSummary:
         epoch=brief.epoch,
         points=brief.points,
         layers=brief.layers,
-        newest=tuple(
-            PointSummary(point=each.point, time=each.time, virtual_size=each.size) for each in brief.newest
-        ),
+        newest=tuple(PointSummary(point=each.point, time=each.time, virtual_size=each.size) for each in brief.newest),
         guest=possible_guest(brief.disk) if brief.of_guest else None,
         trouble=trouble,
     )

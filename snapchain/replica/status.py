@@ -31,7 +31,16 @@ from snapchain.replica.merge_journal import is_under_way, wait_for_merge
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream.fields import POINTS_AT_ONCE
 from snapchain.replica.stream.frames import Kind
-from snapchain.replica.stream.messages import PROGRESS, Ask, BriefDisk, BriefPoint, Finding, HeldDisk, HeldPoint, Verdict
+from snapchain.replica.stream.messages import (
+    PROGRESS,
+    Ask,
+    BriefDisk,
+    BriefPoint,
+    Finding,
+    HeldDisk,
+    HeldPoint,
+    Verdict,
+)
 from snapchain.replica.stream.requests import Feature
 
 if TYPE_CHECKING:

@@ -216,9 +216,7 @@ def _line(repository: Repository, key: str, info: ObjectInfo, now: datetime) -> 
     )
 
 
-def _name(
-    repository: Repository, key: str, line: _Line | None, history: Sequence[ObjectInfo], now: datetime
-) -> str:
+def _name(repository: Repository, key: str, line: _Line | None, history: Sequence[ObjectInfo], now: datetime) -> str:
     """The name of a disk whose newest catalogue is of no use: by what was known of it, or by an older one."""
     if line is not None:
         return line.name
@@ -251,9 +249,12 @@ def _write_lines(repository: Repository, lines: Mapping[str, _Line]) -> None:
     salt = secrets.token_bytes(SALT_BYTES)
     packed = zstandard.ZstdCompressor(level=3).compress(text)
     sealed = repository.keys.record_cipher(salt).encrypt(_NONCE, packed, _bound_to(repository))
-    with suppress(SnapchainError, OSError, RuntimeError), PrivateDirectory(cache_dir(), make=True):
-        with PrivateDirectory(cache_dir() / "summaries", make=True) as directory:
-            directory.write(repository.config.id, salt + sealed)
+    with (
+        suppress(SnapchainError, OSError, RuntimeError),
+        PrivateDirectory(cache_dir(), make=True),
+        PrivateDirectory(cache_dir() / "summaries", make=True) as directory,
+    ):
+        directory.write(repository.config.id, salt + sealed)
 
 
 def _bound_to(repository: Repository) -> bytes:
