@@ -12,7 +12,7 @@ from snapchain.cli import exits, options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import duration, moment, size
-from snapchain.errors import InvalidInput, PartialFailure
+from snapchain.errors import PartialFailure
 from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
@@ -78,22 +78,13 @@ def nightly(
         status = 0 if plan.sound else PartialFailure.exit_code
         out.plan(plan, _draw_plan, problems=_draw_plan_problems, status=status)
         return
-    report = ops.run(loaded, config, wait_seconds=_seconds(wait), any_time=any_time, on_event=out.on_event)
+    report = ops.run(
+        loaded, config, wait_seconds=options.seconds(wait, "--wait"), any_time=any_time, on_event=out.on_event
+    )
     status = 0 if report.complete else PartialFailure.exit_code
     if report.interrupted:
         status = exits.interrupted_code()
     out.report(report, _draw_report, problems=_draw_problems, status=status)
-
-
-def _seconds(text: str) -> float:
-    from snapchain.ops.nightly.values import to_seconds
-
-    try:
-        seconds = to_seconds(text)
-    except ValueError as error:
-        raise InvalidInput(str(error), subject="--wait") from error
-    assert isinstance(seconds, float)
-    return seconds
 
 
 def _draw_units(console: Console, units: Units) -> None:

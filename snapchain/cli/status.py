@@ -1,4 +1,4 @@
-"""`snapchain status DEST[::DISK|::GUEST]...`: show how disks and guests stand: newest points, their age, what is wrong."""
+"""`snapchain status DEST[::NAME]...`: show how disks and guests stand: newest points, their age, what is wrong."""
 
 from __future__ import annotations
 
@@ -122,21 +122,13 @@ def _asked(
     with_guests: bool,
     monitored: bool,
 ) -> StatusReport:
-    from snapchain.ops.nightly.values import to_seconds
     from snapchain.ops.status import status as run
 
-    seconds = None
-    if max_age is not None:
-        try:
-            seconds = to_seconds(max_age)
-        except ValueError as error:
-            raise InvalidInput(str(error), subject="--max-age") from error
-        assert isinstance(seconds, float)
     wanted = [_wanted(text, out) for text in places]
     return run(
         wanted,
         match=match,
-        max_age=seconds,
+        max_age=None if max_age is None else options.seconds(max_age, "--max-age"),
         with_guests=with_guests,
         reach=None if monitored else options.reach(None, None, out),
         shows_troubles=monitored or len({each.dest for each in wanted}) > 1,

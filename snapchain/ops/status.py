@@ -86,7 +86,8 @@ class StatusReport(_Shown):
     @property
     def is_sound(self) -> bool:
         """Whether all could be asked and read, and no disk is late."""
-        return not any(each.trouble for each in (*self.destinations, *self.disks)) and not self.late
+        troubles = [*(each.trouble for each in self.destinations), *(each.trouble for each in self.disks)]
+        return not any(troubles) and not self.late
 
     @property
     def late(self) -> tuple[DiskStatus, ...]:

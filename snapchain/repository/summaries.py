@@ -145,7 +145,7 @@ class _Line:
             PointSummary(point=number, time=datetime.fromisoformat(time), virtual_size=size)
             for number, time, size in newest
         )
-        return cls(*fields, points)  # type: ignore[arg-type]
+        return cls(*fields, points)  # type: ignore[call-arg, arg-type]
 
 
 def _listed(repository: Repository, *, is_large: bool) -> dict[str, list[ObjectInfo]]:
