@@ -124,5 +124,5 @@ def write_metrics(path: str, report: StatusReport) -> bytes | None:
     text = metrics(report)
     if path == "-":
         return text
-    exposition.write(Path(path), text)
+    exposition.write(Path.cwd() / path, text)
     return None
