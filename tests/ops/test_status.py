@@ -88,7 +88,7 @@ def test_what_cannot_be_read_hides_nothing(repo: Repository) -> None:
     assert unread.trouble is not None
     assert (unread.trouble.kind, unread.late) == ("corrupt", None)
     assert len(report.disks) == 5
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="does not answer"):
         status(asked[:1], now=NOW, shows_troubles=False)
 
 

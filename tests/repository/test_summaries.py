@@ -183,7 +183,7 @@ def remote(store: ObjectStore) -> ObjectStore:
 
 def test_a_store_that_is_down_is_no_trouble_of_disks(repo: Repository) -> None:
     down = FaultStore(remote(repo.store), [On(nth, Fault.UNAVAILABLE, operation="get") for nth in (1, 2)])
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="overloaded"):
         summaries(again(repo, down), NOW)
 
 
