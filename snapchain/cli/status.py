@@ -194,7 +194,8 @@ def _draw_problems(console: Console, report: StatusReport) -> None:
         if place.trouble is not None:
             render.line(console, f"{render.place(place.destination)}: {place.trouble.message}", style="red")
     if unread := sum(each.trouble is not None for each in report.disks):
-        render.line(console, f"{counted(unread, 'disk')} cannot be read", style="red")
+        words = "cannot be read: `snapchain log DEST::DISK` says what to do"
+        render.line(console, f"{counted(unread, 'disk')} {words}", style="red")
     if report.late:
         assert report.max_age_seconds is not None
         limit = quantities.age(report.max_age_seconds)
