@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from snapchain.destination.summary import DiskSummary
+    from snapchain.destination.usage import StoredUsage
     from snapchain.model.retention import Rules
 
 PlanT_co = TypeVar("PlanT_co", covariant=True)
@@ -161,6 +162,13 @@ class ReadableDestination(Protocol):
 
         Of all disks, one that cannot be read is a summary with its trouble. Raises NotFound, and what keeps the
         destination from answering at all.
+        """
+        ...
+
+    def usage(self, disk: str | None = None, *, on_event: OnEvent = ignore) -> StoredUsage:
+        """What is stored, by disk. disk: of which each point is listed, with what it added
+
+        Raises NotFound, and Unsupported for a peer that is too old.
         """
         ...
 

@@ -22,9 +22,11 @@ from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.guest_messages import AskGuest, Handed, HandedDisk, Handover, Standing, Stands, Step
 from snapchain.replica.stream.messages import (
     PROGRESS,
+    AddedPoint,
     Ask,
     BriefDisk,
     DecidedPoint,
+    DiskFiles,
     Finding,
     Held,
     HeldDisk,
@@ -100,6 +102,27 @@ def summaries_at(endpoint: Endpoint) -> list[BriefDisk] | None:
             _checked(brief.disk, None, session.peer)
             found.append(brief)
     if len({each.disk for each in found}) < len(found):
+        raise Corrupt("it lists one disk in two places", subject=endpoint.url)
+    return found
+
+
+def files_at(endpoint: Endpoint) -> list[tuple[DiskFiles, list[AddedPoint]]]:
+    """What the files of each disk take, and all its points, as they are listed.
+
+    Raises as `points_at`, and Unsupported for a server that is too old.
+    """
+    found: list[tuple[DiskFiles, list[AddedPoint]]] = []
+    with _connected(endpoint) as session:
+        request = Ask(want="files", replica=endpoint.replica)
+        for frame in session.responses(Kind.ASK, request, feature=Feature.SUMMARY):
+            if frame.kind is not Kind.DISK:
+                raise session.unexpected(frame)
+            page = session.decode(DiskFiles, frame)
+            _checked(page.disk, None, session.peer)
+            if not found or found[-1][0].disk != page.disk:
+                found.append((page, []))
+            found[-1][1].extend(page.points)
+    if len({disk.disk for disk, _ in found}) < len(found):
         raise Corrupt("it lists one disk in two places", subject=endpoint.url)
     return found
 

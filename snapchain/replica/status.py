@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from snapchain.errors import Busy, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.leaves import counted
 from snapchain.image.pread import file_bytes
@@ -33,9 +34,11 @@ from snapchain.replica.stream.fields import POINTS_AT_ONCE
 from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.messages import (
     PROGRESS,
+    AddedPoint,
     Ask,
     BriefDisk,
     BriefPoint,
+    DiskFiles,
     Finding,
     HeldDisk,
     HeldPoint,
@@ -56,6 +59,12 @@ def answer(receiver: Receiver, request: Ask) -> None:
         for disk in disks:
             if (brief := _brief(disk, datetime.now(UTC))) is not None:
                 session.reply(Kind.DISK, brief)
+        session.done()
+        return
+    if request.want == "files":
+        for disk in disks:
+            for page in _files(disk):
+                session.reply(Kind.DISK, page)
         session.done()
         return
     if request.want == "points":
@@ -107,6 +116,30 @@ def _brief(disk: ReplicaDisk, now: datetime) -> BriefDisk | None:
         ),
         of_guest=standing is not None or any(point.instant for point in found.points),
     )
+
+
+def _files(disk: ReplicaDisk) -> Iterator[DiskFiles]:
+    """What the files of a disk take. One that cannot be read hides no other."""
+    try:
+        found = _settled(disk)
+        if found is None:
+            return
+        with os_errors(disk.directory):
+            sizes = [disk.path(layer.file).stat().st_blocks * 512 for layer in found.layers]
+    except SnapchainError as error:
+        yield DiskFiles(disk=disk.name, kind=error.kind, message=str(error)[:4000])
+        return
+    heights = {layer.id: number for number, layer in enumerate(found.layers, 1)}
+    points, reached = [], 0
+    for point in found.points:
+        height = max(reached, heights[point.layer])
+        points.append(AddedPoint(point=point.point, time=point.time, added=sum(sizes[reached:height])))
+        reached = height
+    data = sum(each.data_bytes for each in found.layers)
+    totals = {"stored": sum(sizes), "data": data, "other": sum(sizes[reached:])}
+    for at in range(0, max(1, len(points)), POINTS_AT_ONCE):
+        page = tuple(points[at : at + POINTS_AT_ONCE])
+        yield DiskFiles(disk=disk.name, files=len(sizes), points=page, **totals)
 
 
 def held_point(point: Point, layers: int, features: Collection[str]) -> HeldPoint:

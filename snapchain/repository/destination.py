@@ -29,6 +29,7 @@ from snapchain.repository.reader import RecordedLeaves, RepositoryPoint, point_l
 from snapchain.repository.repository import Repository
 
 if TYPE_CHECKING:
+    from snapchain.destination.usage import StoredUsage
     from snapchain.model.retention import Rules
 
 
@@ -91,6 +92,12 @@ class RepositoryDestination(RepositoryWriting):
         from snapchain.repository.summaries import summaries
 
         return summaries(self.repository, now)
+
+    def usage(self, disk: str | None = None, *, on_event: OnEvent = ignore) -> StoredUsage:
+        """As `usage.usage`."""
+        from snapchain.repository.usage import usage
+
+        return usage(self.repository, disk, on_event=on_event)
 
     def reader(
         self,

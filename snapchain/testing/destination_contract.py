@@ -279,6 +279,33 @@ class DestinationContract(DestinationFaults):
         assert broken.trouble is not None
         assert broken.trouble.kind == "corrupt"
 
+    def test_what_is_stored(self, site: Site, history: Sequence[Moment]) -> None:
+        for moment in history[:3]:
+            deliver(site, moment.image)
+        deliver(site, history[0].image, disk="web2/vda")
+        place = site.open()
+        found = place.usage(DISK)
+        one, two = found.disks
+        assert [(each.disk, each.point_count, each.trouble) for each in (one, two)] == [
+            (DISK, 3, None),
+            ("web2/vda", 1, None),
+        ]
+        assert [(each.point, each.time) for each in one.points] == [
+            (each.point, each.time) for each in place.disks(DISK)[0].points
+        ]
+        assert sum(each.added_bytes for each in one.points) + one.other_bytes == one.stored_bytes > 0
+        assert one.month_bytes == one.stored_bytes, "all points are of today"
+        assert one.added_bytes == one.points[-1].added_bytes
+        assert two.points == ()
+        assert found.stored_bytes >= (
+            one.stored_bytes if place.traits.deduplicates else one.stored_bytes + two.stored_bytes
+        )
+        shared = min(one.shared_bytes, two.shared_bytes)
+        assert shared > 0 if place.traits.deduplicates else shared == 0
+        assert found.findings == ()
+        with pytest.raises(NotFound):
+            place.usage("gone")
+
     # ---- holding
 
     def test_a_point_records_its_guest_point(self, site: Site, history: Sequence[Moment]) -> None:

@@ -246,14 +246,14 @@ class Ask(Message):
     """A question in the place of OPEN; nothing is made, locked or changed at the receiver.
 
     want: the points of disks; whether what is recorded of them is sound; whether the data are, too; or, from a receiver
-        with the feature `summary`, each disk in short
+        with the feature `summary`, each disk in short, or what its files take
     disk: None for all; replica: as in Open
     share: with `data`, the probability with which each layer is read; only for a receiver with the feature `sample`
     """
 
     newer = frozenset({"share"})
 
-    want: Literal["points", "records", "data", "summary"]
+    want: Literal["points", "records", "data", "summary", "files"]
     disk: str | None = Field(default=None, min_length=1, max_length=250)
     replica: str | None = Field(default=None, max_length=4096)
     share: float = Field(default=1.0, gt=0, le=1)
@@ -317,6 +317,31 @@ class BriefDisk(Message):
     layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
     newest: tuple[BriefPoint, ...] = Field(default=(), max_length=MOST_OF_THE_FUTURE + 1)
     of_guest: bool = False
+    kind: Annotated[str, StringConstraints(max_length=40)] | None = None
+    message: str = Field(default="", max_length=4000)
+
+
+class AddedPoint(Message):
+    """A point, and the bytes of the files that it needs and no earlier point does."""
+
+    point: PointNumber
+    time: Moment
+    added: int = Field(ge=0, le=MAX_LAYERS * LARGEST_DISK)
+
+
+class DiskFiles(Message):
+    """A disk and what its files take: the body of DISK where files were asked for; more points follow as in HeldDisk.
+
+    files: layers; stored: bytes that they take, data: their DATA, other: of layers above the newest point
+    kind, message: of the error for which nothing else is known of it
+    """
+
+    disk: str = Field(min_length=1, max_length=250)
+    files: int = Field(default=0, ge=0, le=MAX_LAYERS)
+    stored: int = Field(default=0, ge=0, le=MAX_LAYERS * LARGEST_DISK)
+    data: int = Field(default=0, ge=0, le=MAX_LAYERS * LARGEST_DISK)
+    other: int = Field(default=0, ge=0, le=MAX_LAYERS * LARGEST_DISK)
+    points: tuple[AddedPoint, ...] = Field(default=(), max_length=POINTS_AT_ONCE)
     kind: Annotated[str, StringConstraints(max_length=40)] | None = None
     message: str = Field(default="", max_length=4000)
 
