@@ -63,8 +63,8 @@ def answer(receiver: Receiver, request: Ask) -> None:
         return
     if request.want == "files":
         for disk in disks:
-            for page in _files(disk):
-                session.reply(Kind.DISK, page)
+            for part in _files(disk):
+                session.reply(Kind.DISK, part)
         session.done()
         return
     if request.want == "points":

@@ -122,12 +122,12 @@ def test_a_guest_and_its_disks(repo: Repository) -> None:
 
 def report_of(*disks: DiskStatus, **more: object) -> StatusReport:
     places = (DestinationStatus(destination="/backup", kind="repository", disks=len(disks)),)
-    return StatusReport(**{"guests": (), "destinations": places, "disks": disks, "time": NOW, **more})  # type: ignore[arg-type]
+    return StatusReport(**{"guests": (), "destinations": places, "disks": disks, "time": NOW, **more})
 
 
 def row(disk: str = "web1/vda", **more: object) -> DiskStatus:
     fields = {"point": 7, "time": NOW - timedelta(hours=1), "age_seconds": HOUR, "points": 7, "virtual_size": 1 << 30}
-    return DiskStatus(destination="/backup", disk=disk, **{**fields, **more})  # type: ignore[arg-type]
+    return DiskStatus(destination="/backup", disk=disk, **{**fields, **more})
 
 
 TROUBLE = Trouble(kind="corrupt", subject=None, message="the stored bytes were altered")
