@@ -31,9 +31,10 @@ from snapchain.repository.catalogue import generation_names, is_generation
 from snapchain.repository.crypto import SALT_BYTES, Keyring, decrypt
 from snapchain.repository.envelope import decompress
 from snapchain.repository.glance import glance
-from snapchain.repository.guest_states import FOLDER as GUESTS
 from snapchain.repository.repository import Repository
 
+GUESTS = "guests/"
+"""Where the states of guests are (guest_states.py)."""
 _THREADS = 16
 _SHARES = "0123456789abcdef"
 """First digits of a disk's folder: a remote store with more than _MANY disks is listed in as many shares at once."""

@@ -19,6 +19,7 @@ from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.permissions import chosen
 from snapchain.replica.status import verify_disk
 from snapchain.replica.store import Replica, ReplicaDisk, open_replica
+from snapchain.replica.stream import session
 from snapchain.replica.stream.fields import POINTS_AT_ONCE
 from snapchain.replica.stream.frames import FrameReader, Kind
 from snapchain.replica.stream.messages import Ask, Finding, Hello, Verdict, encode
@@ -359,3 +360,14 @@ def test_kinds_go_one_way() -> None:
     answers = {Kind.DISK, Kind.VERDICT, Kind.FINDING, Kind.PROGRESS}
     assert not answers & set(FROM_SENDER)
     assert Kind.ASK not in FROM_RECEIVER
+
+
+def test_an_older_server_lists_all_points(sent: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = ReplicaDestination(DirectoryEndpoint(sent.root))
+    short = place.summaries()
+    whole = place.usage()
+    assert whole.disks[0].stored_bytes == sum(path.stat().st_blocks * 512 for path in sent.root.rglob("*.qcow2"))
+    monkeypatch.setattr(session, "FEATURES", ("ask",))
+    assert place.summaries() == short
+    with pytest.raises(Unsupported, match="does not support 'summary'"):
+        place.usage()

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import Corrupt, Unavailable
+from snapchain.errors import Corrupt, NotFound, Unavailable
 from snapchain.host.records import cache_dir
 from snapchain.model.freshness import newest_of
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.catalogue import KIND, Point, generation_names
 from snapchain.repository.envelope import seal
+from snapchain.repository.guest_states import look
 from snapchain.repository.known import Known, SeenGenerations
 from snapchain.repository.repository import Repository
 from snapchain.repository.summaries import summaries
@@ -234,3 +235,18 @@ def test_disks_of_guests_are_told_apart(repo: Repository) -> None:
             "web2/vda": None,
             "web3/.guest": "web3",
         }
+
+
+def test_the_state_of_a_guest_reads_no_other_disks(repo: Repository) -> None:
+    publish(repo, "web1/vdb", [1], instant="ab" * 16)
+    summaries(repo, NOW)
+    store = CountingStore(repo.store)
+    assert look(again(repo, store), "web1").guest == "web1"
+    read = {each.name.split("/")[1] for each in store.of("get", "disks/")}
+    assert read == {repo.keys.disk_key(name) for name in ("web1/vda", "web1/vdb")}
+    with pytest.raises(NotFound, match="no guest 'web9'"):
+        look(again(repo), "web9")
+    *_, name = generation_names(repo.store, repo.keys.disk_key("web2/vda"))
+    repo.store.put(name, b"?")
+    with pytest.raises(Corrupt, match="is not the snapchain object"):
+        look(again(repo), "web1")
