@@ -38,6 +38,8 @@ _BESIDE = len('{"point":,"time":"","labels":[],"layer":"","size":,"content_id":"
 _REST = re.compile(
     r'(?:,"instant":(null|"[0-9a-f]{32}"))?(?:,"consistency":(?:null|"[a-z]+"))?(?:,"made_by":(?:null|"[^"\\]*"))?'
 )
+_LONGEST_HEAD = 8192
+"""Bytes before the points."""
 _HEAD = frozenset(Catalogue.model_fields) - {"points", "parents"}
 
 
@@ -54,7 +56,7 @@ def glance(keys: Keyring, name: str, data: bytes, now: datetime) -> tuple[DiskSu
     body = unseal(keys, KIND, name, data)
     try:
         return _glance(body, now)
-    except (_NotPlain, ValueError, KeyError, TypeError):  # for `parse` to judge
+    except (_NotPlain, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # for `parse` to judge
         found = parse_stored(Catalogue, body, what="the catalogue", subject=name)
     kept = candidates(found.points, now)
     summary = DiskSummary(
@@ -72,8 +74,10 @@ def _glance(body: bytes, now: datetime) -> tuple[DiskSummary, int]:
     text = body.decode("latin-1")  # one character a byte, whatever they are: only digits and times are read from it
     first = text.find(_POINTS)
     stop = text.find(_PARENTS, first)
+    if not 0 < first < min(stop, _LONGEST_HEAD) or text.find("}", stop) != len(text) - 2:
+        raise _NotPlain
     head = json.loads((text[:first] + "}").encode("latin-1"))
-    if not 0 < first < stop or text.find("}", stop) != len(text) - 2 or head.keys() - _HEAD or head["format"] != 1:
+    if head.keys() - _HEAD or head["format"] != 1:
         raise _NotPlain
     rows = _POINT.findall(text, first + len(_POINTS), stop)
     lengths = sum(map(len, chain.from_iterable(rows))) + len(rows) * (_BESIDE + 1)

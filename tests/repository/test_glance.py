@@ -181,6 +181,22 @@ def test_text_between_points_is_seen() -> None:
         glance(KEYS, NAME, sealed(body), NOW)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"7",
+        b"[" * 5000 + b',"points":[],"parents":{}}',
+        b'[,"points":[],"parents":{}}',
+        b'{"format":1,"points":[],"parents":{}}',
+        b'{"format":1,"disk":7,"generation":"7","next_point":1,"points":[],"parents":{}}',
+    ],
+)
+def test_what_is_no_catalogue_is_damage(body: bytes) -> None:
+    with pytest.raises(Corrupt, match="the catalogue is damaged"):
+        glance(KEYS, NAME, sealed(body), NOW)
+
+
 def test_altered_bytes_are_seen() -> None:
     data = bytearray(sealed(packed(plain())))
     data[-1] ^= 1
