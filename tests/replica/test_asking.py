@@ -14,6 +14,7 @@ import pytest
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.model.events import Event, Progress
 from snapchain.ops.log import log
+from snapchain.replica import names
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.permissions import chosen
@@ -371,3 +372,16 @@ def test_an_older_server_lists_all_points(sent: Place, monkeypatch: pytest.Monke
     assert place.summaries() == short
     with pytest.raises(Unsupported, match="does not support 'summary'"):
         place.usage()
+
+
+def test_a_disk_that_cannot_be_read_hides_no_other(sent: Place, chain: list[Path]) -> None:
+    sent.send(chain[0], disk="db")
+    ReplicaDisk(sent.root, "db").path(names.CATALOGUE).write_text("{}")
+    place = ReplicaDestination(DirectoryEndpoint(sent.root))
+    for found, count in ((place.summaries(), "points"), (place.usage().disks, "point_count")):
+        broken, sound = found
+        assert broken.trouble is not None
+        assert (broken.trouble.kind, broken.trouble.disk, getattr(broken, count)) == ("corrupt", "db", 0)
+        assert (sound.trouble, getattr(sound, count)) == (None, 3)
+    with pytest.raises(Corrupt, match="db"):
+        place.disks()
