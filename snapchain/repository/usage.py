@@ -12,6 +12,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -51,6 +52,10 @@ _EPOCH, _TICK = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 _SHARES = 64
 _IN_MEMORY = 64 << 20
 """Bytes of rows, before they are written to the temporary files."""
+_BESIDE_A_TABLE = 200
+"""Bytes that an array takes beside its rows."""
+_AT_ONCE = 16
+"""Layers that are read at the same time."""
 
 
 def usage(repository: Repository, disk: str | None = None, *, on_event: OnEvent = ignore) -> StoredUsage:
@@ -65,7 +70,7 @@ def usage(repository: Repository, disk: str | None = None, *, on_event: OnEvent 
     disks: list[_Points] = []
     lost: list[DiskUsage] = []
     keys = repository.disk_keys()
-    with _Rows() as rows:
+    with _Rows() as rows, ThreadPoolExecutor(_AT_ONCE, "layers") as pool:
         for number, key in enumerate(keys):
             on_event(Progress("count", number, len(keys), Unit.OBJECTS))
             try:
@@ -76,7 +81,7 @@ def usage(repository: Repository, disk: str | None = None, *, on_event: OnEvent 
                 lost.append(DiskUsage(disk=f"unknown disk {key}", trouble=finding))
                 continue
             if catalogue is not None:
-                _add(repository, rows, len(disks), catalogue, findings)
+                _add(repository, pool, rows, len(disks), catalogue, findings)
                 disks.append(_Points.of(catalogue))
         if repository.memory is not None:
             repository.memory.flush()
@@ -140,14 +145,27 @@ def first_points(catalogue: Catalogue) -> dict[str, int]:
     return {layer: found.get(layer, len(catalogue.points)) for layer in catalogue.parents}
 
 
-def _add(repository: Repository, rows: _Rows, disk: int, catalogue: Catalogue, findings: Findings) -> None:
-    first = first_points(catalogue)
-    for name, point in first.items():
+def _add(
+    repository: Repository, pool: Executor, rows: _Rows, disk: int, catalogue: Catalogue, findings: Findings
+) -> None:
+    """All layers of a disk, some of them read at once."""
+
+    def load(name: str) -> _Named | SnapchainError:
         try:
-            rows.add(repository.layer(name), disk, point)
+            return _named(repository.layer(name))
         except (Corrupt, Unsupported) as error:
-            if _is_still_named(repository, catalogue, name):
-                findings.add(Finding.of(error, catalogue.disk, [each.point for each in catalogue.points[point:]]))
+            return error.detached()
+
+    first = first_points(catalogue)
+    names = list(first)
+    for at in range(0, len(names), _AT_ONCE):
+        some = names[at : at + _AT_ONCE]
+        for name, found in zip(some, pool.map(load, some), strict=True):
+            if not isinstance(found, SnapchainError):
+                rows.add(found, disk, first[name])
+            elif _is_still_named(repository, catalogue, name):
+                points = [each.point for each in catalogue.points[first[name] :]]
+                findings.add(Finding.of(found, catalogue.disk, points))
 
 
 def _is_still_named(repository: Repository, catalogue: Catalogue, layer: str) -> bool:
@@ -158,6 +176,37 @@ def _is_still_named(repository: Repository, catalogue: Catalogue, layer: str) ->
         return False
     except SnapchainError:
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """The blobs that a layer names, its pages among them.
+
+    data: guest bytes; tables: names of packs, and rows in which `pack` is a place among these
+    """
+
+    data: int
+    tables: list[tuple[Sequence[str], npt.NDArray[np.void]]]
+
+
+def _named(layer: StoredLayer) -> _Named:
+    """Reads all pages of a layer. Raises Corrupt when one is lost."""
+    table = layer.table
+    pages = [bytes(row["pack"]).hex() for row in table]
+    tables = [(pages, _rows(np.arange(len(table)), table, is_map=True))]
+    for page in layer.each_page(0, layer.size):
+        runs = page.runs[page.runs["stored"] != 0]
+        tables.append((page.packs, _rows(runs["pack"], runs, is_map=False)))
+    return _Named(int(table["data"].sum()), tables)
+
+
+def _rows(place: npt.NDArray[np.integer], blobs: npt.NDArray[np.void], *, is_map: bool) -> npt.NDArray[np.void]:
+    """A row for each stretch of runs of one blob. place: of the pack of each"""
+    rows = np.zeros(len(blobs), _ROW)
+    rows["pack"], rows["map"] = place, is_map
+    for field in ("offset", "stored", "raw"):
+        rows[field] = blobs[field]
+    return rows[np.append(True, _differs(rows, "pack") | _differs(rows, "offset"))] if len(rows) else rows
 
 
 class _Rows:
@@ -182,37 +231,16 @@ class _Rows:
     ) -> None:
         self._stack.close()
 
-    def add(self, layer: StoredLayer, disk: int, point: int) -> None:
-        """All blobs of a layer, its pages among them. Raises Corrupt when its record or a page is lost."""
-        table = layer.table
-        pages = [bytes(row["pack"]).hex() for row in table]
-        self._put(pages, np.arange(len(table)), table, disk, point, is_map=True)
-        self.data[disk] += int(table["data"].sum())
-        for page in layer.each_page(0, layer.size):
-            runs = page.runs[page.runs["stored"] != 0]
-            self._put(page.packs, runs["pack"], runs, disk, point, is_map=False)
-
-    def _put(
-        self,
-        packs: Sequence[str],
-        place: npt.NDArray[np.integer],
-        blobs: npt.NDArray[np.void],
-        disk: int,
-        point: int,
-        *,
-        is_map: bool,
-    ) -> None:
-        """packs: a table of names; place: of each blob, which of them"""
-        if not len(blobs):
-            return
-        numbers = np.array([self._packs.setdefault(pack, len(self._packs)) for pack in packs], np.uint32)
-        rows = np.zeros(len(blobs), _ROW)
-        rows["pack"], rows["disk"], rows["point"], rows["map"] = numbers[place], disk, point, is_map
-        for field in ("offset", "stored", "raw"):
-            rows[field] = blobs[field]
-        rows = np.unique(rows)  # a blob may be shown in many runs
-        self._waiting.append(rows)
-        self._bytes += rows.nbytes
+    def add(self, named: _Named, disk: int, point: int) -> None:
+        """The blobs of a layer of a disk. point: place of the first point that has it"""
+        self.data[disk] += named.data
+        for packs, rows in named.tables:
+            if not len(rows):
+                continue
+            numbers = np.array([self._packs.setdefault(pack, len(self._packs)) for pack in packs], np.uint32)
+            rows["pack"], rows["disk"], rows["point"] = numbers[rows["pack"]], disk, point
+            self._waiting.append(rows)
+            self._bytes += rows.nbytes + _BESIDE_A_TABLE
         if self._bytes > _IN_MEMORY:
             self._spill()
 
