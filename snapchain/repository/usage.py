@@ -193,7 +193,9 @@ def _named(layer: StoredLayer) -> _Named:
     """Reads all pages of a layer. Raises Corrupt when one is lost."""
     table = layer.table
     pages = [bytes(row["pack"]).hex() for row in table]
-    tables = [(pages, _rows(np.arange(len(table)), table, is_map=True))]
+    tables: list[tuple[Sequence[str], npt.NDArray[np.void]]] = [
+        (pages, _rows(np.arange(len(table)), table, is_map=True))
+    ]
     for page in layer.each_page(0, layer.size):
         runs = page.runs[page.runs["stored"] != 0]
         tables.append((page.packs, _rows(runs["pack"], runs, is_map=False)))
