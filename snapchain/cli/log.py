@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,17 +13,23 @@ from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import heading, moment
+from snapchain.host.terminal import counted, shell_word
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.destination.records import DiskRecord
+    from snapchain.destination.summary import DiskSummary
     from snapchain.ops.log import GuestRow, LogReport
+
+_MOST = 40
+"""Points that are listed one by one, unless one disk or all points are asked for."""
 
 
 @verb(
     examples="""
     snapchain log /backup
+    snapchain log /backup --all
     snapchain log s3://bucket/prefix::web1/vda
     snapchain log /backup::web1
     snapchain log ssh://root@kvm2/srv/replica
@@ -35,6 +44,9 @@ def log(
         str, options.address(metavar="DEST[::DISK|::GUEST]", help="A destination, or one disk or guest of it.")
     ],
     *,
+    all_points: Annotated[
+        bool, typer.Option("--all", help="List all points of all disks, however many there are.")
+    ] = False,
     accept_repository: Annotated[
         str | None,
         typer.Option(
@@ -50,6 +62,9 @@ def log(
 
     A guest point is a point of each disk of a guest, taken at one instant. Its consistency is what a restore must
     expect: offline, application, filesystem, or crash, as after a power cut.
+
+    Where a whole destination has more than 40 points, each disk is one line with its newest point, unless you say
+    --all. With --json all points are listed.
 
     DEST is a repository, or a replica: ssh://[user@]host/path or dir:/path. Points with the same content id have the
     same bytes.
@@ -68,7 +83,41 @@ def log(
         out,
         accept=accept_repository,
     )
-    out.show(run(place, options.disk_of(address)), _draw)
+    disk = options.disk_of(address)
+    if disk is None and not all_points and not out.as_json:
+        disks = place.summaries()
+        if sum(each.points for each in disks) > _MOST and not any(each.trouble for each in disks):
+            out.show(disks, partial(_draw_short, place=address.dest))
+            return
+    out.show(run(place, disk), _draw)
+
+
+def _draw_short(console: Console, disks: Sequence[DiskSummary], *, place: str) -> None:
+    from snapchain.destination.guest_record import guest_of
+    from snapchain.model.freshness import newest_of
+
+    now = datetime.now(UTC)
+    rows = []
+    future: list[tuple[str, list[int]]] = []
+    for disk in disks:
+        record_of = guest_of(disk.name)
+        newest, later = newest_of(disk.newest, now)
+        rows.append(
+            [
+                disk.name if record_of is None else f"{record_of} (guest points)",
+                str(disk.points),
+                "" if newest is None else str(newest.point),
+                "" if newest is None else moment(newest.time),
+                "" if newest is None or record_of is not None else quantities.size(newest.virtual_size),
+            ]
+        )
+        future += [(disk.name, [each.point for each in later])] if later else []
+    render.table(console, ["disk", "points>", "newest>", heading("time"), "size>?"], rows)
+    for name, points in future:
+        render.points_of_the_future(console, name, points)
+    words = f"{counted(sum(each.points for each in disks), 'point')} of {counted(len(disks), 'disk')}"
+    render.line(console, f"{words}. To list the points of one disk: snapchain log {shell_word(place)}::DISK")
+    render.line(console, f"To list all of them: snapchain log {shell_word(place)} --all")
 
 
 def _draw(console: Console, report: LogReport) -> None:

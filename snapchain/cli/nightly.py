@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +12,9 @@ import typer
 from snapchain.cli import exits, options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.quantities import duration, moment, size
-from snapchain.errors import InvalidInput, PartialFailure
-from snapchain.host.terminal import counted
+from snapchain.cli.quantities import duration, heading, moment, size
+from snapchain.errors import PartialFailure
+from snapchain.host.terminal import counted, numbered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
 
 _NAMES = 4
 """Disks that are named one by one when they share a fault."""
+_DROPS = 10
+"""Disks of which dropped points are listed, unless all are asked for."""
 
 
 @verb(
     examples="""
     snapchain nightly /etc/snapchain/nightly.toml
     snapchain nightly nightly.toml --dry-run
+    snapchain nightly nightly.toml --dry-run --points
     snapchain nightly nightly.toml --any-time --wait 1h
     snapchain nightly nightly.toml --print-systemd
     """,
@@ -46,6 +50,10 @@ def nightly(
     wait: Annotated[
         str, typer.Option("--wait", metavar="TIME", help="Wait at most TIME for another run to end: 90s, 10min, 2h.")
     ] = "0s",
+    points: Annotated[
+        bool,
+        typer.Option("--points", help="Say of each disk which points are dropped, and which rules keep the others."),
+    ] = False,
     print_systemd: Annotated[
         bool,
         typer.Option(
@@ -76,24 +84,15 @@ def nightly(
 
         plan = preview(loaded, config, any_time=any_time, on_event=out.on_event)
         status = 0 if plan.sound else PartialFailure.exit_code
-        out.plan(plan, _draw_plan, problems=_draw_plan_problems, status=status)
+        out.plan(plan, partial(_draw_plan, points=points), problems=_draw_plan_problems, status=status)
         return
-    report = ops.run(loaded, config, wait_seconds=_seconds(wait), any_time=any_time, on_event=out.on_event)
+    report = ops.run(
+        loaded, config, wait_seconds=options.seconds(wait, "--wait"), any_time=any_time, on_event=out.on_event
+    )
     status = 0 if report.complete else PartialFailure.exit_code
     if report.interrupted:
         status = exits.interrupted_code()
-    out.report(report, _draw_report, problems=_draw_problems, status=status)
-
-
-def _seconds(text: str) -> float:
-    from snapchain.ops.nightly.values import to_seconds
-
-    try:
-        seconds = to_seconds(text)
-    except ValueError as error:
-        raise InvalidInput(str(error), subject="--wait") from error
-    assert isinstance(seconds, float)
-    return seconds
+    out.report(report, partial(_draw_report, points=points), problems=_draw_problems, status=status)
 
 
 def _draw_units(console: Console, units: Units) -> None:
@@ -101,7 +100,7 @@ def _draw_units(console: Console, units: Units) -> None:
         render.command(console, f"# {path}\n{text}")
 
 
-def _draw_plan(console: Console, plan: NightlyPlan) -> None:
+def _draw_plan(console: Console, plan: NightlyPlan, *, points: bool) -> None:
     closes = f", until {moment(plan.closes, zone=True)}" if plan.closes else ""
     render.headline(console, f"would run {plan.name}{closes}")
     for reason in plan.left:
@@ -124,6 +123,7 @@ def _draw_plan(console: Console, plan: NightlyPlan) -> None:
         render.line(console, f"{each.destination}: {words or 'nothing more'}", indent=2)
     for test in plan.tests:
         render.line(console, f"boot test: {test.guest} from {test.destination}", indent=2)
+    _draw_decisions(console, plan, points=points)
     _draw_moved(console, plan.disks)
     _draw_left_out(console, plan.layers_left_out, plan.leftovers)
     _draw_plan_problems(console, plan)
@@ -132,6 +132,60 @@ def _draw_plan(console: Console, plan: NightlyPlan) -> None:
 def _draw_plan_problems(console: Console, plan: NightlyPlan) -> None:
     rows = [("", plan.faults, ()), *((disk.disk, disk.faults, ()) for disk in plan.disks)]
     _draw_faults(console, [*rows, *((guest.guest, guest.faults, ()) for guest in plan.guests)])
+
+
+def _draw_decisions(console: Console, plan: NightlyPlan, *, points: bool) -> None:
+    """What the rules will drop, and what keeps the rest: a line for each disk, with `points` each point."""
+    from snapchain.model.retention import kept_by_rule
+
+    turns = [(disk.disk, disk.destinations) for disk in plan.disks]
+    turns += [(guest.guest, guest.destinations) for guest in plan.guests]
+    found = [(name, each) for name, places in turns for each in places if each.points_dropped]
+    for name, each in found if points else found[:_DROPS]:
+        rules = ", ".join(
+            f"{rule} ({count})" for rule, count in kept_by_rule(row.reasons for row in each.points if row.kept).items()
+        )
+        words = f"{name} at {each.destination}: would drop {_points(each.points_dropped)} of {len(each.points)}"
+        render.line(console, f"{words}; kept by {rules or 'nothing'}", indent=2)
+        if points:
+            render.table(
+                console,
+                ["point>", heading("time"), "decision", "labels", "why~"],
+                [
+                    (str(row.point), moment(row.time), "keep" if row.kept else "drop", ", ".join(row.labels), why)
+                    for row in each.points
+                    for why in ["; ".join(row.reasons)]
+                ],
+            )
+    _draw_further(console, len(found), points=points)
+
+
+def _draw_dropped(console: Console, report: NightlyReport, *, points: bool) -> None:
+    """What the rules have dropped: a line for each disk."""
+    turns: list[tuple[str, TurnReport]] = [(disk.disk, disk) for disk in report.disks]
+    turns += [(guest.guest, guest) for guest in report.guests]
+    found = [
+        (name, each.destination, each.retention)
+        for name, turn in turns
+        for each in turn.destinations
+        if each.retention is not None and each.retention.points_dropped
+    ]
+    for name, place, done in found if points else found[:_DROPS]:
+        words = f"{name} at {place}: dropped {_points(done.points_dropped)}"
+        render.line(console, f"{words}; kept are {len(done.points_kept)}", indent=2)
+    _draw_further(console, len(found), points=points)
+    if found:
+        render.line(console, "--dry-run shows what the next run drops, and which rules keep the others", indent=2)
+
+
+def _draw_further(console: Console, count: int, *, points: bool) -> None:
+    if count > _DROPS and not points:
+        render.line(console, f"and points of {count - _DROPS} more: --points lists them", indent=2)
+
+
+def _points(numbers: Sequence[int]) -> str:
+    """'point 3', 'points 3, 5-7'"""
+    return f"{'point' if len(numbers) == 1 else 'points'} {numbered(numbers)}"
 
 
 def _plan_row(disk: DiskPreview) -> list[str]:
@@ -149,7 +203,7 @@ def _guest_plan_row(guest: GuestPreview) -> list[str]:
     return [guest.guest, state, str(len(guest.disks)), files, "yes" if guest.quiesces else "no", ", ".join(drops)]
 
 
-def _draw_report(console: Console, report: NightlyReport) -> None:
+def _draw_report(console: Console, report: NightlyReport, *, points: bool) -> None:
     counts = ", ".join(f"{count} {outcome.value}" for outcome, count in report.counts.items() if count) or "no disks"
     render.headline(console, f"{report.name}: {report.outcome.value} ({counts}) in {duration(report.seconds)}")
     if report.disks:
@@ -176,6 +230,7 @@ def _draw_report(console: Console, report: NightlyReport) -> None:
         else:
             words = "did not boot" if test.booted is False else "not tested"
         render.line(console, f"boot test of {test.guest} from {test.destination}: {words}", indent=2)
+    _draw_dropped(console, report, points=points)
     _draw_left_out(console, report.layers_left_out, report.leftovers)
     _draw_problems(console, report)
     longer: dict[str, list[str]] = {}

@@ -168,6 +168,18 @@ def image_dirs(given: Sequence[Path] | None) -> list[Path]:
     return [*(given or ()), *map(Path, named)]
 
 
+def seconds(text: str, option: str) -> float:
+    """Seconds of a time such as 90s, 10min, 26h or 2d. Raises InvalidInput, naming the option."""
+    from snapchain.ops.nightly.values import to_seconds
+
+    try:
+        found = to_seconds(text)
+    except ValueError as error:
+        raise InvalidInput(str(error), subject=option) from error
+    assert isinstance(found, float)
+    return found
+
+
 def pack_size(given: str | None) -> int | None:
     """--pack-size or SNAPCHAIN_PACK_SIZE, in bytes. Raises InvalidInput."""
     text = given or os.environ.get("SNAPCHAIN_PACK_SIZE")

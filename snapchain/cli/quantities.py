@@ -48,6 +48,14 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def age(seconds: float) -> str:
+    """'40 min', '26 h', '9 d': one number and its unit, for columns; never more than is true."""
+    for limit, length, unit in ((60, 1, "s"), (3600, 60, "min"), (3 * 86400, 3600, "h")):
+        if seconds < limit:
+            return f"{int(seconds // length)} {unit}"
+    return f"{int(seconds // 86400)} d"
+
+
 _LOCALTIME = Path("/etc/localtime")
 
 

@@ -32,8 +32,9 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Look": {
         "guests": "List the guests of this host, their disks, and what protects them.",
-        "status": "Show how guests stand: who may run each, how far behind, what is owed.",
+        "status": "Show how disks and guests stand: newest points, their age, what is wrong.",
         "log": "List the points of a destination.",
+        "stats": "Show what a destination stores: by kind, by disk, and what each point added.",
         "inspect": "Show what each layer of a chain holds, drawn to scale.",
         "diff": "List the bytes that differ between two points or images.",
         "verify": "Check the records of a destination, and a share of the data.",
@@ -76,6 +77,7 @@ ALIASES = {
     "seal": "snapshot", "snap": "snapshot", "freeze": "snapshot",
     "list": "log", "ls": "log", "snapshots": "log", "points": "log", "history": "log",
     "domains": "guests", "vms": "guests", "machines": "guests",
+    "usage": "stats", "du": "stats", "size": "stats", "space": "stats",
     "info": "inspect", "show": "inspect", "map": "inspect",
     "heal": "repair", "check": "verify", "fsck": "verify", "scrub": "verify",
     "compare": "diff",

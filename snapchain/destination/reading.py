@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         RepairReport,
         VerifyReport,
     )
+    from snapchain.destination.summary import DiskSummary
+    from snapchain.destination.usage import StoredUsage
     from snapchain.model.retention import Rules
 
 PlanT_co = TypeVar("PlanT_co", covariant=True)
@@ -190,6 +192,21 @@ class ReadableDestination(Protocol):
 
     def disks(self, disk: str | None = None) -> tuple[DiskRecord, ...]:
         """All disks by name, or one, with their points. Raises NotFound."""
+        ...
+
+    def summaries(self, disk: str | None = None, *, now: datetime | None = None) -> tuple[DiskSummary, ...]:
+        """All disks by name, or one, at a glance. now: the clock that says which points are of the future
+
+        Of all disks, one that cannot be read is a summary with its trouble. Raises NotFound, and what keeps the
+        destination from answering at all.
+        """
+        ...
+
+    def usage(self, disk: str | None = None, *, on_event: OnEvent = ignore) -> StoredUsage:
+        """What is stored, by disk. disk: of which each point is listed, with what it added
+
+        Raises NotFound, and Unsupported for a peer that is too old.
+        """
         ...
 
     def reader(

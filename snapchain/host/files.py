@@ -12,9 +12,11 @@ import errno
 import fcntl
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import IO
 
 from snapchain.errors import Busy, InvalidInput
 from snapchain.host.directory import MOST_MODE, Directory, same_file
@@ -330,3 +332,18 @@ def _status(directory: Directory, name: str | None) -> os.stat_result | None:
         return directory.status(name)
     except FileNotFoundError:
         return None
+
+
+# --- Files without a name: what does not fit into memory, for the length of one command.
+
+
+def temporary_directory() -> Path:
+    """Where files without a name are: TMPDIR, by default /tmp."""
+    return Path(tempfile.gettempdir())
+
+
+def anonymous_file() -> IO[bytes]:
+    """A new file that nobody else can open; it is gone when it is closed. Raises what the directory raises."""
+    place = temporary_directory()
+    with os_errors(place):
+        return tempfile.TemporaryFile(dir=place)

@@ -195,22 +195,12 @@ class LocalStore:
 
     def _below(self, folder: str, start: str) -> Iterator[ObjectInfo]:
         """Objects under `folder` whose first segment begins with `start`, ascending by name."""
-        for entry, is_folder in self._rooted.entries(folder):
-            if entry.startswith(start):
-                name = f"{folder}/{entry}" if folder else entry
-                yield from self._below(name, "") if is_folder else self._info(name)
-
-    def _info(self, name: str) -> Iterator[ObjectInfo]:
-        """One object, or none when it is gone meanwhile, or no regular file."""
-        try:
-            with self._rooted.folder(name, make=False) as (fd, leaf):
-                found = os.stat(leaf, dir_fd=fd, follow_symlinks=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as error:
-            raise from_os_error(error, self._rooted.path(name)) from error
-        if stat.S_ISREG(found.st_mode):
-            yield ObjectInfo(name, found.st_size, found.st_mtime)
+        for entry, found in self._rooted.listing(folder, start):
+            name = f"{folder}/{entry}" if folder else entry
+            if found is None:
+                yield from self._below(name, "")
+            elif stat.S_ISREG(found.st_mode):
+                yield ObjectInfo(name, found.st_size, found.st_mtime)
 
 
 def _replace(tmp: int, temporary: str, folder: int, leaf: str) -> bool:

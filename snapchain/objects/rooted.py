@@ -14,16 +14,17 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from snapchain.errors import InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.host.links import follow, others_may_write
 from snapchain.host.os_errors import REMEDIES, translated
 from snapchain.objects.store import TEMPORARY, Refused, is_segment
 
+Found = TypeVar("Found")
 DIRECTORY_MODE = 0o700
 """Backups are secrets, encrypted or not."""
 FILE_MODE = 0o600
@@ -104,18 +105,32 @@ class Rooted:
 
         That is S3's order: `a-b` comes before `a/b`, since '-' < '/'.  Raises our errors; nothing there is empty.
         """
+        found = self._scanned(folder, "", lambda entry: entry.is_dir(follow_symlinks=False))
+        return sorted(found, key=lambda row: f"{row[0]}/" if row[1] else row[0])
+
+    def listing(self, folder: str, start: str) -> list[tuple[str, os.stat_result | None]]:
+        """As `entries`, of names that begin with `start`: (segment, status of the file, None of a directory)."""
+
+        def status(entry: os.DirEntry[str]) -> os.stat_result | None:
+            return None if entry.is_dir(follow_symlinks=False) else entry.stat(follow_symlinks=False)
+
+        return sorted(self._scanned(folder, start, status), key=lambda row: f"{row[0]}/" if row[1] is None else row[0])
+
+    def _scanned(self, folder: str, start: str, look: Callable[[os.DirEntry[str]], Found]) -> list[tuple[str, Found]]:
+        """What `look` says of each entry of `folder` that may be ours, without those that go meanwhile."""
+        rows = []
         try:
             with self.folder(f"{folder}/x" if folder else "x", make=False) as (fd, _), os.scandir(fd) as found:
-                entries = [
-                    (entry.name, entry.is_dir(follow_symlinks=False))
-                    for entry in found
-                    if is_segment(entry.name) and (folder or entry.name != TEMPORARY)
-                ]
+                for entry in found:
+                    name = entry.name
+                    if name.startswith(start) and is_segment(name) and (folder or name != TEMPORARY):
+                        with suppress(FileNotFoundError):
+                            rows.append((name, look(entry)))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise from_os_error(error, self.path(folder)) from error
-        return sorted(entries, key=lambda entry: f"{entry[0]}/" if entry[1] else entry[0])
+        return rows
 
     def all_names(self) -> list[str]:
         """What is in the root, whatever it is and may be called. Raises our errors."""

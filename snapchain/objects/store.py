@@ -26,6 +26,7 @@ TEMPORARY = "tmp"
 """First segment that no object may have: the local store keeps unfinished files there."""
 
 _SEGMENT = r"[a-z0-9_-][a-z0-9._-]*"
+_ONE = re.compile(_SEGMENT, re.ASCII)
 _NAME = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*", re.ASCII)
 _PREFIX = re.compile(rf"(?:{_SEGMENT}/)*(?:{_SEGMENT})?", re.ASCII)
 
@@ -180,7 +181,7 @@ def _check_lengths(name: str) -> None:
 
 def is_segment(text: str) -> bool:
     """Whether `text` may stand between two slashes of an object name."""
-    return re.fullmatch(_SEGMENT, text, re.ASCII) is not None
+    return _ONE.fullmatch(text) is not None
 
 
 def valid_range(name: str, offset: int, length: int | None) -> None:

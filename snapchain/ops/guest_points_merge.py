@@ -99,7 +99,7 @@ def decide_guest(
     disks: those of the guest, with the one of its records
     A guest point is held when its record's point or any of its disks' points is.
     """
-    decisions = decide(view.points, policy, zone=zone, now=now, holds=_hold_reasons)
+    decisions = decide(view.points, policy, zone=zone, now=now, holds=guest_hold_reasons)
     stays = {(disk, point.point) for each in decisions if each.kept for disk, point in each.point.disks.items()}
     stays |= {(view.record_disk, each.point.record.point) for each in decisions if each.kept}
     known = {point.instant for point in view.points}
@@ -131,7 +131,8 @@ def _held(point: PointRecord) -> Sequence[str]:
     return hold_reasons(point)
 
 
-def _hold_reasons(point: GuestPoint) -> Sequence[str]:
+def guest_hold_reasons(point: GuestPoint) -> Sequence[str]:
+    """Why a guest point stays: its record's point is held, or one of its disks' points is."""
     return tuple(dict.fromkeys(why for each in (point.record, *point.disks.values()) for why in hold_reasons(each)))
 
 

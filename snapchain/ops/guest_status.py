@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.protocol import Destination
 from snapchain.destination.records import DiskRecord
+from snapchain.destination.summary import DiskSummary, possible_guest
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.model.consistency import Consistency
 from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestStanding, GuestState, Place, Vouched, describe
 from snapchain.model.lease import Lease
 from snapchain.ops.failover.choose import loss_of
-from snapchain.ops.guest_points import GuestView, guest_named, guests_of
+from snapchain.ops.guest_points import GuestView, guest_named
 from snapchain.ops.other_destinations import OtherDestinations, Reach
 
 
@@ -83,35 +84,69 @@ def status(
     now = now or datetime.now(UTC)
     rows: list[GuestStatus] = []
     for place, name in places:
-        disks = place.disks()
-        asked = _all(place, disks, now) if name is None else [_one(place, disks, name, now)]
-        for row, standing in asked:
-            rows.append(row if reach is None or standing is None else _with_others(row, standing, place, reach))
+        disks = place.summaries(now=now)
+        guests = guests_among(disks) if name is None else [name]
+        found = statuses(place, disks, guests, now=now, reach=reach)
+        if name is not None and not found:
+            raise NotFound("there is no such guest", subject=f"{place.url}::{name}")
+        rows += found
     return StatusReport(guests=tuple(sorted(rows, key=lambda row: row.guest)))
+
+
+def guests_among(disks: Iterable[DiskSummary]) -> list[str]:
+    """The guests with points, and those of which only a state is recorded: one that was moved there has no points."""
+    return sorted({disk.guest for disk in disks if disk.guest is not None})
+
+
+def statuses(
+    place: Destination,
+    disks: Sequence[DiskSummary],
+    guests: Sequence[str],
+    *,
+    now: datetime,
+    reach: Reach | None = None,
+) -> list[GuestStatus]:
+    """How some guests of a destination stand. disks: all that it has; now, reach: as in `status`
+
+    A name of which there is neither a guest point nor a state is left out.
+    """
+    records = _Records(place, disks)
+    rows = []
+    for name in guests:
+        row, standing = _row(place, name, records, now)
+        rows.append(row if reach is None or standing is None else _with_others(row, standing, place, reach))
+    known = {*guests_among(disks)}
+    return [row for row in rows if row.guest in known or row.is_recorded]
+
+
+class _Records:
+    """The records of the disks of guests, read as they are asked for; no others, where each can be read by itself."""
+
+    def __init__(self, place: Destination, disks: Sequence[DiskSummary]) -> None:
+        self._place, self._disks = place, disks
+        self._all: tuple[DiskRecord, ...] | None = None
+
+    def view(self, guest: str) -> GuestView | None:
+        """As `guest_named`. Raises what keeps a disk of the guest from being read."""
+        members = [disk.name for disk in self._disks if possible_guest(disk.name) == guest]
+        if any(disk.name == guest for disk in self._disks):
+            return None
+        if self._place.traits.streams and not any(disk.trouble for disk in self._disks):
+            # One answer is cheaper than a connection for each disk.
+            self._all = self._all if self._all is not None else self._place.disks()
+            found = [each for each in self._all if each.name in members]
+        else:
+            found = [record for name in members for record in self._place.disks(name)]
+        return guest_named(found, guest)
 
 
 _Row = tuple[GuestStatus, GuestStanding | None]
 
 
-def _all(place: Destination, disks: Sequence[DiskRecord], now: datetime) -> list[_Row]:
-    """Guests with points, and those of which only a state is recorded: a guest that was moved there has no points."""
-    views = guests_of(disks)
-    others = {disk.name.rpartition("/")[0] for disk in disks} - {"", *(view.name for view in views)}
-    rows = [_row(place, view.name, view, now) for view in views]
-    return rows + [found for found in (_row(place, name, None, now) for name in sorted(others)) if found[0].is_recorded]
-
-
-def _one(place: Destination, disks: Sequence[DiskRecord], name: str, now: datetime) -> _Row:
-    view = guest_named(disks, name)
-    row, standing = _row(place, name, view, now)
-    if view is None and not row.is_recorded:
-        raise NotFound("there is no such guest", subject=f"{place.url}::{name}")
-    return row, standing
-
-
-def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -> _Row:
+def _row(place: Destination, name: str, records: _Records, now: datetime) -> _Row:
     row, standing = GuestStatus(guest=name, destination=place.url), None
     try:
+        view = records.view(name)
         standing, checks = place.guest_state(name), place.guest_checks(name)
         row = row.model_copy(
             update={

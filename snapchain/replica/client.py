@@ -22,8 +22,11 @@ from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.guest_messages import AskGuest, Handed, HandedDisk, Handover, Standing, Stands, Step
 from snapchain.replica.stream.messages import (
     PROGRESS,
+    AddedPoint,
     Ask,
+    BriefDisk,
     DecidedPoint,
+    DiskFiles,
     Finding,
     Held,
     HeldDisk,
@@ -79,6 +82,48 @@ def points_at(endpoint: Endpoint, disk: str | None = None) -> list[Disk]:
             found[-1].points.extend(page.points)
     if disk is not None and not found:
         raise Corrupt("its answer lacks the disk that was asked for", subject=endpoint.url)
+    return found
+
+
+def summaries_at(endpoint: Endpoint) -> list[BriefDisk] | None:
+    """All disks there in short, as they are listed; None from a snapchain that is too old to answer so.
+
+    Raises as `points_at`.
+    """
+    found: list[BriefDisk] = []
+    with _connected(endpoint) as session:
+        session.begin()
+        if Feature.SUMMARY not in session.features:
+            return None
+        for frame in session.responses(Kind.ASK, Ask(want="summary", replica=endpoint.replica)):
+            if frame.kind is not Kind.DISK:
+                raise session.unexpected(frame)
+            brief = session.decode(BriefDisk, frame)
+            _checked(brief.disk, None, session.peer)
+            found.append(brief)
+    if len({each.disk for each in found}) < len(found):
+        raise Corrupt("it lists one disk in two places", subject=endpoint.url)
+    return found
+
+
+def files_at(endpoint: Endpoint) -> list[tuple[DiskFiles, list[AddedPoint]]]:
+    """What the files of each disk take, and all its points, as they are listed.
+
+    Raises as `points_at`, and Unsupported for a server that is too old.
+    """
+    found: list[tuple[DiskFiles, list[AddedPoint]]] = []
+    with _connected(endpoint) as session:
+        request = Ask(want="files", replica=endpoint.replica)
+        for frame in session.responses(Kind.ASK, request, feature=Feature.SUMMARY):
+            if frame.kind is not Kind.DISK:
+                raise session.unexpected(frame)
+            page = session.decode(DiskFiles, frame)
+            _checked(page.disk, None, session.peer)
+            if not found or found[-1][0].disk != page.disk:
+                found.append((page, []))
+            found[-1][1].extend(page.points)
+    if len({disk.disk for disk, _ in found}) < len(found):
+        raise Corrupt("it lists one disk in two places", subject=endpoint.url)
     return found
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from snapchain.destination.address import in_full
 from snapchain.destination.reading import LeafSource, Sink, WholeDisk, Work
 from snapchain.destination.traits import REPLICA, Traits
-from snapchain.errors import InvalidInput, Unsupported
+from snapchain.errors import InvalidInput, NotFound, Unsupported
 from snapchain.host.retry import RetryPolicy
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Hashes, leaf_hash
 from snapchain.model.events import OnEvent, ignore
@@ -32,6 +32,7 @@ from snapchain.replica.stream.messages import HeldPoint, Hold
 if TYPE_CHECKING:
     from snapchain.destination.records import (
         DiskRecord,
+        Finding,
         GcLimits,
         GcPlan,
         GcReport,
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
         RepairReport,
         VerifyReport,
     )
+    from snapchain.destination.summary import DiskSummary
+    from snapchain.destination.usage import StoredUsage
     from snapchain.model.retention import Rules
+    from snapchain.replica.stream.messages import BriefDisk
 
 NOT_ENCRYPTED = "none"
 MOST_RUNS = 1 << 23
@@ -213,6 +217,53 @@ class ReplicaDestination(ReplicaWriting):
             for each in points_at(self.endpoint, disk)
         )
 
+    def summaries(self, disk: str | None = None, *, now: datetime | None = None) -> tuple[DiskSummary, ...]:
+        """As ReadableDestination. An older peer lists all points, and lets one disk that it cannot read hide all."""
+        from snapchain.destination.summary import summary_of, with_guests
+        from snapchain.replica.client import summaries_at
+
+        briefs = summaries_at(self.endpoint) if disk is None else None
+        if briefs is not None:
+            return with_guests(map(_summary, briefs))
+        now = now or datetime.now(UTC)
+        return with_guests(summary_of(each, now) for each in self.disks(disk))
+
+    def usage(self, disk: str | None = None, *, on_event: OnEvent = ignore) -> StoredUsage:
+        """As ReadableDestination. Nothing is shared between disks: a file is measured by the blocks that it takes."""
+        _ = on_event
+        from snapchain.destination.usage import DiskUsage, KindUsage, StoredUsage, disk_usage
+        from snapchain.replica.client import files_at
+
+        found = []
+        count = 0
+        for files, points in files_at(self.endpoint):
+            trouble = _finding_of(files.disk, files.kind, files.message)
+            if trouble is not None:
+                found.append(DiskUsage(disk=files.disk, trouble=trouble))
+                continue
+            count += files.files
+            found.append(
+                disk_usage(
+                    files.disk,
+                    [(each.point, each.time) for each in points],
+                    [each.added for each in points],
+                    lists_points=files.disk == disk,
+                    stored_bytes=files.stored,
+                    own_bytes=files.stored,
+                    data_bytes=files.data,
+                    other_bytes=files.other,
+                )
+            )
+        if disk is not None and all(each.disk != disk for each in found):
+            raise NotFound(f"there is no disk {disk!r} here", subject=self.url)
+        return StoredUsage(
+            destination=self.url,
+            kinds=(KindUsage(kind="layers", objects=count, bytes=sum(each.stored_bytes for each in found)),),
+            disks=tuple(sorted(found, key=lambda each: each.disk)),
+            data_bytes=sum(each.data_bytes for each in found),
+            findings=tuple(each.trouble for each in found if each.trouble is not None),
+        )
+
     @contextmanager
     def reader(
         self,
@@ -346,6 +397,29 @@ def _point_record(point: HeldPoint) -> PointRecord:
         instant=point.instant,
         consistency=point.consistency,
     )
+
+
+def _summary(brief: BriefDisk) -> DiskSummary:
+    from snapchain.destination.summary import DiskSummary, PointSummary, possible_guest
+
+    return DiskSummary(
+        name=brief.disk,
+        epoch=brief.epoch,
+        points=brief.points,
+        layers=brief.layers,
+        newest=tuple(PointSummary(point=each.point, time=each.time, virtual_size=each.size) for each in brief.newest),
+        guest=possible_guest(brief.disk) if brief.of_guest else None,
+        trouble=_finding_of(brief.disk, brief.kind, brief.message),
+    )
+
+
+def _finding_of(disk: str, kind: str | None, message: str) -> Finding | None:
+    from snapchain.destination.records import Finding
+    from snapchain.replica.stream.session import printable
+
+    if kind is None:
+        return None
+    return Finding(kind=printable(kind), subject=None, message=printable(message), disk=disk, points=())
 
 
 def _name_of(zone: tzinfo) -> str:

@@ -1,6 +1,6 @@
 """The answer to ASK: the points of a replica, and whether it is sound.
 
-    ASK  ->  DISK* DONE                                    what points there are
+    ASK  ->  DISK* DONE                                    what points there are, or each disk in short
          ->  (PROGRESS* FINDING* VERDICT)* DONE            whether records, or data, are sound
 
 Nothing is made, locked or changed, except that an interrupted merge is finished or undone first.
@@ -12,9 +12,11 @@ import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from snapchain.errors import Busy, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.leaves import counted
 from snapchain.image.pread import file_bytes
@@ -22,13 +24,26 @@ from snapchain.image.qcow2.refcounts import refcounts
 from snapchain.image.qcow2.tables import ImageFd
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import ByteCount
+from snapchain.model.freshness import candidates
 from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Catalogue, Point
+from snapchain.replica.guest_store import guest_of, read_standing
 from snapchain.replica.merge_journal import is_under_way, wait_for_merge
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream.fields import POINTS_AT_ONCE
 from snapchain.replica.stream.frames import Kind
-from snapchain.replica.stream.messages import PROGRESS, Ask, Finding, HeldDisk, HeldPoint, Verdict
+from snapchain.replica.stream.messages import (
+    PROGRESS,
+    AddedPoint,
+    Ask,
+    BriefDisk,
+    BriefPoint,
+    DiskFiles,
+    Finding,
+    HeldDisk,
+    HeldPoint,
+    Verdict,
+)
 from snapchain.replica.stream.requests import Feature
 
 if TYPE_CHECKING:
@@ -40,6 +55,18 @@ def answer(receiver: Receiver, request: Ask) -> None:
     session = receiver.session
     replica = open_replica(receiver.root(request.replica))
     disks = replica.disks() if request.disk is None else [replica.disk(request.disk)]
+    if request.want == "summary":
+        for disk in disks:
+            if (brief := _brief(disk, datetime.now(UTC))) is not None:
+                session.reply(Kind.DISK, brief)
+        session.done()
+        return
+    if request.want == "files":
+        for disk in disks:
+            for part in _files(disk):
+                session.reply(Kind.DISK, part)
+        session.done()
+        return
     if request.want == "points":
         for disk in disks:
             found = _settled(disk)
@@ -67,6 +94,52 @@ def _settled(disk: ReplicaDisk) -> Catalogue | None:
     with suppress(Busy, InvalidInput, Unsupported):  # its points are listed all the same
         wait_for_merge(disk, patience=0)
     return disk.read()
+
+
+def _brief(disk: ReplicaDisk, now: datetime) -> BriefDisk | None:
+    """A disk in short; None where its first layer is on its way. One that cannot be read hides no other."""
+    try:
+        found = _settled(disk)
+        guest = guest_of(disk.name)
+        standing = read_standing(disk.root, guest) if guest else None
+    except SnapchainError as error:
+        return BriefDisk(disk=disk.name, kind=error.kind, message=str(error)[:4000])
+    if found is None:
+        return None
+    return BriefDisk(
+        disk=disk.name,
+        epoch=found.epoch,
+        points=len(found.points),
+        layers=len(found.layers),
+        newest=tuple(
+            BriefPoint(point=each.point, time=each.time, size=each.size) for each in candidates(found.points, now)
+        ),
+        of_guest=standing is not None or any(point.instant for point in found.points),
+    )
+
+
+def _files(disk: ReplicaDisk) -> Iterator[DiskFiles]:
+    """What the files of a disk take. One that cannot be read hides no other."""
+    try:
+        found = _settled(disk)
+        if found is None:
+            return
+        with os_errors(disk.directory):
+            sizes = [disk.path(layer.file).stat().st_blocks * 512 for layer in found.layers]
+    except SnapchainError as error:
+        yield DiskFiles(disk=disk.name, kind=error.kind, message=str(error)[:4000])
+        return
+    heights = {layer.id: number for number, layer in enumerate(found.layers, 1)}
+    points, reached = [], 0
+    for point in found.points:
+        height = max(reached, heights[point.layer])
+        points.append(AddedPoint(point=point.point, time=point.time, added=sum(sizes[reached:height])))
+        reached = height
+    data = sum(each.data_bytes for each in found.layers)
+    totals = {"stored": sum(sizes), "data": data, "other": sum(sizes[reached:])}
+    for at in range(0, max(1, len(points)), POINTS_AT_ONCE):
+        page = tuple(points[at : at + POINTS_AT_ONCE])
+        yield DiskFiles(disk=disk.name, files=len(sizes), points=page, **totals)
 
 
 def held_point(point: Point, layers: int, features: Collection[str]) -> HeldPoint:

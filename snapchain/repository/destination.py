@@ -21,6 +21,7 @@ from snapchain.destination.records import (
     RepairReport,
     VerifyReport,
 )
+from snapchain.destination.summary import DiskSummary, summary_of
 from snapchain.destination.traits import REPOSITORY, Traits
 from snapchain.model import holds
 from snapchain.model.events import Notice, OnEvent, ignore
@@ -39,6 +40,7 @@ from snapchain.repository.reader import (
 from snapchain.repository.repository import Repository
 
 if TYPE_CHECKING:
+    from snapchain.destination.usage import StoredUsage
     from snapchain.model.retention import Rules
 
 
@@ -93,6 +95,21 @@ class RepositoryDestination(RepositoryWriting):
         repository = self.repository
         found = repository.catalogues() if disk is None else [repository.catalogue(disk)]
         return tuple(map(_disk_record, found))
+
+    def summaries(self, disk: str | None = None, *, now: datetime | None = None) -> tuple[DiskSummary, ...]:
+        """As `summaries.summaries`."""
+        now = now or datetime.now(UTC)
+        if disk is not None:
+            return (summary_of(_disk_record(self.repository.catalogue(disk)), now),)
+        from snapchain.repository.summaries import summaries
+
+        return summaries(self.repository, now)
+
+    def usage(self, disk: str | None = None, *, on_event: OnEvent = ignore) -> StoredUsage:
+        """As `usage.usage`."""
+        from snapchain.repository.usage import usage
+
+        return usage(self.repository, disk, on_event=on_event)
 
     def reader(
         self,

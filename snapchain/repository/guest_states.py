@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
+from snapchain.destination.summary import possible_guest
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import (
@@ -40,9 +41,9 @@ from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.envelope import StoredModel, parse as parse_stored, seal, unseal
 from snapchain.repository.leases import Mode
 from snapchain.repository.repository import Repository
+from snapchain.repository.summaries import GUESTS as FOLDER, summaries
 
 KIND = b"G"
-FOLDER = "guests/"
 CHECKS = "checks"
 
 
@@ -241,8 +242,14 @@ def _raise_epochs(repository: Repository, now: GuestStanding) -> None:
 
 
 def _disks(repository: Repository, guest: str) -> list[Catalogue]:
-    """The disks right below the guest's name."""
-    return [each for each in repository.catalogues() if each.disk.rpartition("/")[0] == guest]
+    """The disks right below the guest's name. Reads no other catalogue that this machine has seen already.
+
+    Raises as `catalogues` where any disk cannot be read: it may be one of them.
+    """
+    disks = summaries(repository, datetime.now(UTC))
+    if any(disk.trouble for disk in disks):
+        return [each for each in repository.catalogues() if possible_guest(each.disk) == guest]
+    return [repository.catalogue(disk.name) for disk in disks if possible_guest(disk.name) == guest]
 
 
 # --- objects

@@ -12,7 +12,7 @@ Where kinds rightly differ, `Site.traits` says so, and the other behaviour is de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from snapchain.errors import Busy, Conflict, Diverged, InvalidInput, NotFound, U
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.consistency import Consistency
 from snapchain.model.content import LEAF_BYTES
+from snapchain.model.freshness import newest_of
 from snapchain.model.guest_checks import CheckKind, GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestChange, GuestState, TakenDisk, Transition, Vouched
 from snapchain.model.lease import Lease
@@ -239,6 +240,71 @@ class DestinationContract(DestinationFaults):
             assert diff(old, new).identical
         with place.leaves(DISK, "2") as old, image_side(history[0].image) as new:
             assert {each.offset for each in diff(new, old).ranges} == {each.offset for each in found.ranges}
+
+    # ---- at a glance
+
+    def test_disks_at_a_glance(self, site: Site, history: Sequence[Moment]) -> None:
+        deliver(site, history[0].image)
+        deliver(site, history[1].image)
+        deliver(site, history[0].image, disk="web2/vda")
+        whole = site.open().disks()
+        for found in (site.open().summaries(), site.open().summaries()):  # the second one may know them
+            assert [(each.name, each.points, each.layers, each.guest, each.trouble) for each in found] == [
+                (each.name, len(each.points), each.layers, None, None) for each in whole
+            ]
+            for short, disk in zip(found, whole, strict=True):
+                newest, future = newest_of(short.newest, datetime.now(UTC))
+                last = disk.points[-1]
+                assert newest is not None
+                assert (newest.point, newest.time, newest.virtual_size) == (last.point, last.time, last.virtual_size)
+                assert future == ()
+        yesterday = datetime.now(UTC) - timedelta(days=1)
+        for short in site.open().summaries(now=yesterday):
+            assert newest_of(short.newest, yesterday)[0] is None, "a point of the future is never the newest"
+        (one,) = site.open().summaries(DISK)
+        assert (one.name, one.points) == (DISK, 2)
+        with pytest.raises(NotFound):
+            site.open().summaries("gone")
+
+    def test_a_disk_that_cannot_be_read_hides_no_other(self, site: Site, history: Sequence[Moment]) -> None:
+        deliver(site, history[0].image)
+        deliver(site, history[0].image, disk="web2/vda")
+        before = {name: site.read(name) for name in site.stored()}
+        site.open(writing=True).hold(DISK, "1", "audit")
+        (catalogue,) = (name for name in site.stored() if before.get(name) != site.read(name))
+        site.write(catalogue, site.read(catalogue)[:-20])
+        broken, sound = site.open().summaries()
+        assert (sound.name, sound.points, sound.trouble) == ("web2/vda", 1, None)
+        assert (broken.name, broken.points, broken.newest) == (DISK, 0, ())
+        assert broken.trouble is not None
+        assert broken.trouble.kind == "corrupt"
+
+    def test_what_is_stored(self, site: Site, history: Sequence[Moment]) -> None:
+        for moment in history[:3]:
+            deliver(site, moment.image)
+        deliver(site, history[0].image, disk="web2/vda")
+        place = site.open()
+        found = place.usage(DISK)
+        one, two = found.disks
+        assert [(each.disk, each.point_count, each.trouble) for each in (one, two)] == [
+            (DISK, 3, None),
+            ("web2/vda", 1, None),
+        ]
+        assert [(each.point, each.time) for each in one.points] == [
+            (each.point, each.time) for each in place.disks(DISK)[0].points
+        ]
+        assert sum(each.added_bytes for each in one.points) + one.other_bytes == one.stored_bytes > 0
+        assert one.month_bytes == one.stored_bytes, "all points are of today"
+        assert one.added_bytes == one.points[-1].added_bytes
+        assert two.points == ()
+        assert found.stored_bytes >= (
+            one.stored_bytes if place.traits.deduplicates else one.stored_bytes + two.stored_bytes
+        )
+        shared = min(one.shared_bytes, two.shared_bytes)
+        assert shared > 0 if place.traits.deduplicates else shared == 0
+        assert found.findings == ()
+        with pytest.raises(NotFound):
+            place.usage("gone")
 
     # ---- holding
 

@@ -154,9 +154,15 @@ def test_labels_and_disks_of_a_plain_store(ground: Path, run: Run, monkeypatch: 
         assert run("ship", "other.qcow2", f"repo::{disk}", "--label", EVIL).status == 0
     for words in (
         ["log", "repo"],
+        ["log", "repo", "--all"],
+        ["status", "repo"],
+        ["status", "repo", "--nagios"],
+        ["status", "repo", "--metrics", "-"],
+        ["stats", "repo"],
         ["verify", "repo"],
         ["gc", "repo", "--dry-run"],
         ["log", f"repo::{disk}"],
+        ["stats", f"repo::{disk}"],
         ["inspect", f"repo::{disk}@1"],
         ["restore", f"repo::{disk}", "out.raw"],
     ):

@@ -12,7 +12,7 @@ from snapchain.cli.app import command
 from snapchain.cli.verbs import VERBS
 from tests.cli.conftest import MiB, Run, qemu_img, write
 
-LOOKING = {"log", "status", "guests", "inspect", "diff", "verify"}
+LOOKING = {"log", "stats", "status", "guests", "inspect", "diff", "verify"}
 """Verbs that change nothing."""
 
 

@@ -29,6 +29,7 @@ from tests.ops.taken_over import made_point, taken_over
 READING = {
     "log": ["log", "repo"],
     "status": ["status", "repo"],
+    "stats": ["stats", "repo"],
     "inspect": ["inspect", "web1.qcow2"],
     "diff": ["diff", "web1.qcow2", "other.qcow2"],
     "verify": ["verify", "repo"],

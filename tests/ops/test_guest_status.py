@@ -16,6 +16,7 @@ from snapchain.model.guest_state import GuestStanding, GuestState, Vouched
 from snapchain.model.lease import Lease
 from snapchain.ops import guest_checks, guest_verify
 from snapchain.ops.guest_status import GuestStatus, owed, status
+from snapchain.ops.status import DestinationStatus, DiskStatus, StatusReport
 from tests.ops.guest_points import BEGIN, Guest, Open, instant, opened, publish
 from tests.ops.stacks import write
 from tests.ops.test_failover import failover
@@ -97,5 +98,9 @@ def test_on_the_command_line(
 def test_the_fields_are_documented() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "guide" / "scripting.md").read_text()
     section = page.partition("### `status`\n")[2].partition("\n### ")[0]
-    said = set(re.findall(r"`([a-z_]+)(?:\[\])?`", section)) - {"guests"}
+    of_disks, _, of_guests = section.partition("`guests[]`")
+    said = set(re.findall(r"`([a-z_]+)(?:\[\])?`", of_guests))
     assert said == {*GuestStatus.model_fields, *GuestCheck.model_fields, *Lease.model_fields}
+    for name, shape in (("disks", DiskStatus), ("destinations", DestinationStatus)):
+        assert set(re.findall(rf"`{name}\[\]\.([a-z_]+)(?:\[\])?`", of_disks)) == {*shape.model_fields}
+    assert {*StatusReport.model_fields} == {"guests", "disks", "destinations", "time", "max_age_seconds"}

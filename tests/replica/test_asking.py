@@ -14,11 +14,13 @@ import pytest
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.model.events import Event, Progress
 from snapchain.ops.log import log
+from snapchain.replica import names
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.permissions import chosen
 from snapchain.replica.status import verify_disk
 from snapchain.replica.store import Replica, ReplicaDisk, open_replica
+from snapchain.replica.stream import session
 from snapchain.replica.stream.fields import POINTS_AT_ONCE
 from snapchain.replica.stream.frames import FrameReader, Kind
 from snapchain.replica.stream.messages import Ask, Finding, Hello, Verdict, encode
@@ -359,3 +361,27 @@ def test_kinds_go_one_way() -> None:
     answers = {Kind.DISK, Kind.VERDICT, Kind.FINDING, Kind.PROGRESS}
     assert not answers & set(FROM_SENDER)
     assert Kind.ASK not in FROM_RECEIVER
+
+
+def test_an_older_server_lists_all_points(sent: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = ReplicaDestination(DirectoryEndpoint(sent.root))
+    short = place.summaries()
+    whole = place.usage()
+    assert whole.disks[0].stored_bytes == sum(path.stat().st_blocks * 512 for path in sent.root.rglob("*.qcow2"))
+    monkeypatch.setattr(session, "FEATURES", ("ask",))
+    assert place.summaries() == short
+    with pytest.raises(Unsupported, match="does not support 'summary'"):
+        place.usage()
+
+
+def test_a_disk_that_cannot_be_read_hides_no_other(sent: Place, chain: list[Path]) -> None:
+    sent.send(chain[0], disk="db")
+    ReplicaDisk(sent.root, "db").path(names.CATALOGUE).write_text("{}")
+    place = ReplicaDestination(DirectoryEndpoint(sent.root))
+    for found, count in ((place.summaries(), "points"), (place.usage().disks, "point_count")):
+        broken, sound = found
+        assert broken.trouble is not None
+        assert (broken.trouble.kind, broken.trouble.disk, getattr(broken, count)) == ("corrupt", "db", 0)
+        assert (sound.trouble, getattr(sound, count)) == (None, 3)
+    with pytest.raises(Corrupt, match="db"):
+        place.disks()

@@ -3,6 +3,7 @@
 policy.py     the rules, and the decision: a point goes only when every rule lets it go
 clocks.py     which times count: points of the future, and those after a jump, take no place of others
 duration.py   1y5m7d2h
+tally.py      decisions in a few words
 named.py      points that go by their number: what was decided for all disks of a guest
 """
 
@@ -10,6 +11,7 @@ from snapchain.model.retention.clocks import TOLERANCE, Doubt, is_future
 from snapchain.model.retention.duration import Duration, parse_duration
 from snapchain.model.retention.named import DropPoints, Rules, decide_by
 from snapchain.model.retention.policy import UNLIMITED, Decision, Period, Policy, RetentionPoint, decide
+from snapchain.model.retention.tally import kept_by_rule
 
 __all__ = [
     "TOLERANCE",
@@ -25,5 +27,6 @@ __all__ = [
     "decide",
     "decide_by",
     "is_future",
+    "kept_by_rule",
     "parse_duration",
 ]

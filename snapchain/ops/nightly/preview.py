@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.destination.records import PointDecision
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.guest.address import open_guest
 from snapchain.guest.disks import disks_to_protect
@@ -16,7 +17,7 @@ from snapchain.guest.snapshot import LeftOut, SnapshotRequest, plan as plan_snap
 from snapchain.host.hooks import missing
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops import guest_points_merge, snapshot
-from snapchain.ops.nightly import local_chain
+from snapchain.ops.nightly import local_chain, outlook
 from snapchain.ops.nightly.boot_tests import wanted as wanted_tests
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.guest import wanted_disks
@@ -39,12 +40,16 @@ class _Shown(BaseModel):
 
 
 class ShipPreview(_Shown):
-    """bytes_to_read: guest bytes; points_dropped: by the rules, were the new point there already."""
+    """bytes_to_read: guest bytes
+
+    points: those that are there, with what the rules decide when the new point is there, too; points_dropped: numbers
+    """
 
     destination: str
     layers_present: int | None = None
     bytes_to_read: int | None = None
     points_dropped: tuple[int, ...] = ()
+    points: tuple[PointDecision, ...] = ()
 
 
 class DiskPreview(_Shown):
@@ -239,19 +244,20 @@ class _Look:
                 update = {"layers_present": plan.layers_present, "bytes_to_read": plan.bytes_to_read}
                 return shown.model_copy(update=update)
 
-        def dropped() -> tuple[int, ...]:
-            zone, now = self._config.zone, self._now
+        def decided() -> tuple[PointDecision, ...]:
+            name, zone, now = self._disk.name, self._config.zone, self._now
             try:
-                plan = place.open().merging(self._disk.name, place.policy, zone=zone, now=now).plan()
+                (record,) = place.open().disks(name)
             except NotFound:  # its first point is yet to come
                 return ()
-            return tuple(each.point for each in plan.points if not each.kept)
+            labels = self._disk.settings.labels
+            return outlook.of_disk(record.points, place.policy, disk=name, labels=labels, zone=zone, now=now)
 
         done = self._steps.attempt(f"ship to {place.name}", look_there)
         if done.value is None or place.policy.is_empty:
             return done.value or shown
-        points = self._steps.attempt(f"merge at {place.name}", dropped).value or ()
-        return done.value.model_copy(update={"points_dropped": points})
+        points = self._steps.attempt(f"merge at {place.name}", decided).value or ()
+        return _with_points(done.value, points)
 
     def _merge(self, facts: ImageFacts, made: int, results: list[ShipPreview]) -> tuple[tuple[str, ...], str | None]:
         if self._disk.settings.merge_above is None:
@@ -314,20 +320,23 @@ class _LookAtGuest:
     def _at(self, place: OpenDestination) -> ShipPreview:
         shown = ShipPreview(destination=place.name)
 
-        def dropped() -> tuple[int, ...]:
+        def decided() -> tuple[PointDecision, ...]:
             with place.turn() as destination:
                 if place.policy.is_empty:
                     return ()
                 try:
-                    plan = guest_points_merge.plan(
-                        destination, self._guest.name, place.policy, zone=self._config.zone, now=self._now
-                    )
+                    view = guest_points_merge.guest_at(destination, self._guest.name)
                 except NotFound:  # its first point is yet to come
                     return ()
-                return tuple(each.point for each in plan.points if not each.kept)
+                labels = self._guest.settings.labels
+                return outlook.of_guest(view, place.policy, labels=labels, zone=self._config.zone, now=self._now)
 
-        points = self._steps.attempt(f"ship to {place.name}", dropped).value or ()
-        return shown.model_copy(update={"points_dropped": points})
+        return _with_points(shown, self._steps.attempt(f"ship to {place.name}", decided).value or ())
+
+
+def _with_points(shown: ShipPreview, points: tuple[PointDecision, ...]) -> ShipPreview:
+    dropped = tuple(each.point for each in points if not each.kept)
+    return shown.model_copy(update={"points_dropped": dropped, "points": points})
 
 
 def _upkeep(

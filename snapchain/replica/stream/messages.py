@@ -26,6 +26,7 @@ from snapchain.model.consistency import Consistency
 from snapchain.model.content import SumText
 from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.fingerprint import Fingerprint
+from snapchain.model.freshness import MOST_OF_THE_FUTURE
 from snapchain.model.inventory import MAX_LAYERS
 from snapchain.model.retention import Policy
 from snapchain.replica.stream.fields import (
@@ -244,14 +245,15 @@ class Readiness(Message):
 class Ask(Message):
     """A question in the place of OPEN; nothing is made, locked or changed at the receiver.
 
-    want: the points of disks; whether what is recorded of them is sound; whether the data are, too
+    want: the points of disks; whether what is recorded of them is sound; whether the data are, too; or, from a receiver
+        with the feature `summary`, each disk in short, or what its files take
     disk: None for all; replica: as in Open
     share: with `data`, the probability with which each layer is read; only for a receiver with the feature `sample`
     """
 
     newer = frozenset({"share"})
 
-    want: Literal["points", "records", "data"]
+    want: Literal["points", "records", "data", "summary", "files"]
     disk: str | None = Field(default=None, min_length=1, max_length=250)
     replica: str | None = Field(default=None, max_length=4096)
     share: float = Field(default=1.0, gt=0, le=1)
@@ -290,6 +292,58 @@ class HeldDisk(Message):
     disk: str = Field(min_length=1, max_length=250)
     epoch: Epoch
     points: tuple[HeldPoint, ...] = Field(max_length=POINTS_AT_ONCE)
+
+
+class BriefPoint(Message):
+    """A point in short. size: virtual, bytes"""
+
+    point: PointNumber
+    time: Moment
+    size: int = Field(ge=0, le=LARGEST_DISK)
+
+
+class BriefDisk(Message):
+    """A disk in short: the body of DISK where a summary was asked for.
+
+    points, layers: how many; newest: the newest point that the receiver's clock does not call of the future, and the
+        earliest of those that it does
+    of_guest: whether a guest point or the state of a guest is recorded with it
+    kind, message: of the error for which nothing else is known of it
+    """
+
+    disk: str = Field(min_length=1, max_length=250)
+    epoch: int = Field(default=0, ge=0, le=LARGEST_EPOCH)
+    points: int = Field(default=0, ge=0, le=LARGEST_NUMBER)
+    layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
+    newest: tuple[BriefPoint, ...] = Field(default=(), max_length=MOST_OF_THE_FUTURE + 1)
+    of_guest: bool = False
+    kind: Annotated[str, StringConstraints(max_length=40)] | None = None
+    message: str = Field(default="", max_length=4000)
+
+
+class AddedPoint(Message):
+    """A point, and the bytes of the files that it needs and no earlier point does."""
+
+    point: PointNumber
+    time: Moment
+    added: int = Field(ge=0, le=MAX_LAYERS * LARGEST_DISK)
+
+
+class DiskFiles(Message):
+    """A disk and what its files take: the body of DISK where files were asked for; more points follow as in HeldDisk.
+
+    files: layers; stored: bytes that they take, data: their DATA, other: of layers above the newest point
+    kind, message: of the error for which nothing else is known of it
+    """
+
+    disk: str = Field(min_length=1, max_length=250)
+    files: int = Field(default=0, ge=0, le=MAX_LAYERS)
+    stored: int = Field(default=0, ge=0, le=MAX_LAYERS * LARGEST_DISK)
+    data: int = Field(default=0, ge=0, le=MAX_LAYERS * LARGEST_DISK)
+    other: int = Field(default=0, ge=0, le=MAX_LAYERS * LARGEST_DISK)
+    points: tuple[AddedPoint, ...] = Field(default=(), max_length=POINTS_AT_ONCE)
+    kind: Annotated[str, StringConstraints(max_length=40)] | None = None
+    message: str = Field(default="", max_length=4000)
 
 
 class Verdict(Message):

@@ -64,6 +64,8 @@ class Feature(StrEnum):
     """Also: the holds of points are listed."""
     SAMPLE = "sample"
     """The receiver knows the share in ASK."""
+    SUMMARY = "summary"
+    """The receiver answers ASK with each disk in short, and with what its files take."""
     FETCH_FROM = "fetch-from"
     """The receiver knows in FETCH where data are to begin."""
     GUEST_POINT = "guest-point"

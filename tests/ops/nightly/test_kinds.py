@@ -150,7 +150,8 @@ def test_a_dry_run_shows_the_same_for_both(host: Host) -> None:
     before = sorted(path for path in (host.directory / "replica").rglob("*"))
     plan = _preview(host, text.replace("last = 3", "last = 1"), clock)
     assert plan.sound, plan
-    assert [each.points_dropped for each in plan.disks[0].destinations] == [(1, 2)] * 2
+    assert [each.points_dropped for each in plan.disks[0].destinations] == [(1, 2, 3)] * 2, "tonight's is the last one"
+    assert [[row.kept for row in each.points] for each in plan.disks[0].destinations] == [[False] * 3] * 2
     assert [each.bytes_to_read for each in plan.disks[0].destinations] == [64 << 10] * 2
     assert [each.gc for each in plan.destinations] == [True, False]
     assert [each.verify for each in plan.destinations] == [("web1/vda",)] * 2
