@@ -239,6 +239,7 @@ def restore(
     format: Format | None = None,
     whole_chain: bool = False,
     force: bool = False,
+    allow_damaged: bool = False,
     on_event: OnEvent | None = None,
 ) -> RestoreReport:
     """Write a point to a new file or a block device, read it back, and compare its content id.
@@ -247,6 +248,7 @@ def restore(
     format: of the output; by default by its suffix
     whole_chain: restore every layer as a file of its own: `output` is the top, the others lie beside it
     force: replace `output` if it exists, or overwrite a device that is not empty
+    allow_damaged: write zeroes for ranges whose bytes are lost in a repository; the report lists them in `damaged`
 
     A file gets its name only when it is complete. Raises NotFound for a point that is not there, Conflict where
     `output` exists, Corrupt where stored bytes are damaged, Busy where a program has `output` open.
@@ -263,6 +265,7 @@ def restore(
         format=format,
         whole_chain=whole_chain,
         force=force,
+        allow_damaged=allow_damaged,
     )
     return work.run(on_event=on_event or _ignore)
 
