@@ -196,7 +196,7 @@ def configuration() -> str:
 def exit_status(name: str) -> str:
     text = ".SH EXIT STATUS\n"
     for code, kind, meaning in table("Exit codes"):
-        if code == "10" and name not in {"nightly", "doctor", "merge", ""}:
+        if code == "10" and name not in {"nightly", "doctor", "merge", "restore", ""}:
             continue
         text += tagged(f"\\fB{code}\\fR", f"{kind}: {meaning}" if kind else meaning)
     return text
