@@ -124,6 +124,7 @@ def open_destination(
     writing: bool = False,
     limit_rate: int | None = None,
     pack_size: int | None = None,
+    compression: Literal["auto", "fast", "default", "max"] | None = None,
     connections: int = 1,
 ) -> Destination:
     """The repository or replica at an address. A replica is not contacted yet.
@@ -132,6 +133,7 @@ def open_destination(
     writing: whether points will be shipped or merged
     limit_rate: bytes a second to and from the destination
     pack_size: bytes that a new object of a repository has at most
+    compression: of what is written to a repository; auto is fast, and uses the time that the store needs
     connections: of ssh, to a replica on another host
 
     Raises InvalidInput for an address that is none and a wrong passphrase, NotFound where there is no repository,
@@ -139,6 +141,7 @@ def open_destination(
     does not answer.
     """
     from snapchain.destinations import open_destination
+    from snapchain.model.compression import parse_compression
 
     return open_destination(
         fspath(url),
@@ -146,6 +149,7 @@ def open_destination(
         writing=writing,
         limit_rate=limit_rate,
         pack_size=pack_size,
+        compression=None if compression is None else parse_compression(compression),
         connections=connections,
     )
 

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable
 from snapchain.model import holds
+from snapchain.model.compression import Compression
 from snapchain.model.disk_name import check_disk_name
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.probe import probe, still_conditional
@@ -79,6 +80,7 @@ class Repository:
 
     memory: how far its disks were seen before (known.py), if known; slot: name of the key slot that opened it
     pack_size: bytes that new packs and indexes have at most; None: the default
+    compression: of the guest data that this process writes
     """
 
     def __init__(self, store: ObjectStore, config: Config, keys: Keyring, *, conditional: bool) -> None:
@@ -90,6 +92,7 @@ class Repository:
         self.memory: SeenGenerations | None = None
         self.slot: str | None = None
         self.pack_size = config.pack_size
+        self.compression = Compression.DEFAULT
         self.blobs = BlobReader(store, keys, self._load_index)
         self._pages = PageCache(self.blobs)
 
