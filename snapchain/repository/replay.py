@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,16 +22,23 @@ from snapchain.destination.reading import Sink
 from snapchain.errors import Corrupt, SnapchainError
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, content_id, empty_sum, leaf_hash
 from snapchain.model.extents import DATA, Extents
+from snapchain.repository.blobs import GAP_BYTES, GROUP_BYTES
 from snapchain.repository.chain import ChainView
 from snapchain.repository.format import LEAF_ROW, layer_name
 from snapchain.repository.ingest import change_of, sum_beyond
 from snapchain.repository.layers import StoredLayer, bounded_ranges, leaves_shown
 from snapchain.repository.lost_maps import LostMap
 from snapchain.repository.pages import Rows
+from snapchain.repository.read_ahead import MOST_AHEAD, Range, ReadAhead, coalesced, within
 from snapchain.repository.tasks import WINDOW, Item, Task, hot_leaves, pieces, spans, tasks, without_zeroes
 
 WORKERS = 4
 """More than cores: on object storage the wait is for the network."""
+BATCH_BYTES = 32 * 1024 * 1024
+"""Guest bytes that are fetched together: some 12 MB of one or two packs. Another batch is on its way meanwhile."""
+_MOST_TASKS = 64
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,20 +161,53 @@ class Replay:
 
     def _results(self, work: Iterator[Task]) -> Generator[_Done]:
         pool = ThreadPoolExecutor(WORKERS, "replay")
-        under_way: deque[Future[_Done]] = deque()
-        try:
-            under_way.extend(pool.submit(self._work, task) for task in islice(work, 2 * WORKERS))
-            while under_way:
-                yield under_way.popleft().result()
-                under_way.extend(pool.submit(self._work, task) for task in islice(work, 1))
-        finally:
-            self._gate.shut()
-            pool.shutdown(wait=False, cancel_futures=True)
+        planner = ThreadPoolExecutor(1, "replay plan")
+        under_way: deque[tuple[Future[_Done], Future[list[Range]] | None]] = deque()
+        with ReadAhead(self._view.read_range) as ahead:
+            view = self._view.through(ahead.get)
+            try:
+                begun = self._submitted(pool, view, _ahead_of(_batches(work), partial(self._begin, planner, ahead)))
+                under_way.extend(islice(begun, 2 * WORKERS))
+                while under_way:
+                    done, ended = under_way.popleft()
+                    yield done.result()
+                    if ended is not None:
+                        ahead.drop(ended.result())
+                    under_way.extend(islice(begun, 1))
+            finally:
+                self._gate.shut()
+                pool.shutdown(wait=False, cancel_futures=True)
+                planner.shutdown(wait=False, cancel_futures=True)
 
-    def _work(self, task: Task) -> _Done:
+    def _begin(
+        self, planner: ThreadPoolExecutor, ahead: ReadAhead, batch: Sequence[Task]
+    ) -> tuple[Sequence[Task], Future[list[Range]]]:
+        return batch, planner.submit(self._fetch, ahead, batch)
+
+    def _fetch(self, ahead: ReadAhead, batch: Sequence[Task]) -> list[Range]:
+        """Begin to fetch what a batch needs; which ranges these are. What is wrong with its map, its tasks find."""
+        hot = [(item.start, item.stop - item.start) for task in batch for item in task if item.hot]
+        try:
+            ranges = coalesced(self._view.locations(hot), gap=GAP_BYTES, most=GROUP_BYTES)
+        except SnapchainError:
+            return []
+        chosen = within(ranges, MOST_AHEAD)
+        ahead.fetch(chosen)
+        return chosen
+
+    def _submitted(
+        self, pool: ThreadPoolExecutor, view: ChainView, batches: Iterator[tuple[Sequence[Task], Future[list[Range]]]]
+    ) -> Iterator[tuple[Future[_Done], Future[list[Range]] | None]]:
+        """The workers' results in the order of the tasks; with the last one of a batch, the ranges that it needed."""
+        for batch, fetched in batches:
+            for number, task in enumerate(batch, 1):
+                yield pool.submit(self._work, view, task, fetched), fetched if number == len(batch) else None
+
+    def _work(self, view: ChainView, task: Task, fetched: Future[list[Range]]) -> _Done:
+        fetched.result()  # all ranges are on their way
         numbers: list[int] = []
         hashes: list[bytes] = []
-        views, bad = self._read([item for item in task if item.hot])
+        views, bad = self._read(view, [item for item in task if item.hot])
         bytes_read = sum(len(view) for _, view in views) - sum(each.stop - each.start for each in bad)
         leaves = [
             [leaf_hash(view[at : at + LEAF_BYTES]) for at in range(0, len(view), LEAF_BYTES)] for _, view in views
@@ -211,31 +252,31 @@ class Replay:
                 for offset, length in zeroes:
                     sink.zero(offset, length)
 
-    def _read(self, items: Sequence[Item]) -> tuple[list[tuple[Item, memoryview]], list[Bad]]:
+    def _read(self, view: ChainView, items: Sequence[Item]) -> tuple[list[tuple[Item, memoryview]], list[Bad]]:
         """The items with their bytes, and the ranges that cannot be read: these are zero."""
         views = [(item, memoryview(bytearray(item.stop - item.start))) for item in items]
         try:
-            self._view.read_pieces([(item.start, view) for item, view in views])
+            view.read_pieces([(item.start, buffer) for item, buffer in views])
         except Corrupt as error:
             if len(items) == 1:
-                view = memoryview(bytearray(items[0].stop - items[0].start))
-                bad = list(self._narrowed(items[0], view))
-                return [(items[0], view)], bad or [Bad(items[0].start, items[0].stop, error)]
-            parts = [self._read([item]) for item in items]
-            return [view for good, _ in parts for view in good], [bad for _, bads in parts for bad in bads]
+                buffer = memoryview(bytearray(items[0].stop - items[0].start))
+                bad = list(self._narrowed(view, items[0], buffer))
+                return [(items[0], buffer)], bad or [Bad(items[0].start, items[0].stop, error)]
+            parts = [self._read(view, [item]) for item in items]
+            return [each for good, _ in parts for each in good], [bad for _, bads in parts for bad in bads]
         except SnapchainError as error:
             blank = [(item, memoryview(bytearray(item.stop - item.start))) for item in items]
             return blank, [Bad(item.start, item.stop, error) for item in items]
         return views, []
 
-    def _narrowed(self, item: Item, view: memoryview) -> Iterator[Bad]:
-        """Which leaves of an item that cannot be read as a whole it is that cannot be read; `view` gets the others."""
+    def _narrowed(self, view: ChainView, item: Item, buffer: memoryview) -> Iterator[Bad]:
+        """Which leaves of an item cannot be read, where the whole cannot; `buffer` gets the others."""
         found: Bad | None = None
         for at in range(item.start, item.stop, LEAF_BYTES):
             stop = min(at + LEAF_BYTES, item.stop)
             leaf = bytearray(stop - at)
             try:
-                self._view.read_into(at, memoryview(leaf))
+                view.read_into(at, memoryview(leaf))
             except SnapchainError as error:
                 if found is not None and found.stop == at and str(found.error) == str(error):
                     found = Bad(found.start, stop, found.error)
@@ -244,7 +285,7 @@ class Replay:
                     yield found
                 found = Bad(at, stop, error)
             else:
-                view[at - item.start : stop - item.start] = leaf
+                buffer[at - item.start : stop - item.start] = leaf
         if found is not None:
             yield found
 
@@ -264,6 +305,30 @@ class Replay:
             for leaf in differ[begin:end].tolist():
                 wrong = Corrupt("the bytes are not those that were shipped", subject=layer_name(self._layer.id))
                 yield Bad(leaf * LEAF_BYTES, min((leaf + 1) * LEAF_BYTES, item.stop), wrong)
+
+
+def _batches(work: Iterator[Task]) -> Iterator[list[Task]]:
+    """Tasks that are fetched together."""
+    batch: list[Task] = []
+    size = 0
+    for task in work:
+        batch.append(task)
+        size += sum(item.stop - item.start for item in task if item.hot)
+        if size >= BATCH_BYTES or len(batch) >= _MOST_TASKS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _ahead_of(batches: Iterator[list[Task]], begin: Callable[[Sequence[Task]], _T]) -> Iterator[_T]:
+    """Begins each batch when the one before it is taken."""
+    waiting: deque[_T] = deque()
+    for batch in batches:
+        waiting.append(begin(batch))
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _merged(bad: Sequence[Bad], lost: deque[LostMap], stop: int) -> list[Bad]:

@@ -183,7 +183,7 @@ def test_a_lost_map_is_a_lost_range_but_for_what_lies_above(tmp_path: Path, numb
 
 
 def test_a_store_that_does_not_answer_has_lost_nothing(world: World, tmp_path: Path) -> None:
-    store = FaultStore(world.repo.store, [On(5, Fault.UNAVAILABLE, "get", "packs/")])
+    store = FaultStore(world.repo.store, [On(nth, Fault.UNAVAILABLE, "get", "packs/") for nth in range(2, 9)])
     place = RepositoryDestination(again(world.repo, store))
     with pytest.raises(Unavailable, match="the server is overloaded"):
         Restoration(place, DISK, tmp_path / "out.raw", allow_damaged=True).run()

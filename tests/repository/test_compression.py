@@ -12,6 +12,7 @@ from snapchain.destinations import open_destination
 from snapchain.errors import InvalidInput
 from snapchain.model.compression import LEVELS, STEPS, Compression
 from snapchain.objects.memory import MemoryStore
+from snapchain.objects.store import Data
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship.request import ShipRequest
 from snapchain.ops.ship.run import run as ship
@@ -56,15 +57,15 @@ def test_auto_hears_that_the_store_is_slow(monkeypatch: pytest.MonkeyPatch) -> N
     waits: list[float] = []
 
     class Slow(MemoryStore):
-        def put(self, *args: object, **more: object) -> None:
+        def put(self, name: str, data: Data) -> None:
             assert gate.wait(60)
-            super().put(*args, **more)  # type: ignore[arg-type]
+            super().put(name, data)
 
     repo = repository(MemoryStore(), block_size=64 * KiB)
     own = threading.BoundedSemaphore.acquire
 
     def acquire(self: threading.BoundedSemaphore, *args: object, **more: object) -> bool:
-        if self._value == 0:  # type: ignore[attr-defined]
+        if self._value == 0:
             waiting.set()
         return own(self, *args, **more)  # type: ignore[arg-type]
 
