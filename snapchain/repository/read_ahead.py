@@ -117,8 +117,7 @@ class ReadAhead:
                 raise
             except SnapchainError:  # of the whole range: a part of it may be there
                 return self._read(pack, offset, length)
-            if len(body) == place.stop - place.start:
-                return body[offset - place.start : offset - place.start + length]
+            return body[offset - place.start : offset - place.start + length]
         return self._read(pack, offset, length)
 
 

@@ -26,6 +26,7 @@ from snapchain.host.directory import Directory
 from snapchain.host.locks import ImageLock
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import RESTORE, temporary_beside, temporary_of
+from snapchain.image.pread import begin_writeback
 
 WORTH = 32 << 20
 """Guest bytes: a run that was cut off before it had written so many is begun anew. So often progress is noted."""
@@ -108,11 +109,15 @@ class OutputFile:
         self._close()
 
     def note(self, offset: int, count: int) -> None:
-        """All below guest offset `offset` is in the file, `count` bytes more than at the last call."""
+        """All below guest offset `offset` is in the file, `count` bytes more than at the last call.
+
+        Now and then the disk begins to write them, while the next ones are fetched.
+        """
         self._effort.bytes += count
         self._since += count
         if self._since >= WORTH:
             self._since = 0
+            begin_writeback(self.fd)
             self._note(str(max(offset, self.start)))
 
     def note_whole(self) -> None:
