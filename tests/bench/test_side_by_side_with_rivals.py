@@ -1,10 +1,9 @@
 """snapchain, restic and borg on one real disk, its generations and its clones: `make bench ARGS='-k with_rivals'`.
 
 Prints what each one stores, and how long it takes, all in one run on one disk (tests/bench/rivals.py). Every program
-has its defaults, with encryption; borg has `-C zstd`, since its default is lz4. Times are the best of two rounds in turns
-(SNAPCHAIN_BENCH_ROUNDS).
-snapchain reads the overlays of generations, as a guest leaves them; the others read the raw disks, as they must. Clones
-are raw disks for all: without a chain that tells what a clone has in common with its base.
+has its defaults, with encryption; borg has `-C zstd`, since its default is lz4. Times are the best of two rounds in
+turns (SNAPCHAIN_BENCH_ROUNDS). snapchain reads the overlays of generations, as a guest leaves them; the others read the
+raw disks, as they must. Clones are raw disks for all: no chain tells what a clone has in common with its base.
 
 Sizes do not depend on the load of the machine, and decide: after three generations no more than the better one stores,
 and with ten clones at most 60 % of it. Times are printed beside what was promised.
