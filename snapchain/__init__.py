@@ -124,6 +124,7 @@ def open_destination(
     writing: bool = False,
     limit_rate: int | None = None,
     pack_size: int | None = None,
+    compression: Literal["auto", "fast", "default", "max"] | None = None,
     connections: int = 1,
 ) -> Destination:
     """The repository or replica at an address. A replica is not contacted yet.
@@ -132,6 +133,7 @@ def open_destination(
     writing: whether points will be shipped or merged
     limit_rate: bytes a second to and from the destination
     pack_size: bytes that a new object of a repository has at most
+    compression: of what is written to a repository; auto is fast, and uses the time that the store needs
     connections: of ssh, to a replica on another host
 
     Raises InvalidInput for an address that is none and a wrong passphrase, NotFound where there is no repository,
@@ -139,6 +141,7 @@ def open_destination(
     does not answer.
     """
     from snapchain.destinations import open_destination
+    from snapchain.model.compression import parse_compression
 
     return open_destination(
         fspath(url),
@@ -146,6 +149,7 @@ def open_destination(
         writing=writing,
         limit_rate=limit_rate,
         pack_size=pack_size,
+        compression=None if compression is None else parse_compression(compression),
         connections=connections,
     )
 
@@ -240,6 +244,7 @@ def restore(
     format: Format | None = None,
     whole_chain: bool = False,
     force: bool = False,
+    allow_damaged: bool = False,
     on_event: OnEvent | None = None,
 ) -> RestoreReport:
     """Write a point to a new file or a block device, read it back, and compare its content id.
@@ -248,6 +253,7 @@ def restore(
     format: of the output; by default by its suffix
     whole_chain: restore every layer as a file of its own: `output` is the top, the others lie beside it
     force: replace `output` if it exists, or overwrite a device that is not empty
+    allow_damaged: write zeroes for ranges whose bytes are lost in a repository; the report lists them in `damaged`
 
     A file gets its name only when it is complete. Raises NotFound for a point that is not there, Conflict where
     `output` exists, Corrupt where stored bytes are damaged, Busy where a program has `output` open.
@@ -264,6 +270,7 @@ def restore(
         format=format,
         whole_chain=whole_chain,
         force=force,
+        allow_damaged=allow_damaged,
     )
     return work.run(on_event=on_event or _ignore)
 

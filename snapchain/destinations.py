@@ -18,6 +18,7 @@ from snapchain.errors import InvalidInput
 
 if TYPE_CHECKING:
     from snapchain.destination.protocol import Destination
+    from snapchain.model.compression import Compression
     from snapchain.replica.destination import ReplicaDestination
     from snapchain.replica.endpoint import Endpoint, GuestEndpoint
 
@@ -37,6 +38,7 @@ def open_destination(
     writing: bool = False,
     limit_rate: int | None = None,
     pack_size: int | None = None,
+    compression: Compression | None = None,
     connections: int = 1,
     accept: str | None = None,
 ) -> Destination:
@@ -44,6 +46,7 @@ def open_destination(
 
     passphrase: asked where it is encrypted; writing: whether points will be published, held or merged
     limit_rate: bytes a second to and from it; pack_size: bytes that new objects of a repository have at most
+    compression: of guest data that are written to a repository
     connections: of ssh, to a replica; accept: id of a repository that is taken whatever this machine knew of it
     A replica is not touched here. Raises InvalidInput, NotFound where there is no repository, and Corrupt for another
     or an older one than this machine knows.
@@ -54,13 +57,21 @@ def open_destination(
             raise InvalidInput("a replica has no id that could be accepted", subject=url)
         if pack_size is not None:
             raise InvalidInput("a replica has no packs, so they have no size", subject=url)
+        if compression is not None:
+            raise InvalidInput("a replica keeps plain files: nothing is compressed there", subject=url)
         return destination_at(replica_at(url, connections=connections), limit_rate=limit_rate)
     from snapchain.repository.destination import RepositoryDestination
     from snapchain.repository.opening import open_repository
 
     return RepositoryDestination(
         open_repository(
-            url, passphrase=passphrase, writing=writing, limit_rate=limit_rate, pack_size=pack_size, accept=accept
+            url,
+            passphrase=passphrase,
+            writing=writing,
+            limit_rate=limit_rate,
+            pack_size=pack_size,
+            compression=compression,
+            accept=accept,
         )
     )
 

@@ -196,7 +196,7 @@ def configuration() -> str:
 def exit_status(name: str) -> str:
     text = ".SH EXIT STATUS\n"
     for code, kind, meaning in table("Exit codes"):
-        if code == "10" and name not in {"nightly", "doctor", "merge", ""}:
+        if code == "10" and name not in {"nightly", "doctor", "merge", "restore", ""}:
             continue
         text += tagged(f"\\fB{code}\\fR", f"{kind}: {meaning}" if kind else meaning)
     return text
@@ -216,6 +216,7 @@ def concerns(row: str, name: str, command: Any) -> bool:
         "SNAPCHAIN_PASSWORD": "--password-file" in opts or name == "nightly",
         "SNAPCHAIN_IMAGE_DIRS": "--image-dir" in opts,
         "SNAPCHAIN_PACK_SIZE": "--pack-size" in opts or (name == "merge"),
+        "SNAPCHAIN_COMPRESSION": "--compression" in opts or name == "watch",
         "SNAPCHAIN_SSH": at_destination and name not in {"init", "gc"},
         "SNAPCHAIN_REMOTE": at_destination and name not in {"init", "gc"},
         "AWS_": at_destination and name not in {"send", "sync", "migrate"},

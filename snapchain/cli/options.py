@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from snapchain.destination.address import DestinationAddress, PointAddress
     from snapchain.destination.protocol import Destination
     from snapchain.host.passphrases import PassphraseSource
+    from snapchain.model.compression import Compression
     from snapchain.ops.other_destinations import Reach
 
 _OUTPUT = "Output"
@@ -110,6 +111,16 @@ PackSize = Annotated[
         "SNAPCHAIN_PACK_SIZE applies to all commands but nightly.",
     ),
 ]
+CompressionMode = Annotated[
+    str | None,
+    typer.Option(
+        "--compression",
+        metavar="MODE",
+        autocompletion=of("auto", "fast", "default", "max"),
+        help="How hard a repository compresses new data: fast, default, max, or auto, which is fast and uses the time "
+        "that the store needs. SNAPCHAIN_COMPRESSION applies to all commands but nightly.",
+    ),
+]
 PasswordFile = Annotated[
     Path | None,
     typer.Option(
@@ -186,6 +197,14 @@ def pack_size(given: str | None) -> int | None:
     return quantities.parse_size(text) if text else None
 
 
+def compression(given: str | None) -> Compression | None:
+    """--compression or SNAPCHAIN_COMPRESSION. Raises InvalidInput."""
+    from snapchain.model.compression import parse_compression
+
+    text = given or os.environ.get("SNAPCHAIN_COMPRESSION")
+    return parse_compression(text) if text else None
+
+
 def destination(
     dest: str,
     out: Output,
@@ -193,6 +212,7 @@ def destination(
     writing: bool = False,
     limit_rate: str | None = None,
     pack_size_text: str | None = None,
+    compression_text: str | None = None,
     connections: int = 1,
     accept: str | None = None,
 ) -> Destination:
@@ -210,12 +230,15 @@ def destination(
         raise InvalidInput(f"--accept-repository is for repositories; a {traits.kind} has no id", subject=dest)
     if not traits.deduplicates and pack_size_text is not None:
         raise InvalidInput(f"--pack-size is for repositories; a {traits.kind} has no packs", subject=dest)
+    if not traits.deduplicates and compression_text is not None:
+        raise InvalidInput(f"--compression is for repositories; a {traits.kind} keeps plain files", subject=dest)
     found = open_destination(
         dest,
         passphrase=passphrase_source(out, dest),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
         pack_size=pack_size(pack_size_text) if traits.deduplicates else None,
+        compression=compression(compression_text) if traits.deduplicates and (writing or compression_text) else None,
         connections=connections,
         accept=accept,
     )

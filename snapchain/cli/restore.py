@@ -1,22 +1,24 @@
-"""`snapchain restore DEST::DISK[@POINT] OUT`: write a point to a new file or device, or as a whole chain.
+"""`snapchain restore DEST::DISK[@POINT] OUT`: write a point to a new file, a device or stdout, or as a whole chain.
 
 `snapchain restore DEST::GUEST[@POINT] DIR`: all disks of a guest point, and a definition on them.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+import sys
+from contextlib import redirect_stdout, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, render
+from snapchain.cli import options, render, streams
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import moment, size
-from snapchain.errors import InvalidInput, NotFound, SnapchainError
+from snapchain.errors import InvalidInput, NotFound, PartialFailure, SnapchainError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from snapchain.ops.restore.target import RestorePlan, RestoreReport
 
 _GUEST = "Guests"
+_STREAM = "-"
 
 
 @verb(
@@ -38,11 +41,12 @@ _GUEST = "Guests"
     snapchain restore ssh://root@kvm2/srv/replica::web1/vda web1.qcow2
     snapchain restore /backup::web1/vda@2026-11-30 /dev/vg0/web1 --format raw
     snapchain restore /backup::web1/vda@latest /images/web1.qcow2 --chain
+    snapchain restore /backup::web1/vda - --format raw | ssh kvm2 dd of=/dev/vg0/web1 bs=1M
     snapchain restore /backup::web1 /images/web1
     snapchain restore /backup::web1@before-upgrade /images/web2 --define --new-name web2
     """,
-    when_interrupted="OUT was not made (a block device holds a part of the point); run it again: what was written of a "
-    "file, if it is much, is continued, and so are the disks of a guest",
+    when_interrupted="OUT was not made (a device or a stream has a part of the point); run it again: what was written "
+    "of a file, if it is much, is continued, and so are the disks of a guest",
 )
 @options.takes_output(passphrase=True)
 def restore(
@@ -56,7 +60,11 @@ def restore(
     ],
     out_path: Annotated[
         Path,
-        typer.Argument(readable=False, metavar="OUT", help="A new file, a block device, or a guest's directory."),
+        typer.Argument(
+            readable=False,
+            metavar="OUT",
+            help="A new file, a block device, a guest's directory, or - for standard output.",
+        ),
     ],
     *,
     chain: Annotated[
@@ -75,8 +83,23 @@ def restore(
             "-f",
             metavar="qcow2|raw",
             autocompletion=options.of("qcow2", "raw"),
-            help="Format of OUT. By default by its suffix.",
+            help="Format of OUT. By default by its suffix; of a device and of standard output it is raw.",
         ),
+    ] = None,
+    allow_damaged: Annotated[
+        bool,
+        typer.Option(
+            "--allow-damaged",
+            help="Write zeroes for ranges whose bytes are lost in the repository, list them, and exit with 10.",
+        ),
+    ] = False,
+    owner: Annotated[
+        str | None,
+        typer.Option("--owner", metavar="USER[:GROUP]", help="Owner of each new file, by name or number."),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option("--mode", metavar="MODE", help="Mode of each new file, such as 0640. Default: 0600."),
     ] = None,
     defines: Annotated[
         bool,
@@ -115,6 +138,9 @@ def restore(
     file gets the owner, the mode, the ACL and the security label of the old one, and a symbolic link stays a link.
     --force is also needed for a block device that is not empty. The zeroes of the point are written to a device too.
 
+    - as OUT writes the raw disk to standard output in order, zeroes included. The report goes to standard error. The
+    exit code is 0 only if all that was written is proven to be the point: discard the stream otherwise.
+
     DEST is a repository, or a replica: ssh://[user@]host/path or dir:/path. Run an interrupted restore again: it
     continues with its partial output, which is read back like the rest.
 
@@ -124,9 +150,14 @@ def restore(
     definition, and are listed. A hand-written command in a definition comes back as it was: read it before you run it.
     """
     from snapchain.destination.address import parse_point_address
+    from snapchain.host.files import UNCHANGED, standing_of
     from snapchain.ops.guest_points import guest_named
     from snapchain.ops.restore.run import Restoration
 
+    standing = standing_of(owner, mode)
+    is_stream = str(out_path) == _STREAM
+    if is_stream:
+        _check_stream(source, image_format, is_new_file=chain or force or standing != UNCHANGED, dry_run=out.dry_run)
     address = parse_point_address(source)
     place = options.destination(
         address.dest,
@@ -140,6 +171,12 @@ def restore(
 
         if force:
             raise InvalidInput("--force is for one disk: a restore of a guest replaces no file", subject=source)
+        if allow_damaged:
+            raise InvalidInput("--allow-damaged is for one disk", subject=source, hint="restore its disks one by one")
+        if is_stream:
+            raise InvalidInput(
+                "standard output takes one disk, and this is a guest", subject=source, hint="name a disk"
+            )
         request = GuestRestoreRequest(
             directory=out_path,
             point=address.point,
@@ -149,6 +186,7 @@ def restore(
             connect=connect,
             new_name=new_name,
             new_identity=new_identity,
+            standing=standing,
         )
         _restore_guest(place, view, request, out)
 
@@ -162,6 +200,9 @@ def restore(
         if for_guests:
             raise NotFound("there is no such guest, and --define and --new-name are for guests", subject=source)
     try:
+        if is_stream:
+            _restore_stream(place, address.disk, address.point, allow_damaged=allow_damaged, out=out)
+            return
         _restore_disk(
             Restoration(
                 place,
@@ -171,6 +212,8 @@ def restore(
                 format=options.format_of(image_format),
                 whole_chain=chain,
                 force=force,
+                allow_damaged=allow_damaged,
+                standing=standing,
             ),
             out,
         )
@@ -199,7 +242,38 @@ def _restore_disk(work: Restoration, out: Output) -> None:
     if out.dry_run:
         out.plan(work.plan(), _draw_plan)
     else:
-        out.report(work.run(on_event=out.on_event), _draw_report)
+        _report(work.run(on_event=out.on_event), out)
+
+
+def _report(report: RestoreReport, out: Output) -> None:
+    if report.damaged:
+        out.report(report, _draw_report, problems=_draw_damage, status=PartialFailure.exit_code)
+    else:
+        out.report(report, _draw_report)
+
+
+def _check_stream(source: str, image_format: str | None, *, is_new_file: bool, dry_run: bool) -> None:
+    """Raises InvalidInput for options that a stream cannot follow, and for a terminal."""
+    if options.format_of(image_format) == "qcow2":
+        raise InvalidInput("a stream takes a flat raw disk", subject=source, hint="say --format raw, or name a file")
+    if is_new_file:
+        raise InvalidInput("--chain, --force, --owner and --mode are for files", subject=source, hint="name a file")
+    if not dry_run and sys.stdout.isatty():
+        raise InvalidInput("a disk does not go to a terminal", subject=source, hint="pipe it, or redirect it")
+
+
+def _restore_stream(place: Destination, disk: str, point: str | None, *, allow_damaged: bool, out: Output) -> None:
+    """The disk gets stdout for itself; what else is said there goes to stderr."""
+    from snapchain.ops.restore.stream import StreamedRestoration
+
+    work = StreamedRestoration(place, disk, point=point, allow_damaged=allow_damaged)
+    if out.dry_run:
+        out.plan(work.plan(), _draw_plan)
+        return
+    descriptor = streams.claim_stdout()
+    report = work.run(partial(streams.write_all, descriptor), on_event=out.on_event)
+    with redirect_stdout(sys.stderr):
+        _report(report, out)
 
 
 def _restore_guest(place: Destination, view: GuestView, request: GuestRestoreRequest, out: Output) -> None:
@@ -212,10 +286,16 @@ def _restore_guest(place: Destination, view: GuestView, request: GuestRestoreReq
         out.report(work.run(), _draw_guest_report)
 
 
+def _shown(output: str) -> str:
+    return "standard output" if output == _STREAM else output
+
+
 def _draw_plan(console: Console, plan: RestorePlan) -> None:
-    what = "replace" if plan.replaces else "make"
+    what = "replace" if plan.replaces else "write to" if plan.output == _STREAM else "make"
     time = moment(datetime.fromisoformat(plan.time), zone=True)
-    render.headline(console, f"would restore {plan.disk}, point {plan.point} of {time}, and {what} {plan.output}")
+    render.headline(
+        console, f"would restore {plan.disk}, point {plan.point} of {time}, and {what} {_shown(plan.output)}"
+    )
     render.facts(console, [("to write", size(plan.bytes_to_write)), ("content", plan.content_id)])
     render.table(
         console,
@@ -228,10 +308,22 @@ def _draw_plan(console: Console, plan: RestorePlan) -> None:
 
 
 def _draw_report(console: Console, report: RestoreReport) -> None:
-    render.headline(console, f"restored {report.disk}, point {report.point}, to {report.output}")
+    render.headline(console, f"restored {report.disk}, point {report.point}, to {_shown(report.output)}")
     lower = ", ".join(report.files[:-1])
     render.facts(
         console, [("written", size(report.bytes_written)), ("content", report.content_id), ("on top of", lower)]
+    )
+    if report.damaged:
+        _draw_damage(console, report)
+
+
+def _draw_damage(console: Console, report: RestoreReport) -> None:
+    total = size(sum(each.length for each in report.damaged))
+    render.line(console, f"{total} of {report.disk}, point {report.point}, are lost, and are zeroes now:", style="red")
+    render.table(
+        console,
+        ["offset>", "length>", "reason~"],
+        [(str(each.offset), str(each.length), each.reason) for each in report.damaged],
     )
 
 

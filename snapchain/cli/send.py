@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -121,9 +120,7 @@ def _to_stdout(request: ShipRequest, out: Output) -> None:
             error = sys.exc_info()[1]
             return streams.failure(error if isinstance(error, OSError) else None)
 
-    sys.stdout.flush()
-    writer = os.dup(1)
-    os.dup2(2, 1)
+    writer = streams.claim_stdout()
     report = send_blindly(request, Stdout(-1, writer, peer="stdout"), on_event=out.on_event)
     with redirect_stdout(sys.stderr):
         out.report(report, _draw_report)

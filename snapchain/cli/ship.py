@@ -76,6 +76,7 @@ def ship(
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
     pack_size: options.PackSize = None,
+    compression: options.CompressionMode = None,
     bitmap: Annotated[
         bool,
         typer.Option("--bitmap", help="Of a guest by --qmp: no overlays, but frozen views and dirty bitmaps."),
@@ -114,6 +115,7 @@ def ship(
             writing=not out.dry_run,
             limit_rate=limit_rate,
             pack_size_text=pack_size,
+            compression_text=compression,
             connections=connections,
         )
         _check_kind(place.traits, dest, cut_replica=cut_replica, connections=connections)

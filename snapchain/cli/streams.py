@@ -118,6 +118,26 @@ def unescaped(stream: TextIO) -> TextIO:
     return cast("TextIO", _Unescaped(found)) if isinstance(found, Stdout) else stream
 
 
+def claim_stdout() -> int:
+    """A descriptor of standard output for a stream alone; what else is written there goes to standard error."""
+    sys.stdout.flush()
+    try:
+        claimed = os.dup(1)
+        os.dup2(2, 1)
+    except OSError as error:
+        raise failure(error) from error
+    return claimed
+
+
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write all bytes to standard output as it was claimed. Raises ReaderGone, OutputFailed."""
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+    except OSError as error:
+        raise failure(error) from error
+
+
 @contextmanager
 def checked() -> Iterator[None]:
     """While the block runs, sys.stdout and sys.stderr are streams of this module."""

@@ -28,7 +28,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "watch": "Keep destinations close behind a running guest.",
     },
     "Get back": {
-        "restore": "Write a point to a new file or device, or as a whole chain.",
+        "restore": "Write a point to a new file, a device or stdout, or as a whole chain.",
     },
     "Look": {
         "guests": "List the guests of this host, their disks, and what protects them.",

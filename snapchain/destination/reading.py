@@ -9,6 +9,7 @@ from datetime import UTC, datetime, tzinfo
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from snapchain.destination.traits import Traits
+from snapchain.errors import Corrupt
 from snapchain.model.content import Hashes
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents, Int64s
@@ -46,10 +47,13 @@ class Sink:
 
     write: (offset, guest bytes) of some pieces, ascending
     zero: (offset, length) of ranges among the DATA that are all zero
+    lost: (start, stop, error) of guest ranges that are damaged, in guest order: they are zeroed instead. None: the
+    first one ends the copy with its error
     """
 
     write: Callable[[Sequence[tuple[int, memoryview]]], None]
     zero: Callable[[int, int], None] = leave
+    lost: Callable[[int, int, Corrupt], None] | None = None
 
 
 class LayerReader(Protocol):
@@ -85,7 +89,8 @@ class LayerReader(Protocol):
         """Give all DATA at or above guest offset `start` to the sink; the content id that the chain up to here has.
 
         on_copied: called in guest order with (offset below which everything was given, bytes since the last call)
-        Raises Corrupt, naming the guest range that is lost.
+        Where the sink takes what is lost, the id is that of the content with zeroes there.
+        Raises Corrupt, naming the guest range that is lost; Unsupported for such a sink, where `names_damage` is False.
         """
         ...
 
@@ -218,6 +223,7 @@ class ReadableDestination(Protocol):
         clusters: bool = True,
         maps_only: bool = False,
         first: tuple[int, int] = (0, 0),
+        damaged: bool = False,
         on_event: OnEvent = ignore,
     ) -> AbstractContextManager[PointReader]:
         """Read a point: one layer that shows all of it, or with `chain` the layers that it is made of.
@@ -225,6 +231,7 @@ class ReadableDestination(Protocol):
         point: the text after '@' of an address
         clusters: maps are rounded to whole clusters, as a qcow2 file needs them; maps_only: no data is read
         first: number of the layer, from 0, and guest offset from which on data are wanted; layers below give none
+        damaged: where a part of the map is lost, the layer is read too, and `copy` tells the sink; not with `chain`
         Raises NotFound, Corrupt, Unavailable, and Unsupported for a peer that cannot begin in the middle.
         """
         ...

@@ -16,6 +16,7 @@ class Traits:
     branches: the points of one disk may lie on different chains; False: a disk is one chain
     encrypts: it may be encrypted, and then needs a passphrase
     has_id: it has an id, by which this machine knows it again
+    names_damage: each range of a point is proven as it is read, so that a damaged one can be named, and left out
     streams: layers reach it over a stream, by one connection or several, and in an epoch that says who may write a disk
     """
 
@@ -26,6 +27,7 @@ class Traits:
     branches: bool
     encrypts: bool
     has_id: bool
+    names_damage: bool
     streams: bool
 
 
@@ -37,6 +39,7 @@ REPOSITORY = Traits(
     branches=True,
     encrypts=True,
     has_id=True,
+    names_damage=True,
     streams=False,
 )
 REPLICA = Traits(
@@ -47,5 +50,6 @@ REPLICA = Traits(
     branches=False,
     encrypts=False,
     has_id=False,
+    names_damage=False,
     streams=True,
 )

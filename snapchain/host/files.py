@@ -11,17 +11,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from snapchain.errors import Busy, InvalidInput
 from snapchain.host.directory import MOST_MODE, Directory, same_file
 from snapchain.host.os_errors import os_errors
-from snapchain.host.rights import group_name, user_name
+from snapchain.host.rights import group_name, group_number, user_name, user_number
 from snapchain.host.temporary_names import NEW, temporary_beside, temporary_of
 
 # Extended attributes that belong to a file's place, not to its bytes: labels, access lists, user attributes.
@@ -225,6 +227,47 @@ def _give_standing(
     for name in kept:
         _copy_attribute(source, target, name)
     return lost
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Owner and mode that a new file is to get. owner: as it was asked for; -1 and None leave what it has."""
+
+    owner: str = ""
+    uid: int = -1
+    gid: int = -1
+    mode: int | None = None
+
+
+UNCHANGED = Standing()
+
+
+def standing_of(owner: str | None, mode: str | None) -> Standing:
+    """What USER[:GROUP] and an octal mode say. Raises InvalidInput for an unknown account, and for execute bits."""
+    uid = gid = -1
+    if owner is not None:
+        user, separator, group = owner.partition(":")
+        uid = user_number(user)
+        gid = group_number(group) if separator else -1
+    if mode is None:
+        return Standing(owner or "", uid, gid)
+    bits = int(mode, 8) if re.fullmatch("[0-7]{1,4}", mode) else None
+    if bits is None or bits & ~MOST_MODE:
+        raise InvalidInput(
+            f"--mode {mode!a} is no mode of an image", hint="three octal digits of read and write bits, such as 0640"
+        )
+    return Standing(owner or "", uid, gid, bits)
+
+
+def give_standing(target: int, standing: Standing, *, subject: object, directory: Directory) -> None:
+    """Give a new file, by its descriptor, the owner and the mode. The owner is set first: chown clears set-id bits."""
+    if standing == UNCHANGED:
+        return
+    with os_errors(subject), directory.changing(target):
+        if (standing.uid, standing.gid) != (-1, -1):
+            os.fchown(target, standing.uid, standing.gid)
+        if standing.mode is not None:
+            os.fchmod(target, standing.mode & MOST_MODE)
 
 
 def check_standing(standing: os.stat_result, mine: os.stat_result, *, subject: object) -> None:

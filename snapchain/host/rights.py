@@ -15,12 +15,12 @@ import functools
 import grp
 import os
 import pwd
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from snapchain.errors import Unsupported
+from snapchain.errors import InvalidInput, Unsupported
 
 if TYPE_CHECKING:
     from ctypes import CDLL
@@ -101,6 +101,25 @@ def group_name(number: int) -> str:
         return grp.getgrgid(number).gr_name
     except KeyError:
         return str(number)
+
+
+def user_number(name: str) -> int:
+    """The number of an account, by its name or number. Raises InvalidInput."""
+    return _number(name, "user", lambda: pwd.getpwnam(name).pw_uid)
+
+
+def group_number(name: str) -> int:
+    """The number of a group, by its name or number. Raises InvalidInput."""
+    return _number(name, "group", lambda: grp.getgrnam(name).gr_gid)
+
+
+def _number(name: str, kind: str, found: Callable[[], int]) -> int:
+    try:
+        return found()
+    except (KeyError, ValueError):  # a name with a NUL
+        if name.isascii() and name.isdecimal() and int(name) < _NO_CHANGE:
+            return int(name)
+        raise InvalidInput(f"there is no {kind} {name!a}", hint="name an account of this host, or its number") from None
 
 
 @contextmanager

@@ -90,6 +90,8 @@ class ReplicaLayer:
 
     def copy(self, sink: Sink, *, start: int = 0, on_copied: Callable[[int, int], None]) -> str:
         """As LayerReader. An older peer has not begun where it was asked to: what lies below `start` is passed over."""
+        if sink.lost is not None:
+            raise Unsupported("a replica does not name the ranges that are damaged", subject=self.peer)
         for batch in self.fetched.batches():
             wanted = [piece for piece in batch if piece.offset + piece.length > start]
             if not wanted:
@@ -274,10 +276,11 @@ class ReplicaDestination(ReplicaWriting):
         clusters: bool = True,
         maps_only: bool = False,
         first: tuple[int, int] = (0, 0),
+        damaged: bool = False,
         on_event: OnEvent = ignore,
     ) -> Iterator[ReplicaPoint]:
-        """As ReadableDestination. clusters: the files of a replica hold whole clusters."""
-        _ = clusters, on_event
+        """As ReadableDestination. clusters: the files of a replica hold whole clusters; damaged: none are named."""
+        _ = clusters, damaged, on_event
         with fetch(
             self.endpoint, disk, in_full(point), chain=chain, look=maps_only, first=first, limit_rate=self.limit_rate
         ) as answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,10 +13,11 @@ from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import pack_name
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.packs import Location, PackReader
+from snapchain.repository.read_ahead import Get
 
 GAP_BYTES = 128 * 1024
 """Read through a hole of this size rather than ask again: cheaper than a request on every store."""
-_GROUP_BYTES = 16 * 1024 * 1024
+GROUP_BYTES = 16 * 1024 * 1024
 _GROUP_RAW = 32 * 1024 * 1024
 """Stored and plain bytes that are read together: a record of many blobs that unpack well must not fill the memory."""
 _READERS = 256
@@ -31,10 +33,21 @@ class BlobReader:
     def __init__(self, store: ObjectStore, keys: Keyring, load: Callable[[], BlobIndex] | None = None) -> None:
         self.damaged: set[str] = set()
         self._store, self._keys, self._load = store, keys, load
+        self._get: Get = self.read_range
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._index: BlobIndex | None = None
         self._readers: OrderedDict[str, PackReader] = OrderedDict()
+
+    def through(self, get: Get) -> BlobReader:
+        """The same reader, which reads packs by another function."""
+        other = copy.copy(self)
+        other._get = get  # noqa: SLF001 - the two are one thing
+        return other
+
+    def read_range(self, pack: str, offset: int, length: int) -> bytes | memoryview:
+        """Stored bytes of a pack. Raises NotFound, Unavailable."""
+        return self._store.get(pack_name(pack), offset=offset, length=length)
 
     def use(self, index: BlobIndex) -> None:
         """Look for copies in this index from now on."""
@@ -105,7 +118,7 @@ class BlobReader:
         stop = max(wanted[at][1].offset + wanted[at][1].stored for at in group)
         name = pack_name(first.pack)
         try:
-            view = memoryview(self._store.get(name, offset=first.offset, length=stop - first.offset))
+            view = memoryview(self._get(first.pack, first.offset, stop - first.offset))
         except NotFound as error:
             raise Corrupt("the pack is missing from the store", subject=name) from error
         reader = self._reader(first.pack)
@@ -132,7 +145,7 @@ def _neighbours(wanted: Sequence[tuple[bytes, Location]], order: Iterable[int]) 
         where = wanted[at][1]
         stop = max(reach, where.offset + where.stored)
         is_apart = where.pack != pack or where.offset > reach + GAP_BYTES
-        if group and (is_apart or stop - begin > _GROUP_BYTES or raw + where.raw > _GROUP_RAW):
+        if group and (is_apart or stop - begin > GROUP_BYTES or raw + where.raw > _GROUP_RAW):
             yield group
             group = []
         if not group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -16,6 +17,7 @@ from snapchain.repository.format import layer_name
 from snapchain.repository.layers import StoredLayer, resolve
 from snapchain.repository.packs import Location
 from snapchain.repository.pages import Page
+from snapchain.repository.read_ahead import Get
 
 _Target = tuple[int, int, int, int]
 """Number of a buffer, offset in it, offset in the blob, length."""
@@ -67,33 +69,55 @@ class ChainView:
         """
         self.read_pieces([(offset, buffer)])
 
+    def through(self, get: Get) -> ChainView:
+        """The same view, which reads packs by another function."""
+        other = copy.copy(self)
+        other._blobs = self._blobs.through(get)  # noqa: SLF001 - the two are one thing
+        return other
+
+    def read_range(self, pack: str, offset: int, length: int) -> bytes | memoryview:
+        """Stored bytes of a pack. Raises NotFound, Unavailable."""
+        return self._blobs.read_range(pack, offset, length)
+
     def read_pieces(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
         """As `read_into` for several (offset, buffer), ascending and apart.
 
         What lies together in a pack is asked for together, and a page is looked at once.
         """
-        first = np.array([offset for offset, _ in pieces], np.int64)
-        stop = first + np.array([len(buffer) for _, buffer in pieces], np.int64)
-        if not len(first):
-            return
-        window = self.extents.window(int(first[0]), int(stop[-1]))
-        run, piece, begin, end = _meeting(window.at + first[0], window.ends + first[0], first, stop)
-        owner = window.val[run]
-        empty = owner < DATA
-        for place, at, length in _lists(piece[empty], (begin - first[piece])[empty], (end - begin)[empty]):
+        empty, targets = self._sources([(offset, len(buffer)) for offset, buffer in pieces])
+        for place, at, length in empty:
             pieces[place][1][at : at + length] = bytes(length)
-        targets: dict[Location, tuple[bytes, list[_Target]]] = {}
-        for number in np.unique(owner[~empty]).tolist():
-            mine = owner == number
-            for page in self.layers[number].each_page(int(begin[mine][0]), int(end[mine][-1])):
-                for blob, where, found in _parts(page, begin[mine], end[mine], piece[mine], first):
-                    targets.setdefault(where, (blob, []))[1].extend(found)
         wanted = [(blob, where) for where, (blob, _) in targets.items()]
         self._allowance.spend(sum(len(buffer) for _, buffer in pieces), sum(where.raw for _, where in wanted))
         for number, plain in self._blobs.read_all(wanted):
             view = memoryview(plain)
             for place, at, skip, length in targets[wanted[number][1]][1]:
                 pieces[place][1][at : at + length] = view[skip : skip + length]
+
+    def locations(self, ranges: Sequence[tuple[int, int]]) -> list[Location]:
+        """Where the blobs of some (offset, length) lie, ascending and apart."""
+        return list(self._sources(ranges)[1])
+
+    def _sources(
+        self, ranges: Sequence[tuple[int, int]]
+    ) -> tuple[list[tuple[int, int, int]], dict[Location, tuple[bytes, list[_Target]]]]:
+        """(number of a range, offset in it, length) of what is zero; the blobs of the rest, and where each goes."""
+        first = np.array([offset for offset, _ in ranges], np.int64)
+        stop = first + np.array([length for _, length in ranges], np.int64)
+        if not len(first):
+            return [], {}
+        window = self.extents.window(int(first[0]), int(stop[-1]))
+        run, piece, begin, end = _meeting(window.at + first[0], window.ends + first[0], first, stop)
+        owner = window.val[run]
+        empty = owner < DATA
+        blank = list(_lists(piece[empty], (begin - first[piece])[empty], (end - begin)[empty]))
+        targets: dict[Location, tuple[bytes, list[_Target]]] = {}
+        for number in np.unique(owner[~empty]).tolist():
+            mine = owner == number
+            for page in self.layers[number].each_page(int(begin[mine][0]), int(end[mine][-1])):
+                for blob, where, found in _parts(page, begin[mine], end[mine], piece[mine], first):
+                    targets.setdefault(where, (blob, []))[1].extend(found)
+        return blank, targets
 
 
 class Composed:

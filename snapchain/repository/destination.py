@@ -120,6 +120,7 @@ class RepositoryDestination(RepositoryWriting):
         clusters: bool = True,
         maps_only: bool = False,
         first: tuple[int, int] = (0, 0),
+        damaged: bool = False,
         on_event: OnEvent = ignore,
     ) -> AbstractContextManager[RepositoryPoint]:
         """As ReadableDestination. first: nothing is read ahead, so it is of no use here."""
@@ -131,6 +132,7 @@ class RepositoryDestination(RepositoryWriting):
             chain=chain,
             clusters=clusters,
             maps_only=maps_only,
+            damaged=damaged,
             on_event=on_event,
         )
 

@@ -41,9 +41,8 @@ from snapchain.repository.tasks import (
     without_zeroes,
 )
 
-COMPRESSION_LEVEL = 1
-"""zstd, on real files: level 3 stores 5 % less and a first ship takes 30 % more processor time; -1 stores 7 % more and
-takes 5 % less. Noise costs next to nothing at any level: zstd gives up on it at 10 GB/s."""
+PAGE_LEVEL = 1
+"""Of zstd, for pages: most of their bytes are hashes, which no level makes smaller."""
 
 _UNDER_WAY = 4
 """Tasks in flight a worker: enough to keep cores busy behind one slow read, 16 MiB of results at the most."""
@@ -90,9 +89,17 @@ class Ingest:
     """Takes layers into one repository. Not thread-safe itself; uses threads inside."""
 
     def __init__(
-        self, *, keys: Keyring, index: BlobIndex, packer: Packer, block_size: int, workers: int | None = None
+        self,
+        *,
+        keys: Keyring,
+        index: BlobIndex,
+        packer: Packer,
+        block_size: int,
+        level: Callable[[], int],
+        workers: int | None = None,
     ) -> None:
-        self._keys, self._index, self._packer, self._block = keys, index, packer, block_size
+        """level: of zstd, for the next blob"""
+        self._keys, self._index, self._packer, self._block, self._level = keys, index, packer, block_size, level
         self._workers = workers or max(2, os.cpu_count() or 1)
         self._local = threading.local()
 
@@ -191,10 +198,14 @@ class Ingest:
         return buffer
 
     def _compressor(self) -> zstandard.ZstdCompressor:
-        compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
-        if compressor is None:
-            compressor = self._local.compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL)
-        return compressor
+        level = self._level()
+        compressors: dict[int, zstandard.ZstdCompressor] | None = getattr(self._local, "compressors", None)
+        if compressors is None:
+            compressors = self._local.compressors = {}
+        if level not in compressors:
+            compressors.clear()  # a high level takes megabytes
+            compressors[level] = zstandard.ZstdCompressor(level=level)
+        return compressors[level]
 
 
 def store_page(builder: PageBuilder, *, keys: Keyring, packer: Packer) -> Rows:
@@ -207,9 +218,7 @@ def store_page_body(first: int, stop: int, page: Page, *, keys: Keyring, packer:
     """Put a page that speaks of [first, stop) into a pack, unless it is there; its PAGE_ROW."""
     body = page.encode()
     blob = keys.blob_id(b"".join(_hashes(memoryview(body))))
-    where = packer.add(
-        blob, packed(zstandard.ZstdCompressor(level=COMPRESSION_LEVEL), body), len(body), stream=Stream.PAGES
-    )
+    where = packer.add(blob, packed(zstandard.ZstdCompressor(level=PAGE_LEVEL), body), len(body), stream=Stream.PAGES)
     row = np.zeros(1, PAGE_ROW)
     row["first"], row["stop"] = first, stop
     row["id"] = np.frombuffer(blob, np.uint8)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Literal, Self
 
+from snapchain.model.compression import LEVELS, Compression, Effort, next_effort
 from snapchain.model.content import content_id, encode_sum
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.repository import layers as records
@@ -29,6 +31,25 @@ class Origin:
     sources: tuple[Fingerprint, ...]
 
 
+class CompressionLevel:
+    """The level of zstd for the next blob. Read by any thread; `note_waited` is called by one at a time."""
+
+    def __init__(self, mode: Compression, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._fixed = LEVELS.get(mode)
+        self._effort = Effort()
+        self._clock, self._last = clock, clock()
+
+    def current(self) -> int:
+        """Of zstd."""
+        return self._effort.level if self._fixed is None else self._fixed
+
+    def note_waited(self, seconds: float) -> None:
+        """A full pack has waited so long until the store took it."""
+        now = self._clock()
+        self._effort = next_effort(self._effort, waited=seconds, elapsed=now - self._last)
+        self._last = now
+
+
 class LayerUpload:
     """A writing session; a context manager. Loads the whole index once; index: that, and what was added since."""
 
@@ -36,12 +57,22 @@ class LayerUpload:
         """on_durable: called in any thread when something has become durable; what it raises ends the work."""
         self._repository = repository
         self.index = repository.index()
+        level = CompressionLevel(repository.compression)
         self._packer = Packer(
-            repository.store, repository.keys, self.index, pack_size=repository.pack_size, on_durable=on_durable
+            repository.store,
+            repository.keys,
+            self.index,
+            pack_size=repository.pack_size,
+            on_durable=on_durable,
+            on_waited=level.note_waited,
         )
         self._packer.adopt(unlisted(repository, self.index))
         self._intake = Ingest(
-            keys=repository.keys, index=self.index, packer=self._packer, block_size=repository.config.block_size
+            keys=repository.keys,
+            index=self.index,
+            packer=self._packer,
+            block_size=repository.config.block_size,
+            level=level.current,
         )
         self.bytes_read = 0
 

@@ -176,15 +176,25 @@ def page_location(row: np.void) -> Location:
     return Location(bytes(row["pack"]).hex(), int(row["offset"]), int(row["stored"]), int(row["raw"]))
 
 
+class PageSource(Protocol):
+    """Gives the pages of a layer, as PageCache does. Thread-safe."""
+
+    def get(self, rows: PageTable, size: int, *, subject: str) -> list[Page]: ...
+
+
 class StoredLayer:
     """An opened layer record. Pages are loaded as they are asked for. Thread-safe."""
 
-    def __init__(self, header: LayerHeader, pages: PageTable, cache: PageCache) -> None:
+    def __init__(self, header: LayerHeader, pages: PageTable, cache: PageSource) -> None:
         self.header = header
         self.table = pages
         self._first = pages["first"].astype(np.int64)
         self._stop = pages["stop"].astype(np.int64)
         self._cache = cache
+
+    @property
+    def page_source(self) -> PageSource:
+        return self._cache
 
     @property
     def id(self) -> str:

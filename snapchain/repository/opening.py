@@ -9,6 +9,7 @@ from pathlib import Path
 from snapchain.destination.address import located
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.host import replica_layout
+from snapchain.model.compression import Compression
 from snapchain.objects import open_store
 from snapchain.objects.cache import CachedStore
 from snapchain.objects.store import ObjectStore, Placed, innermost
@@ -27,13 +28,14 @@ def open_repository(
     writing: bool = False,
     limit_rate: int | None = None,
     pack_size: int | None = None,
+    compression: Compression | None = None,
     accept: str | None = None,
 ) -> Repository:
     """The repository at `url`: a path, file:///path, or s3://bucket/prefix.
 
     passphrase: asked when the repository is encrypted; writing: whether points will be published or layers merged;
     limit_rate: bytes per second to and from the store; pack_size: bytes that new objects have at most, instead of what
-    the repository was made with.
+    the repository was made with; compression: of guest data that are written
     accept: id of a repository that is taken whatever this machine knew of the address (repository/known.py)
     Raises NotFound when there is none, Corrupt when it is another one or an older one than this machine knows, and what
     its store raises.
@@ -69,6 +71,7 @@ def open_repository(
         opened.notices += recalled.notices
     check_pack_size(pack_size, opened.config.block_size)
     opened.pack_size = pack_size or opened.pack_size
+    opened.compression = compression or Compression.DEFAULT
     return opened
 
 

@@ -13,6 +13,7 @@ one, so that a long shipment leaves few objects.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -53,6 +54,7 @@ class Packer:
 
     pack_size: bytes that a pack or an index has at most; None: the default
     on_durable: called in a thread of an upload when a pack is in the store; what it raises ends the work
+    on_waited: called with the seconds that a full pack has waited until the store took it
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class Packer:
         *,
         pack_size: int | None = None,
         on_durable: Callable[[], None] = lambda: None,
+        on_waited: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
+        self._on_waited = on_waited
         self._store, self._keys, self._index = store, keys, index
         self._pack_size, self._on_durable = pack_size, on_durable
         # Filling blocks, with its lock held, while too many packs are in flight; what the uploads note needs another.
@@ -181,7 +185,9 @@ class Packer:
         writer.join(_LAST_WORDS)
 
     def _upload(self, pack: ClosedPack) -> None:
+        began = time.monotonic()
         self._slots.acquire()
+        self._on_waited(time.monotonic() - began)
         try:
             upload = self._pool.submit(self._put, pack)
         except RuntimeError:  # given up: the next one who waits for a slot shall learn it as well

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 
 from snapchain.destination.reading import Sink
@@ -17,18 +18,23 @@ from snapchain.model.extents import Extents, Int64s
 from snapchain.repository.catalogue import Point, find_point
 from snapchain.repository.chain import ChainView
 from snapchain.repository.layers import StoredLayer, leaves_shown
+from snapchain.repository.lost_maps import LostMap, tolerant
 from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository
 
 
 @dataclass(frozen=True, slots=True)
 class RepositoryLayer:
-    """A LayerReader. layers: root first, the last is this one; below: those of them whose data it leaves out."""
+    """A LayerReader. layers: root first, the last is this one; below: those of them whose data it leaves out.
+
+    lost: ranges of which the map is lost; `extents` has zeroes there
+    """
 
     view: ChainView
     extents: Extents
     below: Sequence[StoredLayer]
     format: Literal["qcow2", "raw"]
+    lost: Sequence[LostMap] = ()
 
     extended_l2 = False
     peer = None
@@ -47,7 +53,7 @@ class RepositoryLayer:
 
     def copy(self, sink: Sink, *, start: int = 0, on_copied: Callable[[int, int], None]) -> str:
         """As LayerReader. Each leaf is proven against its record before it is given to the sink's user as copied."""
-        return Replay(self.view, self.extents, sink).on(self.below).run(on_copied, start=start)
+        return Replay(self.view, self.extents, sink, lost=self.lost).on(self.below).run(on_copied, start=start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +138,26 @@ def read_point(
     chain: bool,
     clusters: bool,
     maps_only: bool,
+    damaged: bool,
     on_event: OnEvent,
 ) -> Iterator[RepositoryPoint]:
     """As ReadableDestination.reader. While data are read, no collector takes them away."""
     catalogue = repository.catalogue(disk)
     point = find_point(catalogue, wanted)
     layers = repository.chain_of(catalogue, point)
+    reading = partial(
+        repository.reading,
+        {disk: [layer.id for layer in layers]},
+        f"restore {disk}",
+        on_wait=lambda words: on_event(Notice(words)),
+    )
+    if damaged:
+        # What a collector takes away meanwhile would look like damage.
+        with nullcontext() if maps_only else reading():
+            kept, lost = tolerant(layers)
+            whole = replace(_whole(repository, kept, clusters=clusters), lost=lost)
+            yield RepositoryPoint(point_record(point, len(layers)), (whole,))
+        return
     with repository.as_of(catalogue):
         read = (
             tuple(_each(repository, layers, clusters=clusters))
@@ -148,9 +168,7 @@ def read_point(
     if maps_only:
         yield opened
         return
-    with repository.reading(
-        {disk: [layer.id for layer in layers]}, f"restore {disk}", on_wait=lambda words: on_event(Notice(words))
-    ):
+    with reading():
         yield opened
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable
 from snapchain.host.passphrases import PassphraseSource
 from snapchain.model import holds
+from snapchain.model.compression import Compression
 from snapchain.model.disk_name import check_disk_name
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.probe import probe, still_conditional
@@ -108,6 +109,7 @@ class Repository:
     vouched: what that list says of the slot, None where it cannot be read
     config_text: the object `config`, to which key slots are bound
     pack_size: bytes that new packs and indexes have at most; None: the default
+    compression: of the guest data that this process writes
     """
 
     def __init__(self, store: ObjectStore, config: Config, keys: Keyring, *, conditional: bool) -> None:
@@ -123,6 +125,7 @@ class Repository:
         self.slot_list = 0
         self.config_text = b""
         self.pack_size = config.pack_size
+        self.compression = Compression.DEFAULT
         self.blobs = BlobReader(store, keys, self._load_index)
         self._pages = PageCache(self.blobs)
 

@@ -206,14 +206,14 @@ def change(
         edited.unlink()
 
 
-def filesystem(place: Path, disk: Path, paths: Sequence[Path]) -> None:
+def filesystem(place: Path, disk: Path, paths: Sequence[Path], *, size: str = DISK) -> None:
     """A new ext4 filesystem that holds these files, 100 in a folder."""
     tree = place / "tree"
     for number, path in enumerate(paths):
         (tree / str(number // 100)).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, tree / str(number // 100) / str(number))
     disk.unlink(missing_ok=True)
-    subprocess.run(["mkfs.ext4", "-q", "-F", "-d", tree, disk, DISK], check=True, capture_output=True)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-d", tree, disk, size], check=True, capture_output=True)
     shutil.rmtree(tree)
 
 

@@ -389,6 +389,31 @@ def test_a_terminal_without_utf8_still_gets_its_picture(disk: Path, tmp_path: Pa
     assert "web1.qcow2" in out
 
 
+def test_the_compression_is_chosen_for_a_run_or_for_all(
+    run: Run, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(b"".join(b"%d %d\n" % (n, n * n) for n in range(60000))[:MiB].ljust(MiB, b"x"))
+    write(disk, f"write -s {text} 0 1M")
+    weights = {}
+    for mode in ("fast", "max", "max by variable"):
+        run("init", f"store {mode}", "--no-encryption")
+        if "variable" in mode:
+            monkeypatch.setenv("SNAPCHAIN_COMPRESSION", "max")
+        words = [] if "variable" in mode else ["--compression", mode]
+        weights[mode] = run("ship", str(disk), f"store {mode}::vda", *words, "--json").json["bytes_stored"]
+    assert abs(weights["max"] - weights["max by variable"]) < 1000 < weights["fast"] - weights["max"]
+    monkeypatch.delenv("SNAPCHAIN_COMPRESSION")
+    for words, match in [
+        (["ship", str(disk), "store max::vda", "--compression", "best"], "unknown compression 'best'"),
+        (["ship", str(disk), "store max::vda", "--compression", "best", "-n"], "unknown compression 'best'"),
+        (["ship", str(disk), f"dir:{tmp_path}/r::vda", "--compression", "max"], "a replica keeps plain files"),
+    ]:
+        said = run(*words)
+        assert said.status == 2
+        assert match in said.err
+
+
 def test_the_pack_size_is_set_at_init_or_for_a_run(
     run: Run, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

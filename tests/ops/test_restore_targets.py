@@ -23,6 +23,7 @@ import pytest
 from snapchain.destination.protocol import Destination
 from snapchain.destinations import open_destination
 from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unsupported
+from snapchain.host.files import standing_of
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.objects.memory import MemoryStore
@@ -543,6 +544,21 @@ def test_what_a_user_may_not_do_is_said_before_anything_is_read(
         with as_nobody(), pytest.raises(InvalidInput, match=fact) as raised:
             Restoration(stored.destination, DISK, scene.out, force=True).run(on_event=done.append)
         assert (raised.value.subject, raised.value.hint) == (str(scene.out), hint)
+        assert others(scene) == before
+        assert sum(event.done for event in done if isinstance(event, Progress)) == 0
+
+
+@root_only
+def test_an_owner_that_a_user_cannot_give_is_refused_before_anything_is_read(stored: Source, shared: Path) -> None:
+    with ExitStack() as stack:
+        scene = Scene(shared / "d", stack)
+        scene.place.chmod(0o777)
+        before = others(scene)
+        done: list[Event] = []
+        standing = standing_of("root:games", None)
+        with as_nobody(), pytest.raises(InvalidInput, match="you cannot give the new file to root:games") as raised:
+            Restoration(stored.destination, DISK, scene.out, standing=standing).run(on_event=done.append)
+        assert raised.value.subject == str(scene.out)
         assert others(scene) == before
         assert sum(event.done for event in done if isinstance(event, Progress)) == 0
 

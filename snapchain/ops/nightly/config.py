@@ -21,6 +21,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from snapchain.guest.snapshot import Quiesce
+from snapchain.model.compression import Compression
 from snapchain.model.points import check_label
 from snapchain.model.retention import Policy
 from snapchain.ops.nightly.values import Bytes, Seconds, Share, Window, check_guest_template, check_template
@@ -186,7 +187,8 @@ class Destination(_Part):
     """A repository or a replica. A repository's passphrase comes from a file, a program or a variable, by default
     SNAPCHAIN_PASSWORD.
 
-    pack_size: largest object in bytes, instead of the repository's own limit; concurrency: disks that ship to it at
+    pack_size: largest object in bytes, instead of the repository's own limit; compression: of what is written to a
+    repository; concurrency: disks that ship to it at
     once; keep: instead of the common one; gc: only where the destination needs collecting
     """
 
@@ -197,6 +199,7 @@ class Destination(_Part):
     password_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     limit_rate: Annotated[Bytes, Field(gt=0)] | None = None
     pack_size: Annotated[Bytes, Field(ge=MIN_PACK_BYTES, le=MAX_PACK_BYTES)] | None = None
+    compression: Compression | None = None
     concurrency: Annotated[int, Field(ge=1, le=16)] = 1
     keep: Policy | None = None
     gc: bool = True

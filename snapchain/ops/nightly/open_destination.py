@@ -61,6 +61,7 @@ class OpenDestination:
                         writing=self._writing,
                         limit_rate=self.config.limit_rate,
                         pack_size=self.config.pack_size,
+                        compression=self.config.compression,
                     )
                 except SnapchainError as error:
                     self._fault = error

@@ -29,7 +29,7 @@ from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import PointRecord
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError
 from snapchain.host.directory import Directory, same_file
-from snapchain.host.files import make_directories, remove_leftover
+from snapchain.host.files import UNCHANGED, Standing, make_directories, remove_leftover
 from snapchain.host.note_file import NoteFile
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import NEW, RESTORE, temporary_of
@@ -113,6 +113,7 @@ class GuestRestoreRequest:
     defines, connect: define it in libvirt, at this URI
     new_name: a clone of this name, with new UUID and MACs; new_identity: these, and the old name
     without_network: no network cards in its definition
+    standing: owner and mode of the files of its disks
     """
 
     directory: Path
@@ -124,6 +125,7 @@ class GuestRestoreRequest:
     new_name: str | None = None
     new_identity: bool = False
     without_network: bool = False
+    standing: Standing = UNCHANGED
 
 
 class _Finished(BaseModel):
@@ -358,6 +360,7 @@ class GuestRestoration:
             point=str(disk.point.point),
             format=None if self._request.whole_chain else disk.format,
             whole_chain=self._request.whole_chain,
+            standing=self._request.standing,
         ).run(on_event=heard)
         if report.content_id != disk.recorded.content_id:
             raise Corrupt(
@@ -375,7 +378,7 @@ class GuestRestoration:
         if name not in note.disks:
             if name != note.begun or not os.path.lexists(disk.path):
                 return None
-            if not _is_restored(disk):
+            if not _is_restored(disk, self._request.standing):
                 raise self._in_the_way(disk.path)
         return RestoreReport(
             disk=disk.recorded.disk,
@@ -448,11 +451,11 @@ def _is_one_file(directory: Directory, name: str, other: str) -> bool:
     return directory.has(other) and same_file(directory.status(name), directory.status(other))
 
 
-def _is_restored(disk: _Disk) -> bool:
+def _is_restored(disk: _Disk, standing: Standing) -> bool:
     """Whether the file of a disk is one of this user's, and shows the disk."""
     with suppress(SnapchainError), os_errors(disk.path):
         status = disk.path.stat(follow_symlinks=False)
-        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+        if stat.S_ISREG(status.st_mode) and status.st_uid in (os.geteuid(), standing.uid):
             shown = chain_content_id(disk.path, format=disk.format, size=disk.point.virtual_size)
             return shown == disk.recorded.content_id
     return False

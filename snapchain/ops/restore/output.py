@@ -26,6 +26,7 @@ from snapchain.host.directory import Directory
 from snapchain.host.locks import ImageLock
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import RESTORE, temporary_beside, temporary_of
+from snapchain.image.pread import begin_writeback
 
 WORTH = 32 << 20
 """Guest bytes: a run that was cut off before it had written so many is begun anew. So often progress is noted."""
@@ -49,13 +50,21 @@ class OutputFile:
     path: no symbolic link; name: by which it is known, which may be a link to it
     origin: equal only where every byte has the same place and the same source; None where nothing is continued
     effort: of all files that are continued or thrown away together
+    standing: owner and mode that it gets, before those of a file that it replaces
     start: guest offset below which an earlier run has written everything; is_whole: whether it had finished the file
     """
 
     def __init__(
-        self, path: Path, *, name: Path | None = None, origin: str | None = None, effort: Effort | None = None
+        self,
+        path: Path,
+        *,
+        name: Path | None = None,
+        origin: str | None = None,
+        effort: Effort | None = None,
+        standing: files.Standing = files.UNCHANGED,
     ) -> None:
         self.path = path
+        self._standing = standing
         self._origin, self._effort = origin, effort or Effort()
         self._noted = self._since = self.start = 0
         self.is_whole = False
@@ -100,11 +109,15 @@ class OutputFile:
         self._close()
 
     def note(self, offset: int, count: int) -> None:
-        """All below guest offset `offset` is in the file, `count` bytes more than at the last call."""
+        """All below guest offset `offset` is in the file, `count` bytes more than at the last call.
+
+        Now and then the disk begins to write them, while the next ones are fetched.
+        """
         self._effort.bytes += count
         self._since += count
         if self._since >= WORTH:
             self._since = 0
+            begin_writeback(self.fd)
             self._note(str(max(offset, self.start)))
 
     def note_whole(self) -> None:
@@ -148,19 +161,35 @@ class OutputFile:
 
     def check_can_stand_for(self, replaced: ImageLock) -> None:
         """Raises InvalidInput unless the owner and the group of a file that this one is to replace can be kept."""
-        theirs, mine = os.fstat(replaced.fd), os.fstat(self.fd)
-        if (theirs.st_uid, theirs.st_gid) == (mine.st_uid, mine.st_gid):
-            return
-        try:
-            with self._place.changing(self.fd):
-                os.fchown(self.fd, theirs.st_uid, theirs.st_gid)
-                os.fchown(self.fd, mine.st_uid, mine.st_gid)
-        except PermissionError as error:
+        theirs = os.fstat(replaced.fd)
+        if not self._can_have(theirs.st_uid, theirs.st_gid):
             raise InvalidInput(
                 f"you cannot give the new file the owner {theirs.st_uid} and the group {theirs.st_gid} of the old one",
                 subject=self.path,
                 hint="run as root, or choose another name",
-            ) from error
+            )
+
+    def check_can_be_given(self) -> None:
+        """Raises InvalidInput unless the file can get the owner and the group that were asked for."""
+        if not self._can_have(self._standing.uid, self._standing.gid):
+            raise InvalidInput(
+                f"you cannot give the new file to {self._standing.owner}",
+                subject=self.path,
+                hint="run as root, or leave out --owner",
+            )
+
+    def _can_have(self, uid: int, gid: int) -> bool:
+        """Whether the file can get an owner and a group; -1: its own."""
+        mine = os.fstat(self.fd)
+        if uid in (-1, mine.st_uid) and gid in (-1, mine.st_gid):
+            return True
+        try:
+            with self._place.changing(self.fd):
+                os.fchown(self.fd, uid, gid)
+                os.fchown(self.fd, mine.st_uid, mine.st_gid)
+        except PermissionError:
+            return False
+        return True
 
     def publish(self, *, replaced: ImageLock | None) -> None:
         """Give the finished, synced file its name.
@@ -173,6 +202,8 @@ class OutputFile:
                 os.removexattr(self.fd, _NOTE)
             if replaced is not None:
                 files.copy_standing(replaced.fd, self.fd, subject=self.path, directory=self._place)
+            files.give_standing(self.fd, self._standing, subject=self.path, directory=self._place)
+            if replaced is not None or self._standing != files.UNCHANGED:
                 os.fsync(self.fd)
             status = None if replaced is None else os.fstat(replaced.fd)
             try:

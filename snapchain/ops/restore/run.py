@@ -7,6 +7,7 @@ continues them. They are believed no more than anything else: what does not prov
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from blake3 import blake3
 from snapchain.destination.reading import LayerReader, PointReader, ReadableDestination, Sink
 from snapchain.destination.records import PointRecord
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable
-from snapchain.host.files import free_bytes
+from snapchain.host.files import UNCHANGED, Standing, free_bytes
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.layout import Layout, plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.image.raw import RawWriter
 from snapchain.model.events import Notice, OnEvent, counting, ignore
 from snapchain.model.extents import DATA
+from snapchain.ops.restore.damage import Damage, check_allowed
 from snapchain.ops.restore.output import OutputFile, written_before
 from snapchain.ops.restore.proof import ChainProof, raw_content_id
 from snapchain.ops.restore.target import Claim, FilePlan, Format, RestorePlan, RestoreReport, Target, sectors
@@ -82,10 +84,19 @@ class Restoration:
         format: Format | None = None,
         whole_chain: bool = False,
         force: bool = False,
+        allow_damaged: bool = False,
+        standing: Standing = UNCHANGED,
     ) -> None:
-        """Raises NotFound, InvalidInput, Unsupported and Conflict for an OUT that does not do."""
+        """allow_damaged: write zeroes for ranges that are lost, and report them; an earlier run is not continued then.
+
+        Raises NotFound, InvalidInput, Unsupported and Conflict for an OUT that does not do.
+        """
         self._destination, self._disk, self._wanted = destination, disk, point
-        self._target = Target(output, format=format, whole_chain=whole_chain, force=force)
+        if allow_damaged:
+            traits = destination.traits
+            check_allowed(names_damage=traits.names_damage, kind=traits.kind, whole_chain=whole_chain)
+        self._allow_damaged = allow_damaged
+        self._target = Target(output, format=format, whole_chain=whole_chain, force=force, standing=standing)
         self._planned: PointRecord | None = None
         self._resumed = False
 
@@ -139,16 +150,18 @@ class Restoration:
             outputs: list[OutputFile] = []
             files: list[Path] = []
             shown = ""
+            damage = Damage(allowed=self._allow_damaged)
             with ChainProof() as proof:
                 for job in self._jobs(reader):
                     if self._target.device:
-                        shown = _write_device(job, claim.device, on_bytes)
+                        shown = _write_device(job, claim.device, damage, on_bytes)
                     else:
-                        output = claim.output(job.path, origin=job.origin())
+                        # What an earlier run found lost it told nobody: then there is nothing to continue.
+                        output = claim.output(job.path, origin=None if self._allow_damaged else job.origin())
                         if not outputs:
                             self._check_space(reader.data_bytes, claim)
                         resumed += _data_below(job, output.start)
-                        shown = self._write_file(job, output, proof, on_bytes)
+                        shown = self._write_file(job, output, proof, damage, on_bytes)
                         outputs.append(output)
                     written += job.layer.extents.data_bytes
                     files.append(job.path if self._target.device else outputs[-1].path)
@@ -163,6 +176,7 @@ class Restoration:
             bytes_resumed=resumed,
             content_id=shown,
             incomplete=claim.incomplete,
+            damaged=damage.ranges,
         )
 
     def _reader(
@@ -175,6 +189,7 @@ class Restoration:
             clusters=self._target.format != "raw",
             maps_only=maps_only,
             first=first,
+            damaged=self._allow_damaged,
             on_event=on_event,
         )
 
@@ -193,7 +208,7 @@ class Restoration:
 
     def _first_lacking(self) -> tuple[int, int]:
         """Number of the layer, and guest offset, below which an earlier run has written everything."""
-        if self._target.device or not self._target.has_parts():
+        if self._target.device or self._allow_damaged or not self._target.has_parts():
             return 0, 0
         first = 0, 0
         with self._reader(maps_only=True) as reader:
@@ -208,7 +223,9 @@ class Restoration:
         """Raises Unavailable where there is less room than the data need that are not there yet."""
         self._target.check_space(total - claim.allocated)
 
-    def _write_file(self, job: _Job, output: OutputFile, proof: ChainProof, on_bytes: Callable[[int], None]) -> str:
+    def _write_file(
+        self, job: _Job, output: OutputFile, proof: ChainProof, damage: Damage, on_bytes: Callable[[int], None]
+    ) -> str:
         """The content id of what the file shows."""
         layer, size = job.layer, job.layer.extents.size
         self._resumed |= output.start > 0
@@ -224,10 +241,10 @@ class Restoration:
             layout = job.layout()
             self._check_tables(layout)
             with Qcow2Writer(output.fd, layout, subject=output.path, resumed=output.start > 0) as writer:
-                recorded = layer.copy(Sink(writer.write_pieces), start=output.start, on_copied=on_copied)
+                recorded = layer.copy(damage.sink(writer.write_pieces), start=output.start, on_copied=on_copied)
         else:
             with RawWriter(output.fd, sectors(size), subject=output.path, resumed=output.start > 0) as raw:
-                recorded = layer.copy(Sink(raw.write_pieces), start=output.start, on_copied=on_copied)
+                recorded = layer.copy(damage.sink(raw.write_pieces), start=output.start, on_copied=on_copied)
         output.note_whole()
         if job.format == "raw" and job.backing is None and not output.start and not self._target.whole_chain:
             # Its map is known, whatever the filesystem tells.
@@ -254,14 +271,23 @@ def _drop(pieces: object) -> None:
 _NOTHING = Sink(_drop)
 
 
-def _write_device(job: _Job, fd: int, on_bytes: Callable[[int], None]) -> str:
+def _write_device(job: _Job, fd: int, damage: Damage, on_bytes: Callable[[int], None]) -> str:
     """The content id of what the device shows."""
     layer = job.layer
+    zeroes = deque((start, length) for start, length, val in layer.extents.runs() if val < DATA)
     with RawWriter(fd, layer.extents.size, subject=job.path) as raw:
-        for start, length, val in layer.extents.runs():
-            if val < DATA:
-                raw.zero(start, length)
-        recorded = layer.copy(Sink(raw.write_pieces, raw.zero), on_copied=lambda _offset, count: on_bytes(count))
+
+        def zero_below(offset: int) -> None:
+            """In the order of the disk, as the data are."""
+            while zeroes and zeroes[0][0] < offset:
+                raw.zero(*zeroes.popleft())
+
+        def on_copied(offset: int, count: int) -> None:
+            zero_below(offset)
+            on_bytes(count)
+
+        recorded = layer.copy(damage.sink(raw.write_pieces, raw.zero), on_copied=on_copied)
+        zero_below(layer.extents.size)
     shown = raw_content_id(fd, layer.extents, subject=job.path)
     _check_shown(shown, recorded, job)
     return shown

@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unavailable, Unsupported
-from snapchain.host.files import free_bytes
+from snapchain.host.files import UNCHANGED, Standing, free_bytes
 from snapchain.host.links import Followed, follow, others_may_write
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
@@ -29,6 +29,7 @@ from snapchain.image.block_device import claimed as claimed_device
 from snapchain.image.dependent_search import find_dependents, image_directories
 from snapchain.image.dependents import Dependents, search
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.ops.restore.damage import DamagedRange
 from snapchain.ops.restore.output import Effort, OutputFile, exists, meant_for
 from snapchain.source.lineage import held_by_another
 from snapchain.source.notes import Notes
@@ -74,6 +75,7 @@ class RestoreReport(BaseModel):
 
     bytes_written: guest bytes of DATA written; bytes_resumed: those of them that an earlier run had written
     incomplete: what the search for users of a file that was replaced could not look at, a sentence
+    damaged: ranges whose bytes are lost, and that are zeroes in the output; content_id: of what the output shows
     """
 
     model_config = ConfigDict(frozen=True)
@@ -87,6 +89,7 @@ class RestoreReport(BaseModel):
     bytes_resumed: int = 0
     content_id: str
     incomplete: str | None = None
+    damaged: tuple[DamagedRange, ...] = ()
 
 
 class Target:
@@ -94,11 +97,20 @@ class Target:
 
     output: as it was named; file: what is behind its links; device: whether that is a block device
     whole_chain: a file for each layer; format: of OUT, None where each layer has its own
+    standing: owner and mode that new files get
     """
 
-    def __init__(self, output: Path, *, format: Format | None, whole_chain: bool, force: bool) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *,
+        format: Format | None,
+        whole_chain: bool,
+        force: bool,
+        standing: Standing = UNCHANGED,
+    ) -> None:
         """Raises NotFound, InvalidInput, Unsupported and Conflict for a place that does not do."""
-        self.output, self.whole_chain, self.force = output, whole_chain, force
+        self.output, self.whole_chain, self.force, self.standing = output, whole_chain, force, standing
         self._followed = follow(output)
         self.file = _file(output, self._followed)
         found = _status(self.file)
@@ -108,6 +120,8 @@ class Target:
         self.format = self._format(format)
         if self.device and (format == "qcow2" or whole_chain):
             raise InvalidInput("a block device takes a flat raw disk", subject=output)
+        if self.device and standing != UNCHANGED:
+            raise InvalidInput("a block device keeps its owner and its mode", subject=output)
 
     @property
     def replaces(self) -> bool:
@@ -224,10 +238,14 @@ class Claim:
         path = _file(name, followed)
         if followed is not None and followed.by_link and _status(path) is None and not self._target.force:
             raise exists(name)
-        output = self._stack.enter_context(OutputFile(path, name=name, origin=origin, effort=self._effort))
+        standing = self._target.standing
+        output = self._stack.enter_context(
+            OutputFile(path, name=name, origin=origin, effort=self._effort, standing=standing)
+        )
         self._outputs.append(output)
         if followed is None and self.lock is not None:
             output.check_can_stand_for(self.lock)
+        output.check_can_be_given()
         return output
 
     def publish(self, outputs: Sequence[OutputFile]) -> None:
