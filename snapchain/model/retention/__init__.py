@@ -8,7 +8,7 @@ named.py      points that go by their number: what was decided for all disks of 
 
 from snapchain.model.retention.clocks import TOLERANCE, Doubt, is_future
 from snapchain.model.retention.duration import Duration, parse_duration
-from snapchain.model.retention.named import DropPoints, Rules, decide_by
+from snapchain.model.retention.named import DropAll, DropPoints, GuestRules, Rules, decide_by
 from snapchain.model.retention.policy import UNLIMITED, Decision, Period, Policy, RetentionPoint, decide
 
 __all__ = [
@@ -16,8 +16,10 @@ __all__ = [
     "UNLIMITED",
     "Decision",
     "Doubt",
+    "DropAll",
     "DropPoints",
     "Duration",
+    "GuestRules",
     "Period",
     "Policy",
     "RetentionPoint",
