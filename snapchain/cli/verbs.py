@@ -55,6 +55,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Set up, repair": {
         "init": "Make a repository.",
+        "rename": "Give a disk of a repository another name.",
         "doctor": "Finish or undo what interrupted commands left, and thaw guests.",
         "send": "Send a chain to a replica, or as a stream to stdout.",
         "receive": "Receive a stream from stdin into a replica.",
@@ -84,7 +85,7 @@ ALIASES = {
     "convert": "restore", "extract": "restore", "export": "restore", "download": "restore", "recover": "restore",
     "pin": "hold", "unpin": "release",
     "replicate": "send", "mirror": "send",
-    "create": "init", "repair": "doctor", "unlock": "doctor", "cron": "nightly", "move": "migrate",
+    "mv": "rename", "create": "init", "repair": "doctor", "unlock": "doctor", "cron": "nightly", "move": "migrate",
 }  # fmt: skip
 """A word that people know from other programs -> the verb that does it here."""
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         PointRecord,
         PointsMergePlan,
         PointsMergeReport,
+        RenamePlan,
+        RenameReport,
         VerifyReport,
     )
     from snapchain.model.retention import Rules
@@ -207,6 +209,14 @@ class ReadableDestination(Protocol):
         rules: a policy, or the points that go by their numbers
         now: the clock of this run, where the destination takes it from here
         Raises NotFound, Unsupported for a peer that is too old.
+        """
+        ...
+
+    def renaming(self, old: str, new: str) -> Work[RenamePlan, RenameReport]:
+        """Give a disk another name. Its points, holds, epoch and next number go along; the old name is refused.
+
+        Raises NotFound, InvalidInput for a name that is taken, Unsupported for a disk of a guest and for a kind that
+        cannot do it.
         """
         ...
 

@@ -210,6 +210,21 @@ class PointsMergeReport(Record):
     findings: tuple[Finding, ...] = ()
 
 
+class RenamePlan(Record):
+    """What a renaming would do. points, layers: how many go along; finishes: whether an interrupted one is finished."""
+
+    destination: str
+    old: str
+    new: str
+    points: int
+    layers: int
+    finishes: bool
+
+
+class RenameReport(RenamePlan):
+    """What was done."""
+
+
 class GcPlan(Record):
     """What a collection would do, in stored bytes, without the few bytes that new records need."""
 

@@ -377,10 +377,14 @@ def _listed(destination: ReadableDestination, request: ForgetRequest) -> Sequenc
     """All disks; the named ones alone where these are disks, and no guest's."""
     if not request.targets:
         return destination.disks()
-    names = dict.fromkeys(name for name, _ in request.targets)
-    try:
-        found = [disk for name in names for disk in destination.disks(name)]
-    except NotFound:
-        return destination.disks()
+    found: list[DiskRecord] = []
+    for name in dict.fromkeys(name for name, _ in request.targets):
+        try:
+            found += destination.disks(name)
+        except NotFound:
+            disks = destination.disks()
+            if not any(disk.name.startswith(f"{name}/") for disk in disks):
+                raise  # it says more: that the disk was renamed
+            return disks
     of_guests = any(disk.record_of or any(point.instant for point in disk.points) for disk in found)
     return destination.disks() if of_guests else found

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
         PointRecord,
         PointsMergePlan,
         PointsMergeReport,
+        RenamePlan,
+        RenameReport,
         VerifyReport,
     )
     from snapchain.model.retention import Rules
@@ -258,6 +260,15 @@ class ReplicaDestination(ReplicaWriting):
 
         _ = now
         return ReplicaMerge(self.endpoint, disk, rules, zone=_name_of(zone))
+
+    def renaming(self, old: str, new: str) -> Work[RenamePlan, RenameReport]:
+        """Raises Unsupported: overlays of guests name the files of a replica by their paths."""
+        _ = old, new
+        raise Unsupported(
+            "a replica's disks cannot be renamed: guests open their files by path",
+            subject=self.url,
+            hint="send the image under the new name, and forget the old disk: snapchain forget DEST::OLD --all-points",
+        )
 
     def hold(
         self,

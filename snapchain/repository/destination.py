@@ -16,6 +16,8 @@ from snapchain.destination.records import (
     HoldRecord,
     PointsMergePlan,
     PointsMergeReport,
+    RenamePlan,
+    RenameReport,
     VerifyReport,
 )
 from snapchain.destination.traits import REPOSITORY, Traits
@@ -125,6 +127,12 @@ class RepositoryDestination(RepositoryWriting):
         from snapchain.repository.points_merge import RepositoryMerge
 
         return RepositoryMerge(self.repository, disk, rules, zone=zone, now=now)
+
+    def renaming(self, old: str, new: str) -> Work[RenamePlan, RenameReport]:
+        """As `RepositoryRename`."""
+        from snapchain.repository.renaming import RepositoryRename
+
+        return RepositoryRename(self.repository, old, new)
 
     def hold(
         self,

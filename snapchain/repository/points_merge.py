@@ -94,6 +94,7 @@ class RepositoryMerge:
                 for attempt in range(ATTEMPTS):
                     # What was read before the lease was held may have been merged away and collected since.
                     self._settle(self._disk.existing())
+                    self._current[0].check_not_renamed()
                     changed = self._changes_something()
                     try:
                         bytes_dropped = self._merge(lease, on_event) if changed else 0

@@ -506,5 +506,34 @@ class DestinationContract(DestinationFaults):
         Restoration(site.open(), DISK, out / "4.raw").run()
         assert identical(out / "4.raw", history[0].shown)
 
+    # ---- another name
+
+    def test_a_disk_gets_another_name(self, site: Site, history: Sequence[Moment], out: Path) -> None:
+        for moment in history[:2]:
+            deliver(site, moment.image)
+        place = site.open(writing=True)
+        place.hold(DISK, "1", "audit")
+        if place.traits.bootable_files:
+            with pytest.raises(Unsupported, match="cannot be renamed"):
+                place.renaming(DISK, "www/vda")
+            return
+        (before,) = place.disks()
+        work = place.renaming(DISK, "www/vda")
+        assert (work.plan().points, work.plan().finishes) == (2, False)
+        assert site.open().disks() == (before,), "a plan changes nothing"
+        assert work.run().points == 2
+        assert site.open().disks() == (before.model_copy(update={"name": "www/vda"}),)
+        for number in (1, 2):
+            Restoration(site.open(), "www/vda", out / f"{number}.raw", point=str(number)).run()
+            assert identical(out / f"{number}.raw", history[number - 1].shown)
+        with pytest.raises(NotFound, match="was renamed to 'www/vda'"):
+            site.open().disks(DISK)
+        with pytest.raises(Conflict, match="was renamed to www/vda"):
+            deliver(site, history[1].image)
+        assert deliver(site, history[1].image, disk="www/vda").point == 3
+        assert site.open().verify(share=1.0).ok
+        with pytest.raises(NotFound, match="there is no disk"):
+            place.renaming("gone", "other").run()
+
 
 __all__ = ["DISK", "DestinationContract", "Site", "Traits"]

@@ -38,6 +38,7 @@ LAYER_FIELDS = {
 }  # fmt: skip
 CATALOGUE_FIELDS = {
     "format", "disk", "generation", "previous", "nonce", "time", "epoch", "owner", "next_point", "points", "parents",
+    "renamed_to", "renamed_from",
 }  # fmt: skip
 POINT_FIELDS = {
     "point", "time", "labels", "layer", "size", "content_id", "holds", "instant", "consistency", "made_by",
@@ -45,7 +46,7 @@ POINT_FIELDS = {
 HOLD_FIELDS = {"tag", "since", "reason"}
 WORDS = {"offline", "application", "filesystem", "crash", None}
 INDEX_NAME = "[0-9]{10}-[0-9a-f]{32}"
-MAY_BE_MISSING = {"epoch", "owner", "holds", "instant", "consistency", "made_by"}
+MAY_BE_MISSING = {"epoch", "owner", "holds", "instant", "consistency", "made_by", "renamed_to", "renamed_from"}
 
 
 @dataclass(frozen=True)
