@@ -33,7 +33,7 @@ _WHICH = "Which points go"
     snapchain forget /backup --disks 'web*' --keep-last 3 --dry-run
     snapchain forget ssh://root@kvm2/srv/replica::web1/vda@latest
     """,
-    when_interrupted="each disk has its points as before, or without those that were to go; run it again to finish",
+    when_interrupted="no other point was touched; `snapchain log` shows which are left; run it again for these",
 )
 @options.takes_output(passphrase=True)
 @policy_options.takes_policy(panel="Which points stay")

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from snapchain.errors import Conflict, NotFound, SnapchainError
 from snapchain.host.files import remove
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.os_errors import os_errors
 from snapchain.model.inventory import MAX_LAYERS
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer
@@ -80,7 +81,8 @@ def cuttable(disk: ReplicaDisk, layers: Sequence[Layer]) -> Iterator[list[Path]]
         for path in paths:
             stack.enter_context(ImageLock(path, LockMode.WRITE))
         arriving = [path] if (path := disk.path(names.INCOMING)).exists() else []
-        ours = {(status.st_dev, status.st_ino) for status in (path.stat() for path in [*paths, *arriving])}
+        with os_errors(disk.directory):
+            ours = {(status.st_dev, status.st_ino) for status in (path.stat() for path in [*paths, *arriving])}
         others = others_on(disk, paths, own=ours)
         for path in paths:
             if why := others.reason(path):

@@ -23,6 +23,7 @@ from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unava
 from snapchain.host.files import free_bytes
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
+from snapchain.host.os_errors import os_errors
 from snapchain.merge.request import MergeRequest
 from snapchain.merge.run import StepReport, run_step
 from snapchain.merge.step import MergeStep, plan_step
@@ -116,7 +117,7 @@ def plan(disk: ReplicaDisk, catalogue: Catalogue, rules: Rules, *, zone: tzinfo)
     )
     cut = _needless_top(catalogue, decisions)
     below = catalogue.layers[: len(catalogue.layers) - len(cut)]
-    with cuttable(disk, cut) as files:
+    with cuttable(disk, cut) as files, os_errors(disk.directory):
         cut_bytes = sum(path.stat().st_blocks * 512 for path in files)
     stays: list[Stays] = []
     groups: list[tuple[Layers, MergeStep]] = []

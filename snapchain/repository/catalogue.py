@@ -102,10 +102,10 @@ class Catalogue(StoredModel):
     renamed_to: str | None = None
     renamed_from: str | None = None
 
-    @field_validator("disk")
+    @field_validator("disk", "renamed_to", "renamed_from")
     @classmethod
-    def _has_a_name_of_a_disk(cls, disk: str) -> str:
-        if not is_disk_name(disk):
+    def _has_a_name_of_a_disk(cls, disk: str | None) -> str | None:
+        if disk is not None and not is_disk_name(disk):
             raise ValueError("this cannot name a disk")
         return disk
 
