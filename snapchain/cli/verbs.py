@@ -55,7 +55,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Set up, repair": {
         "init": "Make a repository.",
-        "rename": "Give a disk of a repository another name.",
+        "rename": "Give a disk or a guest of a repository another name.",
         "doctor": "Finish or undo what interrupted commands left, and thaw guests.",
         "send": "Send a chain to a replica, or as a stream to stdout.",
         "receive": "Receive a stream from stdin into a replica.",

@@ -213,10 +213,10 @@ class ReadableDestination(Protocol):
         ...
 
     def renaming(self, old: str, new: str) -> Work[RenamePlan, RenameReport]:
-        """Give a disk another name. Its points, holds, epoch and next number go along; the old name is refused.
+        """Give a disk, or a guest, another name. Points, holds, epochs and next numbers go along.
 
-        Raises NotFound, InvalidInput for a name that is taken, Unsupported for a disk of a guest and for a kind that
-        cannot do it.
+        The old name is refused from then on. Raises NotFound, InvalidInput for a name that is taken, Unsupported for
+        one disk of a guest, a guest whose state is recorded, and a kind that cannot do it.
         """
         ...
 

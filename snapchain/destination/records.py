@@ -211,11 +211,16 @@ class PointsMergeReport(Record):
 
 
 class RenamePlan(Record):
-    """What a renaming would do. points, layers: how many go along; finishes: whether an interrupted one is finished."""
+    """What a renaming would do.
+
+    old, new: names of the disk, or of the guest; disks: old names of all that are renamed
+    points, layers: how many go along; of a guest: guest points; finishes: whether an interrupted one is finished
+    """
 
     destination: str
     old: str
     new: str
+    disks: tuple[str, ...]
     points: int
     layers: int
     finishes: bool

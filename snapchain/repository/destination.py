@@ -129,10 +129,10 @@ class RepositoryDestination(RepositoryWriting):
         return RepositoryMerge(self.repository, disk, rules, zone=zone, now=now)
 
     def renaming(self, old: str, new: str) -> Work[RenamePlan, RenameReport]:
-        """As `RepositoryRename`."""
-        from snapchain.repository.renaming import RepositoryRename
+        """As `renaming.renaming`."""
+        from snapchain.repository.renaming import renaming
 
-        return RepositoryRename(self.repository, old, new)
+        return renaming(self.repository, old, new)
 
     def hold(
         self,

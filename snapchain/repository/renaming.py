@@ -9,15 +9,21 @@
 Each step is one generation, made by create-if-absent.  At every moment at least one newest catalogue names the layers.
 A run that was killed is finished by the same command: the catalogues tell at which step it was.
 
+The disks of a guest go one after the other, that of its records last: a guest point is there as a whole, or is not
+shown under the new name.  The records name the guest and its disks as they were; a reader takes them for those of the
+guest that they lie with (destination/guest_record.py).
+
 OLD stays for ever, so that a host that still ships there is refused, with the new name.  Programs that do not know
 renaming refuse a catalogue with these fields, as one of a newer program.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from snapchain.destination.guest_record import guest_of
+from snapchain.destination.reading import Work
 from snapchain.destination.records import RenamePlan, RenameReport
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.model.disk_name import check_disk_name
@@ -30,17 +36,26 @@ from snapchain.repository.repository import Repository
 Current = tuple[Catalogue, str]
 
 
-class RepositoryRename:
-    """A disk of a repository, and its new name."""
+def renaming(repository: Repository, old: str, new: str) -> Work[RenamePlan, RenameReport]:
+    """The renaming of a disk, or of a guest where there is no disk of that name.
 
-    def __init__(self, repository: Repository, old: str, new: str) -> None:
-        """Raises InvalidInput for a name that no disk can have."""
-        if check_disk_name(old) == check_disk_name(new):
-            raise InvalidInput("the new name is the old one", subject=old)
-        for name in (old, new):
-            if guest_of(name) is not None:
-                raise InvalidInput("disks of this name hold the records of guests", subject=name)
-        self._repository = repository
+    Raises InvalidInput for a name that no disk or guest can have, NotFound where there is neither.
+    """
+    if check_disk_name(old) == check_disk_name(new):
+        raise InvalidInput("the new name is the old one", subject=old)
+    for name in (old, new):
+        if guest_of(name) is not None:
+            raise InvalidInput("disks of this name hold the records of guests", subject=name)
+    if repository.disk(old).read() is not None:
+        return DiskRename(repository, old, new)
+    return GuestRename(repository, old, new)
+
+
+class DiskRename:
+    """A disk of a repository, and its new name. with_guest: whether the guest that it belongs to is renamed."""
+
+    def __init__(self, repository: Repository, old: str, new: str, *, with_guest: bool = False) -> None:
+        self._repository, self._with_guest = repository, with_guest
         self._old, self._new = repository.disk(old), repository.disk(new)
 
     def plan(self) -> RenamePlan:
@@ -52,6 +67,7 @@ class RepositoryRename:
             destination=self._repository.store.url,
             old=self._old.name,
             new=self._new.name,
+            disks=(self._old.name,),
             points=len(found.points),
             layers=len(found.parents),
             finishes=source[0].renamed_to is not None,
@@ -72,15 +88,19 @@ class RepositoryRename:
             spends=True,
         ) as lease:
             planned = self.plan()
-            for attempt in range(ATTEMPTS):
-                try:
-                    self._move(lease)
-                except Conflict:
-                    if attempt == ATTEMPTS - 1:
-                        raise
-                    continue
-                return RenameReport(**planned.model_dump())
-        raise AssertionError("the loop returns or raises")
+            self.move(lease)
+        return RenameReport(**planned.model_dump())
+
+    def move(self, lease: Lease) -> None:
+        """Take the steps that are left. lease: to write, which names both disks. Raises as `run`."""
+        for attempt in range(ATTEMPTS):
+            try:
+                self._move(lease)
+            except Conflict:
+                if attempt == ATTEMPTS - 1:
+                    raise
+            else:
+                return
 
     def _looked(self) -> tuple[Current, Current | None]:
         """Both disks as they stand. Raises as `run`."""
@@ -97,14 +117,15 @@ class RepositoryRename:
                 hint=f"finish that first: snapchain rename DEST::{catalogue.disk} DEST::{catalogue.renamed_to}",
             )
         if catalogue.renamed_to is None:
-            self._check_of_no_guest(catalogue)
+            if not self._with_guest:
+                self._check_of_no_guest(catalogue)
             self._check_free(catalogue, target)
         elif catalogue.is_gone and target is not None and not self._is_made(target) and not self._is_free(target):
             self._old.existing()  # raises: it is done
         return source, target
 
     def _move(self, lease: Lease) -> None:
-        """Take the steps that are left. Raises Conflict where somebody else was faster: look again."""
+        """As `move`, once. Raises Conflict where somebody else was faster: look again."""
         source, target = self._looked()
         if source[0].renamed_to is None:
             lease.check()
@@ -164,7 +185,75 @@ class RepositoryRename:
         of_guest = any(point.instant is not None for point in catalogue.points)
         if of_guest or (guest and guest_states.is_recorded(self._repository, guest)):
             raise Unsupported(
-                "the disk belongs to a guest, whose records name it",
+                "the disk belongs to a guest, whose points are kept as a whole",
                 subject=catalogue.disk,
-                hint="guests cannot be renamed; ship the guest under its new name, and forget the old one later",
+                hint=f"rename the guest: DEST::{guest}",
             )
+
+
+class GuestRename:
+    """A guest of a repository, and its new name: each of its disks is renamed, that of its records last."""
+
+    def __init__(self, repository: Repository, old: str, new: str) -> None:
+        """Raises NotFound where there is no disk right below the guest's name."""
+        self._repository, self._old_name, self._new_name = repository, old, new
+        found = [each for key in repository.disk_keys() if (each := repository.catalogue_of(key)) is not None]
+        names = _left(found, old)
+        if not names:
+            there = {each.renamed_to.rpartition("/")[0] for each in found if each.renamed_to and _is_of(each.disk, old)}
+            gone = f"the guest {old!r} was renamed to {', '.join(sorted(there))!r}"
+            raise NotFound(gone if there else f"there is no disk or guest {old!r} here", subject=repository.store.url)
+        self._names = sorted(names, key=lambda name: (guest_of(name) is not None, name))
+        self._parts = [DiskRename(repository, name, self._renamed(name), with_guest=True) for name in self._names]
+
+    def _renamed(self, name: str) -> str:
+        return f"{self._new_name}/{name.rpartition('/')[2]}"
+
+    def plan(self) -> RenamePlan:
+        """What `run` will do. Raises as `run`."""
+        for name in (self._old_name, self._new_name):
+            if guest_states.is_recorded(self._repository, name):
+                raise Unsupported(
+                    "the guest has a record of who may run it, which cannot be renamed",
+                    subject=name,
+                    hint="ship the guest under its new name, and forget the old one later",
+                )
+        plans = [part.plan() for part in self._parts]
+        return RenamePlan(
+            destination=self._repository.store.url,
+            old=self._old_name,
+            new=self._new_name,
+            disks=tuple(self._names),
+            points=plans[-1].points if guest_of(self._names[-1]) else 0,
+            layers=sum(each.layers for each in plans),
+            finishes=any(each.finishes for each in plans),
+        )
+
+    def run(self, *, on_event: OnEvent = ignore) -> RenameReport:
+        """Rename the disks one after the other. A run that was killed is run again.
+
+        Raises Unsupported for a guest whose state is recorded, and as `DiskRename.run`.
+        """
+        with self._repository.lease(
+            Mode.WRITE,
+            f"rename {self._old_name}",
+            on_wait=lambda words: on_event(Notice(words)),
+            disks=[*self._names, *map(self._renamed, self._names)],
+            spends=True,
+        ) as lease:
+            planned = self.plan()
+            for part in self._parts:
+                part.move(lease)
+        return RenameReport(**planned.model_dump())
+
+
+def _left(catalogues: Sequence[Catalogue], guest: str) -> set[str]:
+    """Old names of a guest's disks that are not yet renamed, or not to the end."""
+    there = {each.disk for each in catalogues if not each.is_gone}
+    begun = {each.renamed_from for each in catalogues if each.renamed_from is not None}
+    return {name for name in there | begun if _is_of(name, guest)}
+
+
+def _is_of(disk: str, guest: str) -> bool:
+    """Whether a disk lies right below a guest's name."""
+    return disk.rpartition("/")[0] == guest

@@ -9,13 +9,28 @@ from typing import Any
 import pytest
 from pydantic import create_model
 
+from snapchain.destination.guest_record import record_disk
 from snapchain.destination.writing import Moment
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.model.consistency import Consistency
+from snapchain.model.guest_state import GuestChange, Transition
+from snapchain.model.lease import Lease as GuestLease
 from snapchain.model.retention import DropPoints, Policy
 from snapchain.objects.memory import MemoryStore
+from snapchain.ops import guest_points_merge, guest_verify
+from snapchain.ops.guest_points import guest_named
+from snapchain.ops.guest_points_merge import guest_at
+from snapchain.ops.guest_records import read_record
+from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreRequest
 from snapchain.ops.ship.run import ShipRequest, run
-from snapchain.repository import catalogue as catalogues, collecting as gc, packs, repository as repositories, sweep
+from snapchain.repository import (
+    catalogue as catalogues,
+    collecting as gc,
+    guest_states,
+    packs,
+    repository as repositories,
+    sweep,
+)
 from snapchain.repository.catalogue import Catalogue, Point
 from snapchain.repository.chain import ChainView
 from snapchain.repository.destination import RepositoryDestination
@@ -23,10 +38,12 @@ from snapchain.repository.envelope import StoredModel, parse, unseal
 from snapchain.repository.format import generation_name
 from snapchain.repository.leases import DEAD_SECONDS
 from snapchain.repository.points_merge import RepositoryMerge
-from snapchain.repository.renaming import RepositoryRename
+from snapchain.repository.renaming import renaming
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from snapchain.testing.faults import crash_points
+from snapchain.testing.history import identical
+from tests.ops.guest_points import Guest, instant, missing_disks
 from tests.ops.shipping import DISK, MiB, ship
 from tests.ops.stacks import Layer, build, flat
 from tests.ops.test_crash import copied
@@ -72,7 +89,7 @@ def repo(origin: Repository) -> Repository:
 
 
 def rename(repo: Repository, old: str = DISK, new: str = NEW) -> Any:
-    return RepositoryRename(repo, old, new).run()
+    return renaming(repo, old, new).run()
 
 
 def reads(repo: Repository, disk: str) -> dict[int, bytes]:
@@ -94,7 +111,7 @@ def _shown(repo: Repository, catalogue: Catalogue, point: Point) -> bytes:
 def test_all_goes_along_and_the_old_name_is_refused(repo: Repository, files: list[Path], shown: list[bytes]) -> None:
     before = repo.catalogue(DISK)
     objects = {info.name for info in repo.store.list("packs/")} | {info.name for info in repo.store.list("layers/")}
-    plan = RepositoryRename(repo, DISK, NEW).plan()
+    plan = renaming(repo, DISK, NEW).plan()
     assert (plan.points, plan.layers, plan.finishes) == (3, 3, False)
     assert [each.disk for each in repo.catalogues()] == [DISK], "a plan changes nothing"
     rename(repo)
@@ -151,7 +168,7 @@ def test_names_that_are_taken_or_wrong(repo: Repository, files: list[Path]) -> N
     ):
         with pytest.raises(InvalidInput, match=words):
             rename(repo, DISK, new)
-    with pytest.raises(NotFound, match="there is no disk 'gone'"):
+    with pytest.raises(NotFound, match="there is no disk or guest 'gone'"):
         rename(repo, "gone")
     assert repo.disk(DISK).existing() == before
 
@@ -317,5 +334,103 @@ def test_a_disk_of_a_guest_keeps_its_name(repo: Repository, files: list[Path]) -
     destination = RepositoryDestination(repo)
     moment = Moment("ab" * 16, Consistency.CRASH)
     run(ShipRequest(image=files[0], disk="db/vda", moment=moment), destination)
-    with pytest.raises(Unsupported, match="belongs to a guest"):
+    with pytest.raises(Unsupported, match="belongs to a guest") as refused:
         rename(repo, "db/vda")
+    assert refused.value.hint == "rename the guest: DEST::db"
+
+
+@pytest.fixture(scope="module")
+def guest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Repository, Guest]:
+    """Two guest points of two disks, and a disk of another guest."""
+    found = Guest(tmp_path_factory.mktemp("guest"))
+    destination = RepositoryDestination(repository(MemoryStore(), block_size=64 * 1024))
+    for number in (1, 2):
+        found.point(destination, number)
+    return destination.repository, found
+
+
+def whole(repo: Repository, name: str) -> list[int]:
+    """Numbers of the guest points under a name that are there with all their disks."""
+    destination = RepositoryDestination(repo)
+    view = guest_named(destination.disks(), name)
+    found = []
+    for point in view.points if view is not None else ():
+        record = read_record(destination, point, disk=record_disk(name))
+        assert record.guest == name
+        if not missing_disks(point, record):
+            found.append(point.point)
+    return found
+
+
+def test_a_guest_gets_another_name(guest: tuple[Repository, Guest], tmp_path: Path) -> None:
+    repo = again(guest[0], copied(guest[0]))
+    names = ("web1/vda", "web1/vdb", "web1/.guest")
+    plan = renaming(repo, "web1", "web2").plan()
+    assert (plan.disks, plan.points, plan.finishes) == (names, 2, False)
+    assert whole(repo, "web1") == [1, 2]
+    rename(repo, "web1", "web2")
+    assert [each.disk for each in repo.catalogues()] == ["web2/.guest", "web2/vda", "web2/vdb"]
+    assert (whole(repo, "web1"), whole(repo, "web2")) == ([], [1, 2])
+    destination = RepositoryDestination(repo)
+    view = guest_at(destination, "web2")
+    GuestRestoration(destination, view, GuestRestoreRequest(directory=tmp_path / "out", point="1")).run()
+    for name in ("vda", "vdb"):
+        assert identical(tmp_path / "out" / f"{name}.qcow2", guest[1].shown[instant(1), name])
+    assert guest_verify.verify(destination, share=1.0).ok
+    guest_points_merge.run(destination, "web2", Policy(last=1))
+    assert whole(repo, "web2") == [2]
+    with pytest.raises(Conflict, match="was renamed to web2/vda"):
+        guest[1].ship(destination, 3)
+    with pytest.raises(NotFound, match="the guest 'web1' was renamed to 'web2'"):
+        rename(repo, "web1", "web3")
+    rename(repo, "web2", "web1")
+    assert whole(repo, "web1") == [2]
+    guest[1].ship(destination, 3)
+    assert whole(repo, "web1") == [2, 3]
+
+
+def test_a_guest_whose_state_is_recorded_keeps_its_name(guest: tuple[Repository, Guest]) -> None:
+    repo = again(guest[0], copied(guest[0]))
+    lease = GuestLease(token="1" * 32, seconds=30, host="kvm1", epoch=1, witness="s3://bucket")
+    asked = GuestChange(
+        guest="web1", transition=Transition.LEASE, seen=0, token="1" * 32, by="kvm1", host="kvm1", lease=lease
+    )
+    guest_states.change(repo, asked)
+    for old, new in (("web1", "web2"), ("web1/vda", "web2/vda")):
+        with pytest.raises(Unsupported, match=r"record of who may run it|belongs to a guest"):
+            rename(repo, old, new)
+    assert whole(repo, "web1") == [1, 2]
+
+
+def test_a_crash_while_a_guest_is_renamed(guest: tuple[Repository, Guest]) -> None:
+    """Under the new name no guest point is torn; the next run finishes, and nothing is lost."""
+    origin = guest[0]
+    contents = {
+        (each.disk.rpartition("/")[2], point.point, point.content_id)
+        for each in origin.catalogues()
+        for point in each.points
+    }
+    now = [1e9]
+    moments = 0
+    for moment, store in crash_points(
+        lambda: _copied(origin, now), lambda store: rename(again(origin, store), "web1", "web2")
+    ):
+        moments = moment + 1
+        left = again(origin, store)
+        assert whole(left, "web2") in ([], [1, 2])
+        view = guest_named(RepositoryDestination(left).disks(), "web2")
+        assert view is None or not view.points or whole(left, "web2") == [1, 2], "a torn guest point is shown"
+        now[0] += 2 * DEAD_SECONDS
+        gc.run(left)
+        ended = _ended(lambda repo: rename(repo, "web1", "web2"), left)
+        assert not isinstance(ended, Exception) or "was renamed to 'web2'" in str(ended)
+        assert [each.disk for each in left.catalogues()] == ["web2/.guest", "web2/vda", "web2/vdb"]
+        assert all(each.renamed_from is None for each in left.catalogues())
+        assert whole(left, "web2") == [1, 2]
+        assert contents == {
+            (each.disk.rpartition("/")[2], point.point, point.content_id)
+            for each in left.catalogues()
+            for point in each.points
+        }
+        assert verify(left, share=1.0).ok
+    assert moments > 20, "four steps of three disks: before and after each"
