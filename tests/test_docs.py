@@ -53,6 +53,8 @@ OTHERWISE = {
     "key change /backup": 2,
     "key remove /backup": 3,
     "restore /backup::web1/vda@yesterday": 3,
+    "forget /backup::web1@2": 3,
+    "forget /backup::old/vda --all-points": 3,
     "sync /images/web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda --check": 4,
     "migrate web1.qcow2 ssh://kvm2/srv/replica::web1/vda --take-back": 3,
     "failover dir:/srv/replica::web1 --dry-run": 3,

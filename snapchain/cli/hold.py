@@ -17,7 +17,7 @@ from snapchain.cli.quantities import heading, moment
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.hold import HoldReport
+    from snapchain.ops.hold import HoldReport, HoldsReport
 
 
 @verb(
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     snapchain hold s3://bucket/prefix::web1/vda@before-upgrade --tag upgrade
     snapchain hold ssh://root@kvm2/srv/replica::web1/vda@7 --tag legal
     snapchain hold /backup::web1@7 --tag legal
+    snapchain hold /backup --list
     """,
     when_interrupted="it is held or it is not; run it again to be sure",
 )
@@ -34,11 +35,19 @@ if TYPE_CHECKING:
 def hold(
     target: Annotated[
         str,
-        options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT, or DEST::GUEST@POINT."),
+        options.address(
+            metavar="ADDRESS",
+            help="The file of a layer, or DEST::DISK@POINT, or DEST::GUEST@POINT. With --list: DEST[::DISK|GUEST].",
+        ),
     ],
     *,
-    tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Name of the hold. `release` needs it.")],
+    tag: Annotated[
+        str | None, typer.Option("--tag", "-t", metavar="TAG", help="Name of the hold. `release` needs it.")
+    ] = None,
     reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why it is held, for people.")] = "",
+    listed: Annotated[
+        bool, typer.Option("--list", help="List the holds of points at a destination; with --tag, those of one tag.")
+    ] = False,
     out: Output,
 ) -> None:
     """Keep a layer of an image, or a point of a disk, until it is released under the same tag.
@@ -51,13 +60,18 @@ def hold(
     A guest point is held with the points of all its disks, and released with them.
 
     A file or point may have several holds, each with its own tag. It is free when the last one is released. `snapchain
-    inspect` shows the holds of layers, `snapchain log` those of points.
+    inspect` shows the holds of layers, `snapchain hold --list` those of points.
     """
     from snapchain.destination.address import ImageAddress, parse_address
-    from snapchain.errors import NotFound
+    from snapchain.errors import InvalidInput, NotFound
     from snapchain.ops import hold as ops
     from snapchain.ops.guest_points import is_guest
 
+    if listed:
+        _list(target, tag, reason, out)
+        return
+    if tag is None:
+        raise InvalidInput("a hold needs a name", subject=target, hint="name it: --tag TAG; or list holds: --list")
     address = parse_address(target)
     if isinstance(address, ImageAddress):
         report = ops.hold_image(address.path, tag, reason=reason, dry_run=out.dry_run)
@@ -90,6 +104,39 @@ def hold(
                 on_event=out.on_event,
             )
     _show(out, report)
+
+
+def _list(target: str, tag: str | None, reason: str, out: Output) -> None:
+    from snapchain.destination.address import parse_destination
+    from snapchain.errors import InvalidInput
+    from snapchain.ops import hold as ops
+
+    if reason:
+        raise InvalidInput("--reason is for a new hold, and --list makes none", hint="leave one of them out")
+    address = parse_destination(target)
+    place = options.destination(address.dest, out)
+    out.show(ops.list_holds(place, options.disk_of(address), tag=tag), _draw_list)
+
+
+def _draw_list(console: Console, report: HoldsReport) -> None:
+    if not report.holds:
+        render.headline(console, f"no point of {render.place(report.destination)} is held")
+        return
+    render.table(
+        console,
+        ["point", "taken", "labels", "tag", heading("since"), "reason~"],
+        [
+            (
+                f"{'guest ' * each.guest}{each.name}@{each.point}",
+                moment(each.time),
+                ", ".join(each.labels),
+                each.tag,
+                moment(each.since),
+                each.reason,
+            )
+            for each in report.holds
+        ],
+    )
 
 
 @verb(

@@ -62,7 +62,7 @@ def draw_points_plan(console: Console, plan: PointsMergePlan) -> None:
         moves = f"{size(plan.bytes_to_move)} by {plan.strategy}"
         room = _room(plan.needs_bytes, plan.free_bytes)
         render.facts(console, [("moves", moves), ("drops", size(plan.shadowed_bytes)), ("room there", room)])
-    _draw_staying(console, plan.staying)
+    draw_staying(console, plan.staying)
 
 
 def _draw_headline(
@@ -174,7 +174,7 @@ def draw_points_report(console: Console, report: PointsMergeReport) -> None:
     )
     draw_points_findings(console, report)
     render.points_of_the_future(console, report.disk, report.points_of_the_future)
-    _draw_staying(console, report.staying)
+    draw_staying(console, report.staying)
 
 
 def draw_guest_points_plan(console: Console, plan: GuestPointsMergePlan) -> None:
@@ -207,7 +207,7 @@ def draw_guest_points_plan(console: Console, plan: GuestPointsMergePlan) -> None
         ],
     )
     for disk in plan.disks:
-        _draw_staying(console, disk.staying)
+        draw_staying(console, disk.staying)
 
 
 def draw_guest_points_report(console: Console, report: GuestPointsMergeReport) -> None:
@@ -228,7 +228,7 @@ def draw_guest_points_report(console: Console, report: GuestPointsMergeReport) -
     draw_guest_points_problems(console, report)
     render.points_of_the_future(console, report.guest, report.points_of_the_future)
     for disk in report.disks:
-        _draw_staying(console, disk.staying)
+        draw_staying(console, disk.staying)
 
 
 def draw_guest_points_problems(console: Console, report: GuestPointsMergeReport) -> None:
@@ -243,7 +243,8 @@ def draw_points_findings(console: Console, report: PointsMergeReport) -> None:
     render.findings(console, report.findings)
 
 
-def _draw_staying(console: Console, staying: Sequence[StayingLayer]) -> None:
+def draw_staying(console: Console, staying: Sequence[StayingLayer]) -> None:
+    """Layers that no kept point needs, and that stay."""
     for each in staying:
         render.line(console, f"stays: {each.file}: {each.reason}", style="yellow")
 

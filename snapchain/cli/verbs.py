@@ -49,6 +49,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Keep small": {
         "merge": "Make one layer of several, in a chain of files or at a destination.",
+        "forget": "Drop points by number, label or time, by rules, or whole disks and guests.",
         "gc": "Delete data that no point needs.",
         "hold": "Keep a layer's file, or a point, until it is released.",
         "release": "Remove a hold.",
@@ -57,6 +58,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "init": "Make a repository.",
         "key": "List, add, change and remove the passphrases of a repository.",
         "repair": "Store again what a repository has lost, from where it still is.",
+        "rename": "Give a disk or a guest of a repository another name.",
         "doctor": "Finish or undo what interrupted commands left, and thaw guests.",
         "send": "Send a chain to a replica, or as a stream to stdout.",
         "receive": "Receive a stream from stdin into a replica.",
@@ -81,25 +83,25 @@ ALIASES = {
     "info": "inspect", "show": "inspect", "map": "inspect",
     "heal": "repair", "check": "verify", "fsck": "verify", "scrub": "verify",
     "compare": "diff",
-    "prune": "merge", "forget": "merge", "rm": "merge", "remove": "merge", "delete": "merge", "commit": "merge",
-    "flatten": "merge", "compact": "merge", "rebase": "merge", "expire": "merge",
+    "prune": "forget", "rm": "forget", "remove": "forget", "delete": "forget", "destroy": "forget", "expire": "forget",
+    "commit": "merge", "flatten": "merge", "compact": "merge", "rebase": "merge",
     "cleanup": "gc", "clean": "gc", "vacuum": "gc",
     "convert": "restore", "extract": "restore", "export": "restore", "download": "restore", "recover": "restore",
     "pin": "hold", "unpin": "release",
     "replicate": "send", "mirror": "send",
     "passwd": "key", "password": "key", "passphrase": "key", "keys": "key",
-    "create": "init", "unlock": "doctor", "cron": "nightly", "move": "migrate",
+    "mv": "rename", "create": "init", "unlock": "doctor", "cron": "nightly", "move": "migrate",
 }  # fmt: skip
 """A word that people know from other programs -> the verb that does it here."""
 
 _NOTES = {
-    "prune": "`snapchain merge DEST::DISK --keep-last 7` drops points; `snapchain gc DEST` then frees their space",
+    "prune": "`snapchain forget DEST --keep-last 7` drops points; `snapchain gc DEST` then frees their space",
     "convert": "`snapchain restore` writes a point as qcow2 or raw; to convert an image file, use `qemu-img convert`",
     "copy": "ship an image to a second destination as to the first",
-    "rm": "points are dropped by rules: `snapchain merge DEST::DISK --keep-last 7`",
+    "rm": "`snapchain forget DEST::DISK@3` drops a point, `snapchain forget DEST::DISK --all-points` a whole disk",
 }
-_NOTES |= dict.fromkeys(("forget", "expire"), _NOTES["prune"])
-_NOTES |= dict.fromkeys(("remove", "delete"), _NOTES["rm"])
+_NOTES |= dict.fromkeys(("expire",), _NOTES["prune"])
+_NOTES |= dict.fromkeys(("remove", "delete", "destroy"), _NOTES["rm"])
 _NOTES["cp"] = _NOTES["copy"]
 
 _OPTIONS = {

@@ -21,6 +21,19 @@ LARGEST = 64 << 20
 _SECTOR = 512
 
 
+def taken_for(record: GuestRecord, guest: str) -> GuestRecord:
+    """A record of a guest that had another name, as one of `guest`: the names of its disks follow."""
+    if record.guest == guest:
+        return record
+    old = f"{record.guest}/"
+
+    def renamed(disk: str) -> str:
+        return f"{guest}/{disk.removeprefix(old)}" if disk.startswith(old) else disk
+
+    disks = tuple(each.model_copy(update={"disk": renamed(each.disk)}) for each in record.disks)
+    return record.model_copy(update={"guest": guest, "disks": disks})
+
+
 def record_disk(guest: str) -> str:
     """The name of the disk that holds the records of a guest."""
     return f"{guest}/{RECORD_DISK}"

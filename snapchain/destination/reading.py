@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         PointRecord,
         PointsMergePlan,
         PointsMergeReport,
+        RenamePlan,
+        RenameReport,
         RepairPlan,
         RepairReport,
         VerifyReport,
@@ -280,6 +282,14 @@ class ReadableDestination(Protocol):
         rules: a policy, or the points that go by their numbers
         now: the clock of this run, where the destination takes it from here
         Raises NotFound, Unsupported for a peer that is too old.
+        """
+        ...
+
+    def renaming(self, old: str, new: str) -> Work[RenamePlan, RenameReport]:
+        """Give a disk, or a guest, another name. Points, holds, epochs and next numbers go along.
+
+        The old name is refused from then on. Raises NotFound, InvalidInput for a name that is taken, Unsupported for
+        one disk of a guest, a guest whose state is recorded, and a kind that cannot do it.
         """
         ...
 

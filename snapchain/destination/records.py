@@ -212,6 +212,7 @@ class PointsMergePlan(Record):
     merges: layers (files at a replica) that become one, lower first, each; the last one's view stays
     staying: layers that no kept point needs and that stay all the same
     shadowed_bytes: overwritten data that goes; needs_bytes: room that it takes beside the layers
+    bytes_dropped: DATA of whole layers that go, since no kept point lies on them
     free_bytes: free room, None if it is not known; requests: objects written at least
     """
 
@@ -225,6 +226,7 @@ class PointsMergePlan(Record):
     strategy: str
     bytes_to_move: int = 0
     shadowed_bytes: int = 0
+    bytes_dropped: int = 0
     needs_bytes: int = 0
     free_bytes: int | None = None
     requests: int = 0
@@ -259,6 +261,26 @@ class PointsMergeReport(Record):
     bytes_dropped: int = 0
     strategy: str
     findings: tuple[Finding, ...] = ()
+
+
+class RenamePlan(Record):
+    """What a renaming would do.
+
+    old, new: names of the disk, or of the guest; disks: old names of all that are renamed
+    points, layers: how many go along; of a guest: guest points; finishes: whether an interrupted one is finished
+    """
+
+    destination: str
+    old: str
+    new: str
+    disks: tuple[str, ...]
+    points: int
+    layers: int
+    finishes: bool
+
+
+class RenameReport(RenamePlan):
+    """What was done."""
 
 
 class GcLimits(Record):

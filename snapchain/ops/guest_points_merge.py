@@ -1,10 +1,12 @@
-"""merge DEST::GUEST --keep-...: a guest point is kept or goes whole, with the points of all its disks.
+"""merge and forget DEST::GUEST: a guest point is kept or goes whole, with the points of all its disks.
 
 The rules are applied to the guest points.  Then each disk keeps the points of the guest points that stay:
 
     web1/.guest   1 2 3       the policy keeps 1 and 3
     web1/vda      1 2 3 4     2 goes; 4 has no record, and is newer than 3: a shipment is under way, it stays
     web1/vdb      a 1 2 3     a belongs to no guest point: the policy is applied to such points on their own
+
+Guest points that are named go alone: points of no guest point and leftovers stay, unless all points go.
 
 The record's point goes first.  So a guest point that was dropped in part is never shown as one, and the next run drops
 the rest of it: points with an instant and no record, older than the newest guest point.
@@ -31,7 +33,16 @@ from snapchain.errors import InvalidInput, NotFound, SnapchainError
 from snapchain.host.terminal import shell_word
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.holds import hold_reasons
-from snapchain.model.retention import Decision, DropPoints, Policy, decide, is_future
+from snapchain.model.retention import (
+    Decision,
+    DropAll,
+    DropPoints,
+    GuestRules,
+    Policy,
+    decide,
+    decide_by,
+    is_future,
+)
 from snapchain.ops.guest_points import GuestPoint, GuestView, guest_named
 
 
@@ -40,12 +51,17 @@ class GuestDecision:
     """What becomes of the points of a guest.
 
     points: of each guest point, by number; drop: of each disk, the numbers of the points that go, its records' too
-    leftovers: how many instants without a record go
+    leftovers: how many instants without a record go; newest: disks of which the last point goes, too
     """
 
     points: tuple[Decision[GuestPoint], ...]
     drop: Mapping[str, frozenset[int]]
     leftovers: int
+    newest: frozenset[str] = frozenset()
+
+    def rules_of(self, disk: str, numbers: frozenset[int]) -> DropPoints:
+        """What a disk's destination is asked for. numbers: of its points that go"""
+        return DropPoints(numbers, newest=disk in self.newest)
 
 
 class FailedDisk(Record):
@@ -92,14 +108,15 @@ class GuestPointsMergeReport(Record):
 
 
 def decide_guest(
-    view: GuestView, disks: Sequence[DiskRecord], policy: Policy, *, zone: tzinfo, now: datetime | None = None
+    view: GuestView, disks: Sequence[DiskRecord], rules: GuestRules, *, zone: tzinfo, now: datetime | None = None
 ) -> GuestDecision:
     """Which points of a guest's disks go. Pure.
 
     disks: those of the guest, with the one of its records
+    rules: a policy for guest points, or numbers of guest points, or all that the disks have
     A guest point is held when its record's point or any of its disks' points is.
     """
-    decisions = decide(view.points, policy, zone=zone, now=now, holds=guest_hold_reasons)
+    decisions = _decide_points(view, rules, zone=zone, now=now)
     stays = {(disk, point.point) for each in decisions if each.kept for disk, point in each.point.disks.items()}
     stays |= {(view.record_disk, each.point.record.point) for each in decisions if each.kept}
     known = {point.instant for point in view.points}
@@ -108,17 +125,42 @@ def decide_guest(
     leftovers: set[str] = set()
     for disk in disks:
         alone = [point for point in disk.points if point.instant is None]
-        gone = {each.point.point for each in decide(alone, policy, zone=zone, now=now, holds=_held) if not each.kept}
+        gone = _gone_alone(alone, rules, zone=zone, now=now)
         for point in disk.points:
             if point.instant is None or (disk.name, point.point) in stays:
                 continue
             if point.instant in known:
                 gone.add(point.point)  # of a guest point that goes, or published once more under its instant
-            elif newest is not None and _is_older(disk.name, point, newest):
+            elif _is_leftover(disk.name, point, newest, rules):
                 gone.add(point.point)
                 leftovers.add(point.instant)
         drop[disk.name] = frozenset(gone)
-    return GuestDecision(decisions, drop, len(leftovers))
+    last = {disk.name for disk in disks if disk.points and disk.points[-1].point in drop[disk.name]}
+    return GuestDecision(decisions, drop, len(leftovers), frozenset() if isinstance(rules, Policy) else frozenset(last))
+
+
+def _decide_points(
+    view: GuestView, rules: GuestRules, *, zone: tzinfo, now: datetime | None
+) -> tuple[Decision[GuestPoint], ...]:
+    if isinstance(rules, Policy):
+        return decide(view.points, rules, zone=zone, now=now, holds=guest_hold_reasons)
+    if isinstance(rules, DropAll):
+        rules = DropPoints(frozenset(each.point for each in view.points), newest=True)
+    return decide_by(view.points, rules, disk=view.name, zone=zone, now=now, holds=guest_hold_reasons)
+
+
+def _gone_alone(alone: Sequence[PointRecord], rules: GuestRules, *, zone: tzinfo, now: datetime | None) -> set[int]:
+    """Numbers of a disk's points that go, of those that belong to no guest point."""
+    if isinstance(rules, Policy):
+        return {each.point.point for each in decide(alone, rules, zone=zone, now=now, holds=_held) if not each.kept}
+    return {point.point for point in alone if not point.holds} if isinstance(rules, DropAll) else set()
+
+
+def _is_leftover(disk: str, point: PointRecord, newest: GuestPoint | None, rules: GuestRules) -> bool:
+    """Whether a point without a record goes. newest: of the guest points"""
+    if isinstance(rules, DropAll):
+        return not point.holds
+    return isinstance(rules, Policy) and newest is not None and _is_older(disk, point, newest)
 
 
 def _is_older(disk: str, point: PointRecord, newest: GuestPoint) -> bool:
@@ -138,10 +180,11 @@ def guest_hold_reasons(point: GuestPoint) -> Sequence[str]:
 
 def guest_at(destination: ReadableDestination, name: str) -> GuestView:
     """The guest of this name at a destination. Raises NotFound, also where a disk has the very name."""
-    return _named(destination.url, destination.disks(), name)
+    return guest_in(destination.url, destination.disks(), name)
 
 
-def _named(url: str, disks: Sequence[DiskRecord], name: str) -> GuestView:
+def guest_in(url: str, disks: Sequence[DiskRecord], name: str) -> GuestView:
+    """The guest of this name among the disks of a destination. Raises NotFound, also where a disk has the very name."""
     view = guest_named(disks, name)
     if view is not None:
         return view
@@ -159,13 +202,13 @@ def _named(url: str, disks: Sequence[DiskRecord], name: str) -> GuestView:
 
 
 def plan(
-    destination: ReadableDestination, guest: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
+    destination: ReadableDestination, guest: str, rules: GuestRules, *, zone: tzinfo = UTC, now: datetime | None = None
 ) -> GuestPointsMergePlan:
     """What `run` would do. Raises as `run`."""
     now = now or datetime.now(UTC)
-    view, decided = _decided(destination, guest, policy, zone=zone, now=now)
+    view, decided = _decided(destination, guest, rules, zone=zone, now=now)
     plans = tuple(
-        destination.merging(disk, DropPoints(numbers), zone=zone, now=now).plan()
+        destination.merging(disk, decided.rules_of(disk, numbers), zone=zone, now=now).plan()
         for disk, numbers in _records_first(view, decided)
     )
     return GuestPointsMergePlan(
@@ -192,7 +235,7 @@ def plan(
 def run(
     destination: ReadableDestination,
     guest: str,
-    policy: Policy,
+    rules: GuestRules,
     *,
     zone: tzinfo = UTC,
     now: datetime | None = None,
@@ -201,10 +244,13 @@ def run(
     """Drop what the rules let go, and merge the layers that no point needs. A run that was killed is run again.
 
     What is published or held after the look stays. A disk that cannot be merged now is reported, and the next run does
-    it. Raises NotFound for a guest that is not there, InvalidInput without a rule, and what the records' disk meets.
+    it; but where the last point of a disk goes and a file of its layer is in use, nothing is dropped.
+    Raises NotFound for a guest that is not there, InvalidInput without a rule, and what the records' disk meets.
     """
     now = now or datetime.now(UTC)
-    view, decided = _decided(destination, guest, policy, zone=zone, now=now)
+    view, decided = _decided(destination, guest, rules, zone=zone, now=now)
+    for disk in sorted(decided.newest):
+        destination.merging(disk, decided.rules_of(disk, decided.drop[disk]), zone=zone, now=now).plan()
     reports: list[PointsMergeReport] = []
     failed: list[FailedDisk] = []
     staying: set[str] = set()
@@ -212,7 +258,8 @@ def run(
         is_record = guest_of(disk) is not None
         wanted = numbers - _points_of(view, staying, disk)
         try:
-            report = destination.merging(disk, DropPoints(wanted), zone=zone, now=now).run(on_event=on_event)
+            work = destination.merging(disk, decided.rules_of(disk, wanted), zone=zone, now=now)
+            report = work.run(on_event=on_event)
         except SnapchainError as error:
             if is_record:
                 raise
@@ -244,15 +291,15 @@ def run(
 
 
 def _decided(
-    destination: ReadableDestination, guest: str, policy: Policy, *, zone: tzinfo, now: datetime
+    destination: ReadableDestination, guest: str, rules: GuestRules, *, zone: tzinfo, now: datetime
 ) -> tuple[GuestView, GuestDecision]:
-    if policy.is_empty:
+    if isinstance(rules, Policy) and rules.is_empty:
         raise InvalidInput("no rule says which points to keep", subject=guest, hint="such as --keep-last 7")
     disks = destination.disks()
-    view = _named(destination.url, disks, guest)
+    view = guest_in(destination.url, disks, guest)
     names = {*view.disks, view.record_disk}
     own = [disk for disk in disks if disk.name in names]
-    return view, decide_guest(view, own, policy, zone=zone, now=now)
+    return view, decide_guest(view, own, rules, zone=zone, now=now)
 
 
 def _records_first(view: GuestView, decided: GuestDecision) -> list[tuple[str, frozenset[int]]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from snapchain.destination.guest_record import LARGEST, GuestRecord, decode
+from snapchain.destination.guest_record import LARGEST, GuestRecord, decode, guest_of, taken_for
 from snapchain.destination.reading import ReadableDestination, Sink
 from snapchain.errors import Corrupt
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, content_id, leaf_hash, sum_of
@@ -41,7 +41,8 @@ def read_record(destination: ReadableDestination, point: GuestPoint, *, disk: st
     record = decode(bytes(content).rstrip(b"\0"), subject=subject)
     if record.instant != point.instant:
         raise Corrupt("the record is one of another guest point", subject=subject, hint=_OTHER)
-    return record
+    guest = guest_of(disk)
+    return record if guest is None else taken_for(record, guest)
 
 
 def _content_id(content: memoryview) -> str:

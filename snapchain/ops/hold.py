@@ -5,6 +5,8 @@ a point            retention never drops it
 
 a guest point      so are the points of all its disks, and of its record
 
+All holds of a destination are listed by `list_holds`.
+
 A hold bears a tag, so that several people or programs may each have their reason, and release only their own.
 """
 
@@ -54,6 +56,82 @@ class GuestHoldReport(HoldReport):
     """The same of a guest point. disks: whose points are held with it, or released."""
 
     disks: tuple[HeldDisk, ...]
+
+
+class HeldPoint(BaseModel):
+    """A hold of a point, or of a guest point. name: of the disk, or the guest; time: of the point
+
+    disks: of a guest point, those whose points have the hold; its record does not count. Empty for a disk
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    point: int
+    time: datetime
+    labels: tuple[str, ...]
+    tag: str
+    since: datetime
+    reason: str
+    guest: bool = False
+    disks: tuple[str, ...] = ()
+
+
+class HoldsReport(BaseModel):
+    """All holds of points at a destination, the oldest first."""
+
+    model_config = ConfigDict(frozen=True)
+
+    destination: str
+    holds: tuple[HeldPoint, ...]
+
+
+def list_holds(destination: ReadableDestination, name: str | None = None, *, tag: str | None = None) -> HoldsReport:
+    """The holds of a destination, or of one disk or guest of it. tag: only those under it.
+
+    A guest point's holds are listed once, and not once more for each of its disks. Raises NotFound as `log`.
+    """
+    from snapchain.ops.guest_points import guests_of
+    from snapchain.ops.log import log
+
+    disks = log(destination, name).disks
+    found: list[HeldPoint] = []
+    of_guests: set[tuple[str, int]] = set()
+    for point in (point for guest in guests_of(disks) for point in guest.points):
+        of_guests |= {(disk, part.point) for disk, part in _parts(point)}
+        by_tag: dict[str, list[tuple[str, HoldRecord]]] = {}
+        for disk, part in _parts(point):
+            for each in part.holds:
+                by_tag.setdefault(each.tag, []).append((disk, each))
+        found += [
+            _held_point(point.guest, point, parts[-1][1]).model_copy(
+                update={"guest": True, "disks": tuple(disk for disk, _ in parts if disk in point.disks)}
+            )
+            for parts in by_tag.values()
+        ]
+    found += [
+        _held_point(disk.name, point, hold)
+        for disk in disks
+        for point in disk.points
+        for hold in point.holds
+        if (disk.name, point.point) not in of_guests
+    ]
+    chosen = [each for each in found if tag is None or each.tag == tag]
+    return HoldsReport(
+        destination=destination.url, holds=tuple(sorted(chosen, key=lambda each: (each.since, each.name, each.point)))
+    )
+
+
+def _held_point(name: str, point: PointRecord | GuestPoint, hold: HoldRecord) -> HeldPoint:
+    return HeldPoint(
+        name=name,
+        point=point.point,
+        time=point.time,
+        labels=point.labels,
+        tag=hold.tag,
+        since=hold.since,
+        reason=hold.reason,
+    )
 
 
 def hold_image(path: Path, tag: str, *, reason: str = "", dry_run: bool = False) -> HoldReport:

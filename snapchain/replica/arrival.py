@@ -38,6 +38,7 @@ from snapchain.model.extents import DATA, ZERO, Extents
 from snapchain.model.inventory import MAX_LAYERS
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, check_room_for_layer, empty_catalogue
+from snapchain.replica.layer_cut import settle_cut
 from snapchain.replica.merge_journal import settle_merge
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.maps import Arrived, DataRuns, Part
@@ -315,16 +316,19 @@ def forget(disk: ReplicaDisk) -> None:
 
 
 def settle(disk: ReplicaDisk) -> Catalogue:
-    """Finish what a killed run had finished but for the catalogue; the catalogue as it is then. Under the lock.
+    """Finish what a killed run left half done; the catalogue as it is then. Under the lock.
+
+    That is a layer that was not in the catalogue yet, files that a cut had to remove, and a merge.
 
     Raises as `settle_merge`.
     """
-    for record in (names.CATALOGUE, names.PROGRESS, names.MERGING):
+    for record in (names.CATALOGUE, names.PROGRESS, names.MERGING, names.CUTTING):
         remove_temporaries(disk.path(record), purpose=NEW)
     catalogue = disk.read() or empty_catalogue(disk.name)
     progress = read_progress(disk)
     if progress is not None and progress.finished is not None:
         catalogue = publish(disk, catalogue, progress.finished)
+    settle_cut(disk, catalogue)
     return settle_merge(disk, catalogue)
 
 

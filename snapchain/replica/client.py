@@ -306,13 +306,17 @@ def merged_at(
     Raises InvalidInput for a rule that no message can carry, Unsupported for a server that is too old, what it refuses
     with, and Corrupt for an impossible answer.
     """
-    named = isinstance(rules, DropPoints)
-    chosen = {"drop": tuple(sorted(rules.numbers))} if isinstance(rules, DropPoints) else dict(rules)
+    feature = None
+    if isinstance(rules, DropPoints):
+        feature = Feature.DROP_NEWEST if rules.newest else Feature.DROP_POINTS
+        chosen: dict[str, object] = {"drop": tuple(sorted(rules.numbers)), "newest": rules.newest}
+    else:
+        chosen = dict(rules)
     request = _valid(Merge, disk=disk, replica=endpoint.replica, **chosen, zone=zone, epoch=epoch, dry_run=dry_run)
     points: list[DecidedPoint] = []
     outcome: Outcome | None = None
     with _connected(endpoint) as session:
-        for frame in session.responses(Kind.MERGE, request, on_wait, feature=Feature.DROP_POINTS if named else None):
+        for frame in session.responses(Kind.MERGE, request, on_wait, feature=feature):
             if frame.kind is Kind.PROGRESS and len(frame.body) == PROGRESS.size and not dry_run and not points:
                 on_bytes(*PROGRESS.unpack(frame.body))
                 continue
@@ -336,7 +340,7 @@ def _printable_point(point: DecidedPoint) -> DecidedPoint:
 
 def _judged(outcome: Outcome, *, done: bool, peer: str) -> Outcome:
     fewer = sum(len(members) - 1 for members in outcome.merges)
-    layers_gone = outcome.layers_before - outcome.layers_after
+    layers_gone = outcome.layers_before - outcome.layers_after - outcome.cut
     if outcome.done is not done or layers_gone != fewer or not all(map(len, outcome.merges)):
         raise Corrupt("its account of the merge contradicts itself, or the request", subject=peer)
     staying = tuple(each.model_copy(update={"reason": printable(each.reason)}) for each in outcome.staying)

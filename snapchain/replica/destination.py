@@ -40,6 +40,8 @@ if TYPE_CHECKING:
         PointRecord,
         PointsMergePlan,
         PointsMergeReport,
+        RenamePlan,
+        RenameReport,
         RepairPlan,
         RepairReport,
         VerifyReport,
@@ -334,6 +336,15 @@ class ReplicaDestination(ReplicaWriting):
 
         _ = now
         return ReplicaMerge(self.endpoint, disk, rules, zone=_name_of(zone))
+
+    def renaming(self, old: str, new: str) -> Work[RenamePlan, RenameReport]:
+        """Raises Unsupported: overlays of guests name the files of a replica by their paths."""
+        _ = old, new
+        raise Unsupported(
+            "a replica's disks cannot be renamed: guests open their files by path",
+            subject=self.url,
+            hint="send the image under the new name, and forget the old disk: snapchain forget DEST::OLD --all-points",
+        )
 
     def hold(
         self,

@@ -6,6 +6,9 @@
 A point is removed from the catalogue before any file that it needs is changed; its layers are when the files are one.
 Open layers stay, and so do layers on which an image of the replica depends, such as the overlay of a guest; the others
 are merged around them.  What lies above the newest point is a transfer that was cut off.
+
+Where the newest point itself is dropped, no kept point needs the layers above the highest kept one.  These are cut off,
+first of all: while one of them is in use, nothing is changed.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unava
 from snapchain.host.files import free_bytes
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
+from snapchain.host.os_errors import os_errors
 from snapchain.merge.request import MergeRequest
 from snapchain.merge.run import StepReport, run_step
 from snapchain.merge.step import MergeStep, plan_step
@@ -28,7 +32,9 @@ from snapchain.model.events import Event, Progress
 from snapchain.model.holds import hold_reasons
 from snapchain.model.retention import Decision, Rules, decide_by
 from snapchain.replica import names
+from snapchain.replica.arrival import forget
 from snapchain.replica.catalogue import Catalogue, Layer, Point
+from snapchain.replica.layer_cut import cut, cuttable
 from snapchain.replica.merge_journal import (
     begin,
     conclude,
@@ -58,18 +64,24 @@ class Stays:
 
 @dataclass(frozen=True, slots=True)
 class LayerMergePlan:
-    """What is to be done to a disk. groups: layers that become one, lowest first, each with its merge."""
+    """What is to be done to a disk.
+
+    groups: layers that become one, lowest first, each with its merge; cut: uppermost layers that go
+    cut_bytes: allocated by the files of these
+    """
 
     catalogue: Catalogue
     decisions: tuple[Decision[Point], ...]
     groups: tuple[tuple[Layers, MergeStep], ...]
     stays: tuple[Stays, ...]
     free_bytes: int
+    cut: Layers = ()
+    cut_bytes: int = 0
 
     @property
     def layers_after(self) -> int:
         """How many are left."""
-        return len(self.catalogue.layers) - sum(len(members) - 1 for members, _ in self.groups)
+        return len(self.catalogue.layers) - len(self.cut) - sum(len(members) - 1 for members, _ in self.groups)
 
     @property
     def strategy(self) -> str:
@@ -97,29 +109,48 @@ class LayerMergeResult:
 def plan(disk: ReplicaDisk, catalogue: Catalogue, rules: Rules, *, zone: tzinfo) -> LayerMergePlan:
     """Decide; changes nothing.
 
-    Raises Corrupt when the files are not the chain that the catalogue names.
+    Raises Corrupt when the files are not the chain that the catalogue names, Busy or Conflict where a layer would be
+    cut off that is in use.
     """
     decisions = decide_by(
         catalogue.points, rules, disk=catalogue.disk, zone=zone, now=datetime.now(UTC), holds=hold_reasons
     )
+    cut = _needless_top(catalogue, decisions)
+    below = catalogue.layers[: len(catalogue.layers) - len(cut)]
+    with cuttable(disk, cut) as files, os_errors(disk.directory):
+        cut_bytes = sum(path.stat().st_blocks * 512 for path in files)
     stays: list[Stays] = []
     groups: list[tuple[Layers, MergeStep]] = []
-    for members in _groups(disk, catalogue, decisions, stays):
+    for members in _groups(disk, below, decisions, stays):
         try:
             groups.append((members, _planned(disk, catalogue, members)))
         except _REFUSALS as error:
             stays += [Stays(layer, error.message) for layer in members[:-1]]
-    return LayerMergePlan(catalogue, decisions, tuple(groups), tuple(stays), free_bytes(disk.directory))
+    return LayerMergePlan(catalogue, decisions, tuple(groups), tuple(stays), free_bytes(disk.directory), cut, cut_bytes)
+
+
+def _needless_top(catalogue: Catalogue, decisions: Sequence[Decision[Point]]) -> Layers:
+    """The layers above the highest one that a kept point needs, where the layer of the newest point is among them."""
+    places = {layer.id: place for place, layer in enumerate(catalogue.layers)}
+    given = [places[each.point.layer] for each in decisions]
+    needed = 1 + max((places[each.point.layer] for each in decisions if each.kept), default=-1)
+    return catalogue.layers[needed:] if given and max(given) >= needed else ()
 
 
 def run(disk: ReplicaDisk, planned: LayerMergePlan, *, on_bytes: OnBytes) -> LayerMergeResult:
     """Do it. The disk is locked since before the plan.
 
     on_bytes: called with the bytes moved so far, and their total; what it raises ends the work
+    What is cut off is gone before anything is merged. Raises as `cut`, with nothing changed.
     Raises Unavailable when there is no room, before points are dropped; and as `run_step`: the next process that takes
     the lock settles that merge.
     """
     done = LayerMergeResult(planned.catalogue, [], [], list(planned.stays))
+    if planned.cut:
+        below = done.catalogue.layers[: -len(planned.cut)]
+        forget(disk)
+        done.catalogue = cut(disk, done.catalogue, below[-1].id if below else None)
+        done.bytes_freed += planned.cut_bytes
     total = sum(each.bytes_to_move for _, each in planned.groups)
     for number, (members, first_look) in enumerate(planned.groups):
         before = done.bytes_moved
@@ -129,7 +160,7 @@ def run(disk: ReplicaDisk, planned: LayerMergePlan, *, on_bytes: OnBytes) -> Lay
 
         counted(0, 0)
         try:
-            now = first_look if number == 0 else _planned(disk, done.catalogue, members)
+            now = first_look if number == 0 and not planned.cut else _planned(disk, done.catalogue, members)
             _merge(disk, members, now, done, on_bytes=counted)
         except _REFUSALS as error:
             if is_under_way(disk):
@@ -141,16 +172,15 @@ def run(disk: ReplicaDisk, planned: LayerMergePlan, *, on_bytes: OnBytes) -> Lay
 
 
 def _groups(
-    disk: ReplicaDisk, catalogue: Catalogue, decisions: Sequence[Decision[Point]], stays: list[Stays]
+    disk: ReplicaDisk, layers: Layers, decisions: Sequence[Decision[Point]], stays: list[Stays]
 ) -> list[Layers]:
-    """The runs of layers that may become one. stays: receives the layers that are left out."""
-    layers = catalogue.layers
+    """The runs of layers that may become one. layers: without those that are cut off; stays: gets those left out."""
     if not decisions or not layers:
         return []
     places = {layer.id: place for place, layer in enumerate(layers)}
     kept = {each.point.layer for each in decisions if each.kept}
     # Above the newest point lies a transfer that was cut off; it goes on from its layers as they are.
-    newest = max(places[each.point.layer] for each in decisions)
+    newest = max(places.get(each.point.layer, -1) for each in decisions)
     kept |= {layer.id for layer in layers[newest:]}
     wanted = [members for members in _grouped(layers, kept) if len(members) > 1]
     lower = [layer for members in wanted for layer in members[:-1]]

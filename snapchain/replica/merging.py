@@ -50,7 +50,7 @@ def merge(request: Merge, root: Path, reply: Reply) -> None:
     if request.is_empty and request.drop is None:
         raise InvalidInput("no rule says which points to keep", subject=request.disk, hint="such as --keep-last 7")
     zone = _zone(request.zone)
-    rules = request if request.drop is None else DropPoints(frozenset(request.drop))
+    rules = request if request.drop is None else DropPoints(frozenset(request.drop), newest=request.newest)
     disk = open_replica(root).disk(request.disk)
     if request.dry_run:
         planned = undisturbed(
@@ -96,9 +96,10 @@ def _foreseen(planned: LayerMergePlan) -> Outcome:
         staying=_staying(planned.stays),
         strategy=planned.strategy,
         bytes_moved=sum(what.bytes_to_move for what in each),
-        bytes_freed=sum(what.shadowed_bytes for what in each),
+        bytes_freed=sum(what.shadowed_bytes for what in each) + planned.cut_bytes,
         needs_bytes=max((what.needs_bytes for what in each), default=0),
         free_bytes=planned.free_bytes,
+        cut=len(planned.cut),
     )
 
 
@@ -116,6 +117,7 @@ def _done(disk: ReplicaDisk, planned: LayerMergePlan, reply: Reply) -> Outcome:
         bytes_freed=done.bytes_freed,
         needs_bytes=max((what.needs_bytes for _, what in planned.groups), default=0),
         free_bytes=planned.free_bytes,
+        cut=len(planned.cut),
     )
 
 

@@ -15,6 +15,7 @@ LOCK = ".lock"
 INCOMING = ".incoming.qcow2"
 PROGRESS = ".incoming.json"
 MERGING = ".merging.json"
+CUTTING = ".cutting.json"
 SUFFIX = ".qcow2"
 _LONGEST = 200
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.+")

@@ -3,7 +3,8 @@
     send      OPEN, and what follows: layers, points, leaf hashes, a look at the disk and its overlay
     fetch     FETCH: the data of points
     cut       CUT: dropping layers and points
-    merge     MERGE: keeping some points, and merging the layers of the others; RELEASE
+    merge     MERGE: keeping some points, and merging the layers of the others; RELEASE; where the newest point may go,
+              `cut` too
     handover  HANDOVER, a GUEST that changes a state, and an ACTIVE that makes an overlay: the disk's master changes;
               a GUEST that only names other destinations needs `send`, since it can take none away
     epochs    an OPEN that skips epochs, or ends a handover, because a human has named it
@@ -25,7 +26,7 @@ from snapchain.host.path_resolution import place_to_change
 from snapchain.model.guest_state import Transition
 from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.guest_messages import AskGuest
-from snapchain.replica.stream.messages import Active, Message, Open
+from snapchain.replica.stream.messages import Active, Merge, Message, Open
 from snapchain.replica.stream.requests import REQUESTS, Right
 
 _APPENDING = frozenset({Right.SEND, Right.FETCH})
@@ -50,6 +51,8 @@ class Permissions:
             needed = frozenset({Right.HANDOVER, Right.SEND} if only_adds else {Right.HANDOVER})
         if kind is Kind.OPEN and isinstance(request, Open) and request.by_name:
             self._check(frozenset({Right.EPOCHS}), "skip epochs, or end a handover", subject)
+        if kind is Kind.MERGE and isinstance(request, Merge) and request.newest:
+            self._check(frozenset({Right.CUT}), "drop the newest point", subject)
         self._check(needed, kind.name, subject)
 
     def _check(self, needed: frozenset[Right], what: str, subject: str) -> None:

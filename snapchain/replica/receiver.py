@@ -19,10 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.host.channel import Channel
-from snapchain.host.files import remove
-from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.extents import Extents
@@ -30,7 +28,7 @@ from snapchain.model.inventory import MAX_LAYERS
 from snapchain.replica.arrival import Arrival, forget, read_progress, settle
 from snapchain.replica.catalogue import FOR_CHANGES, Catalogue, Point, empty_catalogue
 from snapchain.replica.epochs import check_epoch, enter_epoch
-from snapchain.replica.merge_journal import others_on
+from snapchain.replica.layer_cut import cut
 from snapchain.replica.permissions import EVERYTHING, Permissions, chosen
 from snapchain.replica.store import ReplicaDisk, Work, check_free, in_turn, open_replica
 from snapchain.replica.stream.fields import MOST_POINTS
@@ -350,51 +348,7 @@ def inventory(disk: ReplicaDisk, catalogue: Catalogue, features: Collection[str]
     )
 
 
-# --- CUT: dropping the upper layers of a disk, when the user has decided for the other side of a divergence.
-#
-# A file in use stops it before anything is changed: one that is open, or that another image depends on. The catalogue
-# is written before the files go: a crash leaves files that no catalogue names.
-
-
 def cut_layers(current: Transfer, request: Cut) -> None:
-    """CUT. Raises as `cut`."""
+    """CUT: the user has decided for the other side of a divergence. Raises as `cut`."""
+    forget(current.disk)
     current.catalogue = cut(current.disk, current.catalogue, request.keep)
-
-
-def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
-    """Drop all layers above `keep`, and the points that they give. The disk is locked.
-
-    Raises NotFound when there is no such layer, Busy or Conflict when a file to be removed is in use, Conflict for a
-    point that is held.
-    """
-    ids = [layer.id for layer in catalogue.layers]
-    if keep is not None and keep not in ids:
-        raise NotFound(f"there is no layer {keep}", subject=disk.directory)
-    count = 0 if keep is None else ids.index(keep) + 1
-    kept, dropped = catalogue.layers[:count], catalogue.layers[count:]
-    gone = {layer.id for layer in dropped}
-    for point in catalogue.points:
-        if point.layer in gone and point.holds:
-            raise Conflict(
-                f"point {point.point} would be dropped, and it is held under {point.holds[0].tag!r}",
-                subject=disk.directory,
-                hint=f"release it first: snapchain release DEST::{disk.name}@{point.point}",
-            )
-    forget(disk)
-    if not dropped:
-        return catalogue
-    paths = [disk.path(layer.file) for layer in dropped if disk.path(layer.file).exists()]
-    with ExitStack() as stack:
-        for path in paths:
-            stack.enter_context(ImageLock(path, LockMode.WRITE))
-        ours = {(status.st_dev, status.st_ino) for status in (path.stat() for path in paths)}
-        others = others_on(disk, paths, own=ours)
-        for path in paths:
-            if why := others.reason(path):
-                raise Conflict(f"it cannot be removed: {why}", subject=path, hint="move or remove that image first")
-        points = tuple(point for point in catalogue.points if point.layer not in gone)
-        catalogue = catalogue.after(layers=kept, points=points)
-        disk.write(catalogue)
-        for path in reversed(paths):
-            remove(path)
-    return catalogue

@@ -6,6 +6,7 @@ ROOT/web1%2Fvda/base.qcow2 ...       layers, read-only; each names the one below
 ROOT/web1%2Fvda/.lock                locked by the process that changes the disk; names its work
 ROOT/web1%2Fvda/.incoming.*          a layer that is arriving, and how much of it is durable
 ROOT/web1%2Fvda/.merging.json        layers that are being made one, or were when their merge was killed
+ROOT/web1%2Fvda/.cutting.json        files of layers that are being dropped, or were when that was killed
 """
 
 from __future__ import annotations
@@ -171,7 +172,9 @@ class ReplicaDisk:
             return
         files = here.names()
         layers = tuple(name for name in files if is_layer_file(name))
-        records = tuple(name for name in (names.CATALOGUE, names.PROGRESS, names.MERGING) if name in files)
+        records = tuple(
+            name for name in (names.CATALOGUE, names.PROGRESS, names.MERGING, names.CUTTING) if name in files
+        )
         tighten(here, self.access, layers=layers, records=records)
 
     def has_overlays(self) -> bool:

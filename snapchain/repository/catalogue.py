@@ -84,6 +84,8 @@ class Catalogue(StoredModel):
     parents: layer -> the layer below it, None at a root
     epoch, owner: who may write the disk; 0 and None until it was failed over, then the epoch grows each time
     nonce: tells our own write from another's
+    renamed_to: the disk's new name; with points, the renaming is under way (renaming.py)
+    renamed_from: its old name, until the disk of that name has no points any more
     """
 
     format: Literal[1] = 1
@@ -97,11 +99,13 @@ class Catalogue(StoredModel):
     next_point: int = Field(ge=1)
     points: Many[Point]
     parents: Mapping[str, str | None]
+    renamed_to: str | None = None
+    renamed_from: str | None = None
 
-    @field_validator("disk")
+    @field_validator("disk", "renamed_to", "renamed_from")
     @classmethod
-    def _has_a_name_of_a_disk(cls, disk: str) -> str:
-        if not is_disk_name(disk):
+    def _has_a_name_of_a_disk(cls, disk: str | None) -> str | None:
+        if disk is not None and not is_disk_name(disk):
             raise ValueError("this cannot name a disk")
         return disk
 
@@ -121,6 +125,32 @@ class Catalogue(StoredModel):
         if any(upper <= lower for lower, upper in pairwise(numbers)):
             raise ValueError("its points do not ascend")
         return self
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether all that it had is a disk of another name now."""
+        return self.renamed_to is not None and not self.points
+
+    def encode(self) -> bytes:
+        """As it is stored. Fields of a renaming only where there is one: older programs refuse them."""
+        unset = {name for name in ("renamed_to", "renamed_from") if getattr(self, name) is None}
+        return self.model_dump_json(exclude=unset).encode()
+
+    def check_not_renamed(self) -> None:
+        """Raises Conflict for a disk that was renamed, or is about to be: nothing of it may change."""
+        if self.renamed_to is None:
+            return
+        if self.is_gone:
+            raise Conflict(
+                f"the disk was renamed to {self.renamed_to}",
+                subject=self.disk,
+                hint=f"use the new name: DEST::{self.renamed_to}",
+            )
+        raise Conflict(
+            f"the disk is being renamed to {self.renamed_to}",
+            subject=self.disk,
+            hint=f"finish that: snapchain rename DEST::{self.disk} DEST::{self.renamed_to}",
+        )
 
     def chain(self, layer: str) -> tuple[str, ...]:
         """The layers that end in `layer`, root first. Raises Corrupt when a link is missing or goes in circles."""
@@ -216,8 +246,15 @@ class Disk:
         raise AssertionError("the loop returns or raises")
 
     def existing(self) -> tuple[Catalogue, str]:
-        """Like `read`. Raises NotFound when the disk has no catalogue."""
+        """Like `read`. Raises NotFound when the disk has no catalogue, or was renamed."""
         found = self.read()
+        if found is not None and found[0].is_gone:
+            new = found[0].renamed_to
+            raise NotFound(
+                f"the disk {self.name!r} was renamed to {new!r}",
+                subject=self._store.url,
+                hint=f"use the new name: DEST::{new}",
+            )
         if found is None:
             url = self._store.url
             raise NotFound(f"there is no disk {self.name!r} here", subject=url, hint=f"snapchain log {shell_word(url)}")
@@ -245,7 +282,8 @@ class Disk:
         )
         generation = 1 if current is None else current[0].generation + 1
         base.update(change)
-        base["points"] = _signed(base["points"], 1 if current is None else current[0].next_point)
+        if "renamed_from" not in change:  # points of a disk that gets another name were published long ago
+            base["points"] = _signed(base["points"], 1 if current is None else current[0].next_point)
         base.update(
             generation=generation,
             previous="" if current is None else current[1],
@@ -261,7 +299,7 @@ class Disk:
             )
         catalogue = Catalogue.model_validate(base)
         name = generation_name(self._key, generation)
-        sealed = seal(self._keys, KIND, name, catalogue.model_dump_json().encode())
+        sealed = seal(self._keys, KIND, name, catalogue.encode())
         digest = blake3.blake3(sealed).hexdigest()
         if not create_exclusively(self._store, name, sealed, conditional=self._conditional):
             raise self._overtaken()
@@ -303,10 +341,12 @@ class Disk:
 
         change: fields of Catalogue to replace, None to leave all as it is; called anew for each generation that others
         publish first.  check: called before each attempt (Lease.check).
-        Raises NotFound for a disk without a catalogue, Conflict when others were faster time and again.
+        Raises NotFound for a disk without a catalogue, Conflict for one that is being renamed, and when others were
+        faster time and again.
         """
         for attempt in range(ATTEMPTS):
             current = self.existing()
+            current[0].check_not_renamed()
             fields = change(current[0])
             if fields is None:
                 return current[0]

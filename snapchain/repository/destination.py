@@ -17,6 +17,8 @@ from snapchain.destination.records import (
     HoldRecord,
     PointsMergePlan,
     PointsMergeReport,
+    RenamePlan,
+    RenameReport,
     RepairPlan,
     RepairReport,
     VerifyReport,
@@ -167,6 +169,12 @@ class RepositoryDestination(RepositoryWriting):
         from snapchain.repository.points_merge import RepositoryMerge
 
         return RepositoryMerge(self.repository, disk, rules, zone=zone, now=now)
+
+    def renaming(self, old: str, new: str) -> Work[RenamePlan, RenameReport]:
+        """As `renaming.renaming`."""
+        from snapchain.repository.renaming import renaming
+
+        return renaming(self.repository, old, new)
 
     def hold(
         self,

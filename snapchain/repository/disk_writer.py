@@ -115,7 +115,7 @@ class _Look:
     branches, believed = True, True
 
     def __init__(self, repository: Repository, opening: Opening, on_event: OnEvent) -> None:
-        """Raises Conflict for an older epoch than the disk's."""
+        """Raises Conflict for an older epoch than the disk's, and for a disk that was renamed."""
         self._repository, self._on_event = repository, on_event
         self._disk: Disk = repository.disk(opening.disk)
         self._epoch = opening.epoch
@@ -139,6 +139,7 @@ class _Look:
 
     def _check_epoch(self) -> None:
         if self._current is not None:
+            self._current[0].check_not_renamed()
             check_epoch(self._repository, self._current[0], self._epoch)
 
     def _stored(self) -> list[StoredLayer]:

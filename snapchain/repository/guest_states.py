@@ -241,6 +241,11 @@ def _raise_epochs(repository: Repository, now: GuestStanding) -> None:
             repository.disk(name).update(fields, time=datetime.now(UTC), check=lease.check)
 
 
+def is_recorded(repository: Repository, guest: str) -> bool:
+    """Whether a state of the guest is recorded. Raises Corrupt."""
+    return _read(repository, guest) is not None
+
+
 def _disks(repository: Repository, guest: str) -> list[Catalogue]:
     """The disks right below the guest's name. Reads no other catalogue that this machine has seen already.
 

@@ -52,7 +52,10 @@ class RepositoryMerge:
         self._kept: tuple[Point, ...] = tuple(
             point for point in catalogue.points if point.point not in self._drop or point.holds
         )
-        self._groups: tuple[Group, ...] = collapse_tree(dict(catalogue.parents), {point.layer for point in self._kept})
+        # Without a point no layer stays. The epoch and the next number do: an old master cannot come back.
+        self._groups: tuple[Group, ...] = (
+            collapse_tree(dict(catalogue.parents), {point.layer for point in self._kept}) if self._kept else ()
+        )
 
     def plan(self) -> PointsMergePlan:
         """What `run` will do."""
@@ -76,6 +79,7 @@ class RepositoryMerge:
             layers_before=len(catalogue.parents),
             layers_after=len(self._groups),
             strategy="records" if self._changes_something() else "none",
+            bytes_dropped=self._dropped_bytes(),
             requests=3 * len(merges) + 2 * self._changes_something(),
         )
 
@@ -94,6 +98,7 @@ class RepositoryMerge:
                 for attempt in range(ATTEMPTS):
                     # What was read before the lease was held may have been merged away and collected since.
                     self._settle(self._disk.existing())
+                    self._current[0].check_not_renamed()
                     changed = self._changes_something()
                     try:
                         bytes_dropped = self._merge(lease, on_event) if changed else 0

@@ -367,11 +367,14 @@ class Repository:
         return self.disk(name).existing()[0]
 
     def catalogues(self) -> list[Catalogue]:
-        """The newest catalogues of all disks, by name. Raises Corrupt where one that this machine has seen is gone."""
+        """The newest catalogues of all disks, by name, but of those that were renamed to another.
+
+        Raises Corrupt where one that this machine has seen is gone.
+        """
         found = [self.catalogue_of(key) for key in self.disk_keys()]
         if self.memory is not None:
             self.memory.flush()
-        return sorted((catalogue for catalogue in found if catalogue is not None), key=lambda each: each.disk)
+        return sorted((each for each in found if each is not None and not each.is_gone), key=lambda each: each.disk)
 
     def disk_keys(self) -> list[str]:
         """The folders of all disks, also of those that this machine has seen and the store leaves out of its list."""

@@ -519,5 +519,87 @@ class DestinationContract(DestinationFaults):
         assert site.open(writing=True).merging(DISK, DropPoints(frozenset())).run().points_dropped == ()
         assert site.open().verify(share=1.0).ok
 
+    def test_the_newest_point_is_let_go_by_its_name(self, site: Site, history: Sequence[Moment], out: Path) -> None:
+        moments = [history[number] for number in (0, 1, 3, 4)]
+        for moment in moments[:3]:
+            deliver(site, moment.image)
+        place = site.open(writing=True)
+        rules = DropPoints(frozenset({3}), newest=True)
+        plan = place.merging(DISK, rules).plan()
+        assert [each.kept for each in plan.points] == [True, True, False]
+        assert [point.point for point in site.open().disks(DISK)[0].points] == [1, 2, 3], "a plan changes nothing"
+        report = place.merging(DISK, rules).run()
+        assert (report.points_kept, report.points_dropped) == ((1, 2), (3,))
+        assert (report.layers_before, report.layers_after) == (plan.layers_before, plan.layers_after)
+        assert site.open().disks(DISK)[0].layers == report.layers_after
+        Restoration(site.open(), DISK, out / "2.raw").run()
+        assert identical(out / "2.raw", moments[1].shown)
+        with pytest.raises(NotFound):
+            Restoration(site.open(), DISK, out / "gone.raw", point="3").run()
+        assert site.open().verify(share=1.0).ok
+        # Its number is not given twice, and its layer is sent again.
+        again = deliver(site, moments[2].image)
+        assert (again.point, again.content_id) == (4, moments[2].content_id)
+        assert again.layers_sent >= 1
+        work = site.open(writing=True).merging(DISK, DropPoints(frozenset({4}), newest=True))
+        deliver(site, moments[3].image)  # what is published meanwhile stays
+        assert work.run().points_kept[-1] == 5
+        Restoration(site.open(), DISK, out / "5.raw", point="5").run()
+        assert identical(out / "5.raw", moments[3].shown)
+
+    def test_all_points_are_let_go(self, site: Site, history: Sequence[Moment], out: Path) -> None:
+        for moment in history[:3]:
+            deliver(site, moment.image)
+        epoch = site.open().disks(DISK)[0].epoch
+        place = site.open(writing=True)
+        place.hold(DISK, "2", "audit")
+        rules = DropPoints(frozenset({1, 2, 3}), newest=True)
+        assert place.merging(DISK, rules).run().points_kept == (2,), "a held point stays"
+        Restoration(site.open(), DISK, out / "2.raw").run()
+        assert identical(out / "2.raw", history[1].shown)
+        place.release(DISK, "2", "audit")
+        report = place.merging(DISK, rules).run()
+        assert (report.points_kept, report.points_dropped, report.layers_after) == ((), (2,), 0)
+        (left,) = site.open().disks()
+        assert (left.name, left.epoch, left.points, left.layers) == (DISK, epoch, (), 0)
+        assert site.open().verify(share=1.0).ok
+        for policy in (Policy(last=1), rules):
+            assert site.open(writing=True).merging(DISK, policy).run().points_dropped == ()
+        if site.open().traits.needs_collecting:
+            site.open(writing=True).collecting().run()
+        again = deliver(site, history[0].image)
+        assert (again.point, again.content_id) == (4, history[0].content_id)
+        Restoration(site.open(), DISK, out / "4.raw").run()
+        assert identical(out / "4.raw", history[0].shown)
+
+    # ---- another name
+
+    def test_a_disk_gets_another_name(self, site: Site, history: Sequence[Moment], out: Path) -> None:
+        for moment in history[:2]:
+            deliver(site, moment.image)
+        place = site.open(writing=True)
+        place.hold(DISK, "1", "audit")
+        if place.traits.bootable_files:
+            with pytest.raises(Unsupported, match="cannot be renamed"):
+                place.renaming(DISK, "www/vda")
+            return
+        (before,) = place.disks()
+        work = place.renaming(DISK, "www/vda")
+        assert (work.plan().points, work.plan().finishes) == (2, False)
+        assert site.open().disks() == (before,), "a plan changes nothing"
+        assert work.run().points == 2
+        assert site.open().disks() == (before.model_copy(update={"name": "www/vda"}),)
+        for number in (1, 2):
+            Restoration(site.open(), "www/vda", out / f"{number}.raw", point=str(number)).run()
+            assert identical(out / f"{number}.raw", history[number - 1].shown)
+        with pytest.raises(NotFound, match="was renamed to 'www/vda'"):
+            site.open().disks(DISK)
+        with pytest.raises(Conflict, match="was renamed to www/vda"):
+            deliver(site, history[1].image)
+        assert deliver(site, history[1].image, disk="www/vda").point == 3
+        assert site.open().verify(share=1.0).ok
+        with pytest.raises(NotFound, match="there is no disk"):
+            place.renaming("gone", "other").run()
+
 
 __all__ = ["DISK", "DestinationContract", "Site", "Traits"]

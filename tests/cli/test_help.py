@@ -50,7 +50,7 @@ def test_both_ways_to_the_page_print_it(run: Run) -> None:
         ("backup", "ship"),
         ("list", "log"),
         ("snapshots", "log"),
-        ("prune", "merge"),
+        ("prune", "forget"),
         ("seal", "snapshot"),
         ("convert", "restore"),
         ("BACKUP", "ship"),

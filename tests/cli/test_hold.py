@@ -27,3 +27,29 @@ def test_a_point(run: Run, disk: Path) -> None:
     assert "audit" in run("log", "repo").out
     assert run("log", "repo", "--json").json["disks"][0]["points"][0]["holds"][0]["tag"] == "audit"
     assert "not held any more" in run("release", "repo::web1@latest", "-t", "audit").out
+
+
+def test_holds_are_listed(run: Run, disk: Path) -> None:
+    run("init", "repo")
+    run("ship", str(disk), "repo::web1", "--label", "golden")
+    run("ship", str(disk), "repo::db")
+    assert "no point of repo is held" in run("hold", "repo", "--list").out
+    run("hold", "repo::db@1", "-t", "audit")
+    run("hold", "repo::web1@1", "-t", "legal", "--reason", "case 7")
+    run("hold", "repo::web1@1", "-t", "audit")
+    found = run("hold", "repo", "--list", "--json").json
+    assert [(each["name"], each["point"], each["tag"], each["reason"]) for each in found["holds"]] == [
+        ("db", 1, "audit", ""),
+        ("web1", 1, "legal", "case 7"),
+        ("web1", 1, "audit", ""),
+    ]
+    assert found["holds"][1]["labels"] == ["golden"]
+    assert [each["name"] for each in run("hold", "repo", "--list", "-t", "legal", "--json").json["holds"]] == ["web1"]
+    shown = run("hold", "repo::web1", "--list").out
+    assert all(word in shown for word in ("web1@1", "legal", "case 7", "golden"))
+    assert "db@1" not in shown
+    assert run("hold", "repo::gone", "--list").status == 3
+    assert run("hold", "repo::web1@1", "--list").status == 2
+    assert run("hold", "repo", "--list", "--reason", "x").status == 2
+    nameless = run("hold", "repo::web1@1")
+    assert (nameless.status, "--tag TAG" in nameless.err) == (2, True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Busy, Conflict, NotFound
-from snapchain.model.retention import Policy
+from snapchain.model.retention import DropPoints, Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, ObjectInfo, ObjectStore, StoreWrapper
 from snapchain.repository import collecting as gc, packs, repository as repositories, sweep
@@ -188,6 +188,12 @@ def forget(repo: Repository) -> None:
     gc.run(repo)
 
 
+def forget_the_newest(repo: Repository) -> None:
+    """The shipment's base goes, and is collected."""
+    RepositoryMerge(repo, DISK, DropPoints(frozenset({2}), newest=True)).run()
+    gc.run(repo)
+
+
 def wear_out(repo: Repository) -> None:
     """So many changes that old generations go, twice."""
     for _ in range(16):
@@ -199,7 +205,7 @@ def wear_out(repo: Repository) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("other", [collect, forget])
+@pytest.mark.parametrize("other", [collect, forget, forget_the_newest])
 def test_a_shipment(world: World, files: list[Path], other: Job, frozen: bool) -> None:
     ended = []
     for outcome in moments(world, lambda repo: ship(files[2], repo, store=repo.store), other, frozen=frozen):

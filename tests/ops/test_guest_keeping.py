@@ -19,7 +19,7 @@ from snapchain.model.retention import Policy
 from snapchain.ops import guest_points_merge, guest_verify
 from snapchain.ops.guest_diff import diff_guests
 from snapchain.ops.guest_points_merge import guest_at
-from snapchain.ops.hold import hold_guest, release_guest
+from snapchain.ops.hold import hold_guest, list_holds, release_guest
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreRequest
 from snapchain.ops.ship.run import ShipRequest, run as ship
 from snapchain.repository.opening import create_repository
@@ -192,6 +192,14 @@ def test_a_held_guest_point_stays(three: Three) -> None:
     report = hold_guest(three(), GUEST, "audit", point="1", reason="case 7")
     assert [(each.disk, each.point) for each in report.disks] == [("web1/vda", 1), ("web1/vdb", 1)]
     assert (report.address, report.holds[0].tag) == (f"{three().url}::web1@1", "audit")
+    three().hold("web1/vdb", "3", "lab")
+    listed = list_holds(three()).holds
+    assert [(each.name, each.point, each.tag, each.disks) for each in listed] == [
+        ("web1", 1, "audit", ("web1/vda", "web1/vdb")),
+        ("web1", 3, "lab", ("web1/vdb",)),
+    ]
+    assert list_holds(three(), "web1/vdb").holds[-1].name == "web1/vdb", "of a disk alone the disk's own"
+    three().release("web1/vdb", "3", "lab")
     guest_points_merge.run(three(), GUEST, Policy(last=1))
     assert numbers(three()) == {"vda": [1, 3], "vdb": [1, 3], ".guest": [1, 3]}
     # One of the holds was released already, as by a run that was cut off.

@@ -39,6 +39,7 @@ LAYER_FIELDS = {
 }  # fmt: skip
 CATALOGUE_FIELDS = {
     "format", "disk", "generation", "previous", "nonce", "time", "epoch", "owner", "next_point", "points", "parents",
+    "renamed_to", "renamed_from",
 }  # fmt: skip
 POINT_FIELDS = {
     "point", "time", "labels", "layer", "size", "content_id", "holds", "instant", "consistency", "made_by",
@@ -49,7 +50,7 @@ REMOVED_SLOT_FIELDS = {"slot", "salt", "time", "host"}
 HOLD_FIELDS = {"tag", "since", "reason"}
 WORDS = {"offline", "application", "filesystem", "crash", None}
 INDEX_NAME = "[0-9]{10}-[0-9a-f]{32}"
-MAY_BE_MISSING = {"epoch", "owner", "holds", "instant", "consistency", "made_by"}
+MAY_BE_MISSING = {"epoch", "owner", "holds", "instant", "consistency", "made_by", "renamed_to", "renamed_from"}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ named.py      points that go by their number: what was decided for all disks of 
 
 from snapchain.model.retention.clocks import TOLERANCE, Doubt, is_future
 from snapchain.model.retention.duration import Duration, parse_duration
-from snapchain.model.retention.named import DropPoints, Rules, decide_by
+from snapchain.model.retention.named import DropAll, DropPoints, GuestRules, Rules, decide_by
 from snapchain.model.retention.policy import UNLIMITED, Decision, Period, Policy, RetentionPoint, decide
 from snapchain.model.retention.tally import kept_by_rule
 
@@ -18,8 +18,10 @@ __all__ = [
     "UNLIMITED",
     "Decision",
     "Doubt",
+    "DropAll",
     "DropPoints",
     "Duration",
+    "GuestRules",
     "Period",
     "Policy",
     "RetentionPoint",

@@ -17,12 +17,23 @@ from snapchain.model.retention.policy import Decision, Policy, RetentionPoint, d
 
 @dataclass(frozen=True, slots=True)
 class DropPoints:
-    """The points with these numbers go. Held ones stay all the same, and so does the last one of a disk."""
+    """The points with these numbers go. Held ones stay all the same.
+
+    newest: whether the last one of the disk may go, too; else it stays although it is named
+    """
 
     numbers: frozenset[int]
+    newest: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DropAll:
+    """Every point goes that is there when it is decided, and is not held."""
 
 
 Rules = Policy | DropPoints
+GuestRules = Rules | DropAll
+"""Of the points of a guest. For a disk, DropAll is a DropPoints of all its numbers."""
 
 
 class NumberedPoint(RetentionPoint, Protocol):
@@ -65,7 +76,7 @@ def decide_by(
         reasons = list(holds(point))
         if point.point not in rules.numbers:
             reasons.append("not named")
-        elif place == len(points) - 1:
+        elif place == len(points) - 1 and not rules.newest:
             reasons.append("last shipped")
         decisions.append(Decision(point, bool(reasons), tuple(reasons or ["named"])))
     return tuple(decisions)

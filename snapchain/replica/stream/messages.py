@@ -446,15 +446,17 @@ class Merge(Policy, _OfDisk):
 
     The rules are its own fields, of which one at least is set; within: as 1y5m7d2h
     drop: in their place, the numbers of the points that go; only for a receiver with the feature `drop-points`
+    newest: with `drop`, the last point may go too; only for a receiver with the feature `drop-newest`
     zone: whose calendar says what a day is; epoch: an older one than the disk's is refused, none is in all
     """
 
-    newer = frozenset({*Policy.model_fields, "drop"}) - _FIRST_RULES
+    newer = frozenset({*Policy.model_fields, "drop", "newest"}) - _FIRST_RULES
 
     zone: str = Field(min_length=1, max_length=100)
     epoch: int | None = Field(default=None, ge=1, le=LARGEST_EPOCH)
     dry_run: bool = False
     drop: tuple[PointNumber, ...] | None = Field(default=None, max_length=MOST_POINTS)
+    newest: bool = False
 
     @field_validator("labels")
     @classmethod
@@ -487,7 +489,10 @@ class Outcome(Message):
     merges: files that become one, lowest first, each; strategy: of all merges, joined by '+', or none
     bytes_freed: allocated by the files less what they allocate afterwards; of a dry run, overwritten data that goes
     needs_bytes: room beside the layers, at most; free_bytes: room that there was
+    cut: how many uppermost layers are dropped, since the newest point is; only where MERGE allows that
     """
+
+    newer = frozenset({"cut"})
 
     done: bool
     layers_before: int = Field(ge=0, le=MAX_LAYERS)
@@ -499,6 +504,7 @@ class Outcome(Message):
     bytes_freed: int = Field(ge=-_LARGEST, le=_LARGEST)
     needs_bytes: int = Field(ge=0, le=_LARGEST)
     free_bytes: int = Field(ge=0, le=1 << 63)
+    cut: int = Field(default=0, ge=0, le=MAX_LAYERS)
 
 
 class Merged(Message):

@@ -72,6 +72,8 @@ class Feature(StrEnum):
     """The receiver keeps `instant` and `consistency` of points, and lists them for a sender that names it."""
     DROP_POINTS = "drop-points"
     """The receiver knows in MERGE the numbers of the points that go."""
+    DROP_NEWEST = "drop-newest"
+    """The receiver lets the newest point go, too, where MERGE says so."""
     GUEST_STATE = "guest-state"
     """The receiver keeps the states of guests, and answers GUEST."""
     LEASE = "lease"
