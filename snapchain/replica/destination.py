@@ -6,7 +6,7 @@ What few commands do is loaded by those that do it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import TYPE_CHECKING, Literal
@@ -30,6 +30,7 @@ from snapchain.replica.fetch_client import Answer, FetchedLayer, fetch
 from snapchain.replica.stream.messages import HeldPoint, Hold
 
 if TYPE_CHECKING:
+    from snapchain.destination.copying import CopyReader
     from snapchain.destination.records import (
         DiskRecord,
         GcPlan,
@@ -183,6 +184,7 @@ class ReplicaDestination(ReplicaWriting):
     """See destination/protocol.py. limit_rate: bytes a second on the wire."""
 
     traits: Traits = REPLICA
+    id: str | None = None
     encryption = NOT_ENCRYPTED
 
     def __init__(self, endpoint: Endpoint, *, limit_rate: int | None = None) -> None:
@@ -238,6 +240,15 @@ class ReplicaDestination(ReplicaWriting):
                 found = FetchedLeaves(f"{self.url}::{disk}@{answer.point.point}", layer)
                 yield found
                 found.finish()
+
+    def copying(
+        self, disk: str, points: Sequence[int] | None = None, *, on_event: OnEvent = ignore
+    ) -> AbstractContextManager[CopyReader]:
+        """As ReadableDestination. The files are locked for reading while their layers are fetched: a merge waits."""
+        from snapchain.replica.copying import read_copies
+
+        _ = on_event
+        return read_copies(self, disk, points)
 
     def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
         """As `verify_replica`. share: each layer is read with that probability.

@@ -60,14 +60,18 @@ class ChainView:
         """Virtual size, bytes."""
         return self.layers[-1].size
 
-    def read_into(self, offset: int, buffer: memoryview) -> None:
+    def resolve(self) -> Extents:
+        """The composed map."""
+        return self.extents
+
+    def read_into(self, offset: int, buffer: memoryview, /) -> None:
         """The guest-visible bytes of [offset, offset + len(buffer)).
 
         Raises Corrupt naming the pack when a blob is missing or damaged.
         """
         self.read_pieces([(offset, buffer)])
 
-    def read_pieces(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+    def read_pieces(self, pieces: Sequence[tuple[int, memoryview]], /) -> None:
         """As `read_into` for several (offset, buffer), ascending and apart.
 
         What lies together in a pack is asked for together, and a page is looked at once.
