@@ -73,7 +73,7 @@ class CopyReader(Protocol):
         ...
 
     def layers(self, base: int | None, point: int) -> Iterator[ReadLayer]:
-        """What a point shows beyond a point of its chain, or all of it: layers, lowest first. None where both are equal.
+        """What a point shows beyond a point of its chain, or all of it: layers, lowest first; none where nothing is.
 
         Each must be read before the next. Raises Corrupt, and Conflict where it is gone: look again.
         """
