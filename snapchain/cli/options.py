@@ -266,14 +266,23 @@ def passphrase_source(out: Output) -> Callable[[], str | None]:
     From a file, a program, or SNAPCHAIN_PASSWORD; never from a command-line argument. An option beats the environment.
     Nothing is read or run until a repository turns out to be encrypted.
     """
-    file, command = out.password_file, out.password_command
+    if out.password_file is None and out.password_command is None:
+        return lambda: os.environ.get("SNAPCHAIN_PASSWORD") or None
+    return passphrase_from(out.password_file, out.password_command, out)
+
+
+def passphrase_from(
+    file: Path | None, command: str | None, out: Output, *, prefix: str = "--"
+) -> Callable[[], str | None]:
+    """As `passphrase_source`, from a file or a program. prefix: how the names of their options begin"""
     if file is not None and command is not None:
-        raise InvalidInput("--password-file and --password-command are both given", hint="choose one of them")
+        raise InvalidInput(
+            f"{prefix}password-file and {prefix}password-command are both given", hint="choose one of them"
+        )
     if file is not None:
         return lambda: _from_file(file, out)
-    if command is not None:
-        return lambda: _from_command(command)
-    return lambda: os.environ.get("SNAPCHAIN_PASSWORD") or None
+    assert command is not None, "one of them is given"
+    return lambda: _from_command(command, option=f"{prefix}password-command")
 
 
 def _from_file(path: Path, out: Output) -> str:
@@ -283,10 +292,10 @@ def _from_file(path: Path, out: Output) -> str:
     return passphrases.from_file(path, on_notice=lambda words: out.on_event(Notice(words)))
 
 
-def _from_command(command: str) -> str:
+def _from_command(command: str, *, option: str) -> str:
     from snapchain.host import passphrases
 
-    return passphrases.from_program(argv_of(command, option="--password-command"))
+    return passphrases.from_program(argv_of(command, option=option))
 
 
 DiskPairs = Annotated[

@@ -54,6 +54,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Set up, repair": {
         "init": "Make a repository.",
+        "copy": "Copy the points that another repository lacks.",
         "doctor": "Finish or undo what interrupted commands left, and thaw guests.",
         "send": "Send a chain to a replica, or as a stream to stdout.",
         "receive": "Receive a stream from stdin into a replica.",
@@ -70,7 +71,7 @@ VERBS = {
 }
 
 ALIASES = {
-    "backup": "ship", "upload": "ship", "push": "ship", "copy": "ship", "cp": "ship",
+    "backup": "ship", "upload": "ship", "push": "ship",
     "seal": "snapshot", "snap": "snapshot", "freeze": "snapshot",
     "list": "log", "ls": "log", "snapshots": "log", "points": "log", "history": "log",
     "domains": "guests", "vms": "guests", "machines": "guests",
@@ -82,7 +83,7 @@ ALIASES = {
     "cleanup": "gc", "clean": "gc", "vacuum": "gc",
     "convert": "restore", "extract": "restore", "export": "restore", "download": "restore", "recover": "restore",
     "pin": "hold", "unpin": "release",
-    "replicate": "send", "mirror": "send",
+    "replicate": "send", "mirror": "copy", "cp": "copy", "clone": "copy",
     "create": "init", "repair": "doctor", "unlock": "doctor", "cron": "nightly", "move": "migrate",
 }  # fmt: skip
 """A word that people know from other programs -> the verb that does it here."""
@@ -90,12 +91,10 @@ ALIASES = {
 _NOTES = {
     "prune": "`snapchain merge DEST::DISK --keep-last 7` drops points; `snapchain gc DEST` then frees their space",
     "convert": "`snapchain restore` writes a point as qcow2 or raw; to convert an image file, use `qemu-img convert`",
-    "copy": "ship an image to a second destination as to the first",
     "rm": "points are dropped by rules: `snapchain merge DEST::DISK --keep-last 7`",
 }
 _NOTES |= dict.fromkeys(("forget", "expire"), _NOTES["prune"])
 _NOTES |= dict.fromkeys(("remove", "delete"), _NOTES["rm"])
-_NOTES["cp"] = _NOTES["copy"]
 
 _OPTIONS = {
     "--version": "Print the version.",

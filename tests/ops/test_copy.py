@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -37,7 +37,7 @@ class Source:
     repository: Repository = field(default_factory=repository)
     shown: dict[tuple[str, int], bytes] = field(default_factory=dict)
 
-    def publish(self, stack: Sequence[Drawn], *, disk: str = DISK, of: Sequence[int] | None = None) -> None:
+    def publish(self, stack: Sequence[Drawn], *, disk: str = DISK, of: Collection[int] | None = None) -> None:
         """A point of each layer of a new chain, or of the layers of these places."""
         layers = ship(stack, self.repository).layers
         catalogues = again(self.repository).disk(disk)
