@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
+import itertools
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from snapchain.destination.protocol import Destination
-from snapchain.errors import Corrupt, SnapchainError, Unavailable
+from snapchain.destination.reading import Sink
+from snapchain.destination.records import DiskRecord
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.model.retention import DropPoints
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import ObjectStore
+from snapchain.objects.store import ObjectStore, StoreWrapper
 from snapchain.ops.copy import CopyReport, CopyRequest, plan, run
 from snapchain.repository import collecting, packs
 from snapchain.repository.catalogue import Hold, Point
@@ -24,7 +26,8 @@ from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from snapchain.testing.faults import Fault, FaultStore, On, crash_points
-from tests.repository.synthetic import LEAF, Drawn, again, repository, ship, stacks
+from tests.exhaustive import examples, some
+from tests.repository.synthetic import LEAF, Drawn, Run, again, drawn, repository, ship, stacks
 
 DISK = "web1/vda"
 BEGIN = datetime(2026, 11, 1, 22, tzinfo=UTC)
@@ -64,7 +67,8 @@ class Source:
 
     def drop(self, *numbers: int, disk: str = DISK) -> None:
         RepositoryMerge(again(self.repository), disk, DropPoints(frozenset(numbers))).run()
-        for number in numbers:
+        left = {point.point for point in again(self.repository).catalogue(disk).points}  # the newest one stays
+        for number in set(numbers) - left:
             del self.shown[disk, number]
 
     def opened(self, store: ObjectStore | None = None) -> RepositoryDestination:
@@ -86,8 +90,6 @@ def content(repo: Repository, disk: str, number: int) -> bytes:
                 for offset, data in pieces:
                     shown[offset : offset + len(data)] = data
 
-        from snapchain.destination.reading import Sink
-
         for layer in reader.layers():
             assert layer.copy(Sink(Into.write), on_copied=lambda *_: None) == reader.point.content_id
     return bytes(shown)
@@ -104,16 +106,8 @@ def check_same(source: Source, to: Repository, disk: str = DISK) -> None:
     assert verify(again(to), share=1.0).ok
 
 
-def noise(size: int, seed: int) -> Drawn:
-    from tests.repository.synthetic import Run, drawn
-
-    return drawn(size, [Run(0, size, 1000 + seed)], b"")
-
-
 def grown(count: int, *, leaves: int = 4) -> list[Drawn]:
     """A stack in which each layer overwrites one leaf and a few bytes of another."""
-    from tests.repository.synthetic import Run, drawn
-
     stack = [drawn(leaves * LEAF, [Run(0, leaves * LEAF, 2000)], b"")]
     for number in range(1, count):
         runs = [Run(number % leaves * LEAF, LEAF, 3000 + number), Run((number + 1) % leaves * LEAF + 512, 4096, number)]
@@ -134,11 +128,9 @@ def test_all_points_are_copied_with_their_numbers() -> None:
     assert again_report.disks[0].present == 4
 
 
-@settings(max_examples=40)
-@given(
-    st.lists(stacks(max_layers=4), min_size=1, max_size=3),
-    st.data(),
-)
+@pytest.mark.sampled
+@settings(max_examples=examples(15))
+@given(st.lists(stacks(max_layers=4), min_size=1, max_size=3), st.data())
 def test_chains_copied_in_instalments(chains: list[list[Drawn]], data: st.DataObject) -> None:
     source, to = Source(), repository(block_size=2 * LEAF)
     for stack in chains:
@@ -165,3 +157,171 @@ def test_chains_copied_in_instalments(chains: list[list[Drawn]], data: st.DataOb
     assert copy(source, to).is_whole
     check_same(source, to)
     assert copy(source, to).points == 0
+
+
+# --- what goes wrong at either side
+
+
+@pytest.fixture
+def _small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several packs, so that there are moments between them."""
+    monkeypatch.setattr(packs, "PACK_BYTES", 100_000)
+
+
+def twin(repo: Repository) -> Repository:
+    """The same repository in a store of its own."""
+    store = MemoryStore()
+    for info in repo.store.list(""):
+        store.put(info.name, repo.store.get(info.name))
+    return again(repo, store)
+
+
+@pytest.mark.usefixtures("_small_packs")
+def test_a_crash_at_each_step_loses_nothing_and_the_next_run_finishes() -> None:
+    source, empty = Source(), repository()
+    source.publish(grown(3))
+    deaths = most = 0
+
+    def job(store: ObjectStore) -> object:
+        return run(CopyRequest(), source.opened(), RepositoryDestination(again(empty, store)))
+
+    undisturbed = twin(empty)
+    job(undisturbed.store)
+    whole = sum(info.size for info in undisturbed.store.list("packs/"))
+    for _, left in crash_points(lambda: twin(empty).store, job):
+        deaths += 1
+        there = again(empty, left)
+        if there.disk(DISK).read():
+            for point in there.catalogue(DISK).points:
+                assert content(there, DISK, point.point) == source.shown[DISK, point.point]
+        listed = sum(again(empty, left).index().sizes.values())
+        before = {info.name for info in left.list("packs/")}
+        report = job(left)
+        assert isinstance(report, CopyReport) and report.is_whole
+        check_same(source, there)
+        # What a run has stored and listed, the next one does not send again.
+        sent = sum(info.size for info in left.list("packs/") if info.name not in before)
+        assert listed + sent <= whole + 4096
+        most = max(most, listed)
+    assert deaths > 20
+    assert most > whole // 2
+
+
+@pytest.mark.usefixtures("_small_packs")
+@pytest.mark.parametrize("fault", [Fault.UNAVAILABLE, Fault.TRUNCATED, Fault.BIT_FLIP])
+def test_whatever_read_of_the_source_fails_nothing_wrong_is_published(fault: Fault) -> None:
+    origin = Source()
+    origin.publish(grown(3))
+    failed = refused = 0
+    for number in itertools.count(1):
+        source = Source(twin(origin.repository), origin.shown)
+        store, to = FaultStore(source.repository.store, [On(number, fault, operation="get")]), repository()
+        try:
+            report = run(CopyRequest(), source.opened(store), RepositoryDestination(again(to)))
+        except SnapchainError as error:
+            assert isinstance(error, Unavailable if fault is Fault.UNAVAILABLE else Corrupt)
+            failed += 1
+        else:
+            refused += not report.is_whole
+        if to.disk(DISK).read():
+            for point in again(to).catalogue(DISK).points:
+                assert content(to, DISK, point.point) == source.shown[DISK, point.point]
+        assert copy(source, to).is_whole
+        check_same(source, to)
+        if sum(call.operation == "get" for call in store.calls) < number:
+            break
+    assert failed
+    assert refused or fault is Fault.UNAVAILABLE
+
+
+class Meanwhile(StoreWrapper):
+    """A store in which something happens before the nth read of an object."""
+
+    def __init__(self, inner: ObjectStore, number: int, happens: Callable[[], object]) -> None:
+        super().__init__(inner)
+        self._left, self._happens = number, happens
+        self._lock = threading.Lock()
+
+    @property
+    def has_happened(self) -> bool:
+        return self._left <= 0
+
+    def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        with self._lock:
+            self._left -= 1
+            now = self._left == 0
+        if now:
+            self._happens()
+        return self.inner.get(name, offset=offset, length=length)
+
+
+@pytest.mark.sampled
+def test_points_that_are_dropped_merged_and_collected_meanwhile() -> None:
+    origin = Source()
+    origin.publish(grown(5))
+    seen: set[tuple[int, ...]] = set()
+    for number in some(itertools.count(1), each=2):
+        source, to = Source(twin(origin.repository), dict(origin.shown)), repository()
+
+        def happens(source: Source = source) -> None:
+            source.drop(1, 2, 4)
+            collecting.run(again(source.repository))
+
+        store = Meanwhile(source.repository.store, number, happens)
+        report = run(CopyRequest(), source.opened(store), RepositoryDestination(again(to)))
+        assert report.is_whole, report
+        for point in again(to).catalogue(DISK).points:
+            assert content(to, DISK, point.point) == origin.shown[DISK, point.point]
+        check_same(source, to)
+        seen.add(tuple(point.point for point in again(to).catalogue(DISK).points))
+        if not store.has_happened:
+            break
+    assert {(3, 5), (1, 2, 3, 4, 5)} <= seen
+
+
+def test_what_is_damaged_is_named_and_the_other_points_are_copied() -> None:
+    """A leaf of layer 2 is lost. Point 3 shows it too, point 4 has written over it."""
+    source, to = Source(), repository()
+    low = [drawn(2 * LEAF, [Run(0, 2 * LEAF, 2000)], b"")]
+    for runs in ([Run(0, LEAF, 4001)], [Run(LEAF, LEAF, 4002)], [Run(0, LEAF, 4003)]):
+        low.append(drawn(2 * LEAF, runs, low[-1].shown))
+    source.publish(low)
+    source.publish(grown(2), disk="db/vda")
+    lost = source.repository.catalogue(DISK).points[1].layer
+    page = source.repository.layer(lost).pages(0, LEAF)[0]
+    source.repository.store.delete(f"packs/{page.packs[0][:2]}/{page.packs[0]}")
+    report = copy(source, to)
+    (db, web) = report.disks
+    assert (len(db.points), [point.point for point in web.points]) == (2, [1, 4])
+    assert [(each.point, each.kind) for each in web.refused] == [(2, "corrupt"), (3, "corrupt")]
+    assert "the pack is missing from the store" in web.refused[0].message
+    assert not report.is_whole
+    for number in (1, 4):
+        assert content(to, DISK, number) == source.shown[DISK, number]
+    assert verify(again(to), share=1.0).ok
+    assert [point.point for point in copy(source, to).disks[1].refused] == [2, 3]
+
+
+def test_a_lost_record_of_a_layer_is_named() -> None:
+    source, to = Source(), repository()
+    source.publish(grown(3))
+    source.repository.store.delete(f"layers/{source.repository.catalogue(DISK).points[1].layer}")
+    assert [each.point for each in plan(CopyRequest(), source.opened(), RepositoryDestination(to)).disks[0].refused] == [
+        2, 3,
+    ]  # fmt: skip
+    report = copy(source, to)
+    assert [each.point for each in report.disks[0].points] == [1]
+    assert [each.kind for each in report.disks[0].refused] == ["corrupt", "corrupt"]
+
+
+def test_damage_at_the_destination_is_not_built_on() -> None:
+    source, to = Source(), repository()
+    source.publish(grown(2))
+    copy(source, to, since="1")
+    for info in list(to.store.list("packs/")):
+        to.store.delete(info.name)
+    more = grown(3)
+    source.publish(more)
+    assert copy(source, to).is_whole
+    for number in (3, 4, 5):
+        assert content(to, DISK, number) == source.shown[DISK, number]
