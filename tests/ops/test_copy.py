@@ -1,20 +1,18 @@
-"""Points go from one destination to another: exact bytes, the same content ids and numbers, whatever happens meanwhile."""
+"""Points go to another repository: exact bytes, the same content ids and numbers, whatever happens meanwhile."""
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from snapchain.destination.reading import Sink
-from snapchain.destination.records import DiskRecord
-from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
+from snapchain.errors import Corrupt, InvalidInput, NotFound, Unavailable
 from snapchain.model.retention import DropPoints
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore, StoreWrapper
@@ -120,7 +118,8 @@ def test_all_points_are_copied_with_their_numbers() -> None:
     source.publish(grown(5))
     source.drop(2)
     report = copy(source, to)
-    assert report.is_whole and report.points == 4
+    assert report.is_whole
+    assert report.points == 4
     assert [(point.point, point.point_there) for point in report.disks[0].points] == [(n, n) for n in (1, 3, 4, 5)]
     check_same(source, to)
     again_report = copy(source, to)
@@ -197,7 +196,8 @@ def test_a_crash_at_each_step_loses_nothing_and_the_next_run_finishes() -> None:
         listed = sum(again(empty, left).index().sizes.values())
         before = {info.name for info in left.list("packs/")}
         report = job(left)
-        assert isinstance(report, CopyReport) and report.is_whole
+        assert isinstance(report, CopyReport)
+        assert report.is_whole
         check_same(source, there)
         # What a run has stored and listed, the next one does not send again.
         sent = sum(info.size for info in left.list("packs/") if info.name not in before)
@@ -213,13 +213,13 @@ def test_whatever_read_of_the_source_fails_nothing_wrong_is_published(fault: Fau
     origin = Source()
     origin.publish(grown(3))
     failed = refused = 0
+    expected = Unavailable if fault is Fault.UNAVAILABLE else Corrupt
     for number in itertools.count(1):
         source = Source(twin(origin.repository), origin.shown)
         store, to = FaultStore(source.repository.store, [On(number, fault, operation="get")]), repository()
         try:
             report = run(CopyRequest(), source.opened(store), RepositoryDestination(again(to)))
-        except SnapchainError as error:
-            assert isinstance(error, Unavailable if fault is Fault.UNAVAILABLE else Corrupt)
+        except expected:
             failed += 1
         else:
             refused += not report.is_whole
@@ -306,9 +306,8 @@ def test_a_lost_record_of_a_layer_is_named() -> None:
     source, to = Source(), repository()
     source.publish(grown(3))
     source.repository.store.delete(f"layers/{source.repository.catalogue(DISK).points[1].layer}")
-    assert [each.point for each in plan(CopyRequest(), source.opened(), RepositoryDestination(to)).disks[0].refused] == [
-        2, 3,
-    ]  # fmt: skip
+    planned = plan(CopyRequest(), source.opened(), RepositoryDestination(to))
+    assert [each.point for each in planned.disks[0].refused] == [2, 3]
     report = copy(source, to)
     assert [each.point for each in report.disks[0].points] == [1]
     assert [each.kind for each in report.disks[0].refused] == ["corrupt", "corrupt"]
@@ -325,3 +324,105 @@ def test_damage_at_the_destination_is_not_built_on() -> None:
     assert copy(source, to).is_whole
     for number in (3, 4, 5):
         assert content(to, DISK, number) == source.shown[DISK, number]
+
+
+def test_a_point_that_is_dropped_there_meanwhile_is_no_base() -> None:
+    source, to = Source(), repository()
+    source.publish(grown(2))
+    copy(source, to)
+    source.publish(grown(4))
+
+    def happens() -> None:
+        RepositoryMerge(again(to), DISK, DropPoints(frozenset([1]))).run()
+
+    for number in range(1, 12):
+        store = Meanwhile(twin(to).store, number, happens)
+        assert run(CopyRequest(), source.opened(), RepositoryDestination(again(to, store))).is_whole
+        for point in again(to, store.inner).catalogue(DISK).points:
+            assert content(again(to, store.inner), DISK, point.point) == source.shown[DISK, point.point]
+
+
+# --- whose points they are
+
+
+def points_there(repo: Repository, disk: str = DISK) -> list[tuple[int, bytes]]:
+    return [(point.point, content(repo, disk, point.point)) for point in again(repo).catalogue(disk).points]
+
+
+def test_newest_and_since() -> None:
+    source, to = Source(), repository()
+    source.publish(grown(5))
+    assert [point.point for point in copy(source, to, newest=True).disks[0].points] == [5]
+    for since, numbers in [("p4", [4]), ("3", [3]), ("2026-11-02T00:30:00Z", [2])]:
+        assert [point.point for point in copy(source, to, since=since).disks[0].points] == numbers
+    assert [point.point for point in copy(source, to, since="2020-01-01").disks[0].points] == [1]
+    check_same(source, to)
+    assert copy(source, to, since="nothing").disks[0].failed is not None
+    with pytest.raises(InvalidInput, match="both given"):
+        copy(source, to, newest=True, since="3")
+
+
+def test_names_and_patterns() -> None:
+    source, to = Source(), repository()
+    for disk in ("web1/vda", "web1/vdb", "db/vda"):
+        source.publish(grown(1), disk=disk)
+    assert [disk.disk for disk in copy(source, to, "web*").disks] == ["web1/vda", "web1/vdb"]
+    assert [disk.disk for disk in copy(source, to, "db/vda").disks] == ["db/vda"]
+    with pytest.raises(NotFound, match="'mail' names no disk and no guest"):
+        copy(source, to, "web1/vda", "mail")
+
+
+def test_points_beside_those_of_another_origin_get_the_next_numbers() -> None:
+    source, other, to = Source(), Source(), repository()
+    other.publish([drawn(LEAF, [Run(0, LEAF, 5000 + n)], b"") for n in range(2)])
+    source.publish(grown(5))
+    copy(other, to)
+    (disk,) = copy(source, to, newest=True).disks
+    assert (disk.keeps_numbers, [(point.point, point.point_there) for point in disk.points]) == (False, [(5, 3)])
+    # Those that are not newer than what is there would become `latest`.
+    report = copy(source, to)
+    assert not report.is_whole
+    assert [(each.point, each.kind) for each in report.disks[0].refused] == [(n, "conflict") for n in (1, 2, 3, 4)]
+    assert (report.disks[0].present, report.points) == (1, 0)
+    source.publish([drawn(LEAF, [Run(0, LEAF, 6000)], b"")])
+    assert [(point.point, point.point_there) for point in copy(source, to).disks[0].points] == [(6, 4)]
+    assert points_there(to)[2:] == [(3, source.shown[DISK, 5]), (4, source.shown[DISK, 6])]
+
+
+def test_a_disk_that_follows_on_older_points_keeps_its_numbers() -> None:
+    source, to = Source(), repository()
+    source.publish(grown(2))
+    copy(source, to)
+    source.publish(grown(3))
+    source.drop(1, 2)
+    assert [(point.point, point.point_there) for point in copy(source, to).disks[0].points] == [(3, 3), (4, 4), (5, 5)]
+
+
+def test_the_same_place_is_refused() -> None:
+    source = Source()
+    source.publish(grown(1))
+    with pytest.raises(InvalidInput, match="both have the id"):
+        copy(source, source.repository)
+    with pytest.raises(InvalidInput, match="both have the id"):
+        plan(CopyRequest(), source.opened(), RepositoryDestination(twin(source.repository)))
+
+
+def test_a_later_epoch_goes_along_and_an_earlier_one_is_refused() -> None:
+    source, to = Source(), repository()
+    source.publish(grown(2))
+    copy(source, to)
+    disk = again(source.repository).disk(DISK)
+    disk.advance(disk.read(), time=BEGIN, epoch=2, owner="kvm2")
+    report = copy(source, to)
+    there = again(to).catalogue(DISK)
+    assert (report.is_whole, there.epoch, there.owner) == (True, 2, "kvm2")
+    # The copy was taken over: what the source gets from now on is another disk.
+    disk = again(to).disk(DISK)
+    disk.advance(disk.read(), time=BEGIN, epoch=3, owner="kvm3")
+    source.publish(grown(1))
+    for found in (
+        plan(CopyRequest(), source.opened(), RepositoryDestination(again(to))),
+        copy(source, to),
+    ):
+        assert "epoch 2 in the source, and in epoch 3 there" in str(found.disks[0].failed)
+    assert len(again(to).catalogue(DISK).points) == 2

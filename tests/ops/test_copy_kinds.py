@@ -1,0 +1,176 @@
+"""Copies from each kind of source and to each kind of store, with real images: judged by qemu-img compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from snapchain.destination.records import DiskRecord
+from snapchain.errors import Unsupported
+from snapchain.model.events import Event, Notice
+from snapchain.objects import open_store
+from snapchain.objects.store import Data, Refused, StoreWrapper
+from snapchain.ops.copy import CopyRequest, plan, run
+from snapchain.ops.guest_points import GuestView, fault_of, guest_named
+from snapchain.ops.guest_records import read_record
+from snapchain.replica.destination import ReplicaDestination
+from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.repository import Repository
+from tests.ops.guest_points import GUEST, Guest
+from tests.ops.shipping import DISK, delivery, local, random_stack, restore, ship
+from tests.ops.stacks import qemu_img, write
+from tests.repository.synthetic import again, repository
+from tests.servers import S3Server
+
+
+def check_restores(shown: dict[int, Path], to: Repository, scratch: Path, disk: str = DISK) -> None:
+    """Each point restores to the bytes of its moment, says qemu-img."""
+    scratch.mkdir(exist_ok=True)
+    for number, path in shown.items():
+        restore(to, scratch / f"{number}.out.qcow2", number, disk=disk)
+        qemu_img("compare", "-f", "raw", "-F", "qcow2", path, scratch / f"{number}.out.qcow2")
+
+
+def contents(records: tuple[DiskRecord, ...]) -> dict[tuple[str, int], str]:
+    return {(disk.name, point.point): point.content_id for disk in records for point in disk.points}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_replica_is_copied_into_a_repository(tmp_path: Path, seed: int) -> None:
+    """All of its points, some of them first: over one connection for those that follow on each other."""
+    stack = random_stack(tmp_path / "stack", seed, layers=5)
+    source = ReplicaDestination(DirectoryEndpoint(tmp_path / "replica"))
+    to = repository()
+    for place in (1, 4):
+        with delivery(source, stack.files[place], DISK, each_layer=True) as work:
+            work.run()
+        report = run(CopyRequest(), source, RepositoryDestination(again(to)))
+        assert report.is_whole
+    copied = RepositoryDestination(again(to)).disks()
+    assert contents(copied) == contents(source.disks())
+    check_restores(dict(enumerate(stack.shown, 1)), to, tmp_path)
+    assert run(CopyRequest(), source, RepositoryDestination(again(to))).points == 0
+    assert plan(CopyRequest(), source, RepositoryDestination(repository())).points == 5
+
+
+def test_a_replica_whose_file_was_changed_gives_no_later_point(tmp_path: Path) -> None:
+    stack = random_stack(tmp_path / "stack", 4, layers=3)
+    root = tmp_path / "replica"
+    source, to = ReplicaDestination(DirectoryEndpoint(root)), repository()
+    with delivery(source, stack.files[-1], DISK, each_layer=True) as work:
+        work.run()
+    damaged = sorted(path for path in root.rglob("*.qcow2"))[1]
+    damaged.chmod(0o644)
+    write(damaged, "write -P 77 0 512")
+    report = run(CopyRequest(), source, RepositoryDestination(again(to)))
+    (disk,) = report.disks
+    assert [point.point for point in disk.points] == [1]
+    assert [(each.point, each.kind) for each in disk.refused] == [(2, "corrupt"), (3, "corrupt")]
+    assert "recorded is" in disk.refused[0].message
+
+
+def test_a_replica_takes_no_copies(tmp_path: Path) -> None:
+    source = repository()
+    with pytest.raises(Unsupported, match="points are copied to repositories, and this is a replica"):
+        run(
+            CopyRequest(),
+            RepositoryDestination(source),
+            ReplicaDestination(DirectoryEndpoint(tmp_path / "replica")),
+        )
+
+
+# --- guests
+
+
+def the_guest(at: Repository) -> GuestView:
+    view = guest_named(RepositoryDestination(again(at)).disks(), GUEST)
+    assert view is not None
+    return view
+
+
+def test_guest_points_are_copied_whole(tmp_path: Path) -> None:
+    source, to = local(tmp_path / "source"), repository()
+    guest = Guest(tmp_path / "images")
+    for number in (1, 2):
+        guest.point(RepositoryDestination(again(source)), number, labels=[f"p{number}"])
+    there = RepositoryDestination(again(to))
+    report = run(CopyRequest(names=[GUEST], newest=True), RepositoryDestination(again(source)), there)
+    assert (report.is_whole, [len(disk.points) for disk in report.disks]) == (True, [1, 1, 1])
+    assert [point.labels for point in the_guest(to).points] == [("p2",)]
+    report = run(CopyRequest(), RepositoryDestination(again(source)), there)
+    assert report.is_whole
+    view = the_guest(to)
+    assert [(point.point, point.instant, point.labels) for point in view.points] == [
+        (point.point, point.instant, point.labels) for point in the_guest(source).points
+    ]
+    assert (view.disks, view.leftovers) == (("web1/vda", "web1/vdb"), ())
+    for point in view.points:
+        record = read_record(RepositoryDestination(again(to)), point, disk=view.record_disk)
+        assert all(fault_of(point, disk, subject=view.name) is None for disk in record.disks)
+    for name in guest.names:
+        shown = {n: guest.shown[f"{n:032x}", name] for n in (1, 2)}
+        check_restores(shown, to, tmp_path / name, disk=guest.disk(name))
+    # The copy knows where the guest comes from, so that a failover there asks first; the source is not told.
+    assert [place.id for place in there.guest_state(GUEST).others] == [source.config.id]
+    assert RepositoryDestination(again(source)).guest_state(GUEST).others == ()
+
+
+def test_a_guest_point_without_all_its_disks_is_left_out(tmp_path: Path) -> None:
+    source, to = local(tmp_path / "source"), repository()
+    guest = Guest(tmp_path / "images")
+    guest.point(RepositoryDestination(again(source)), 1)
+    guest.point(RepositoryDestination(again(source)), 2)
+    lost = again(source).catalogue(guest.disk("vdb")).points[-1].layer
+    source.store.delete(f"layers/{lost}")
+    report = run(CopyRequest(), RepositoryDestination(again(source)), RepositoryDestination(again(to)))
+    refused = {disk.disk: [(each.point, each.kind) for each in disk.refused] for disk in report.disks}
+    assert refused == {"web1/.guest": [(2, "not-found")], "web1/vda": [], "web1/vdb": [(2, "corrupt")]}
+    assert [point.point for point in the_guest(to).points] == [1]
+
+
+# --- stores
+
+
+def test_between_two_servers(tmp_path: Path, moto: S3Server, rclone_server: S3Server) -> None:
+    stack = random_stack(tmp_path / "stack", 3, layers=4)
+    source = repository(open_store(f"s3://{moto.new_bucket()}/here"))
+    ship(stack.files[-1], source, each_layer=True)
+    to = repository(open_store(f"s3://{rclone_server.new_bucket()}/there", endpoint=rclone_server.endpoint))
+    to.conditional = False
+    report = run(CopyRequest(), RepositoryDestination(again(source)), RepositoryDestination(again(to)))
+    assert report.is_whole
+    check_restores(dict(enumerate(stack.shown, 1)), to, tmp_path)
+
+
+class ReadOnly(StoreWrapper):
+    """What a key for reading alone allows."""
+
+    def put(self, name: str, data: Data) -> None:
+        _ = data
+        raise Refused("access denied (AccessDenied)", subject=name)
+
+    def create(self, name: str, data: Data) -> bool:
+        _ = data
+        raise Refused("access denied (AccessDenied)", subject=name)
+
+    def delete(self, name: str) -> None:
+        raise Refused("access denied (AccessDenied)", subject=name)
+
+
+def test_a_key_that_can_only_read_the_source_is_enough(tmp_path: Path) -> None:
+    source, to = local(tmp_path / "source"), repository()
+    guest = Guest(tmp_path / "images")
+    guest.point(RepositoryDestination(again(source)), 1)
+    heard: list[Event] = []
+    report = run(
+        CopyRequest(),
+        RepositoryDestination(again(source, ReadOnly(source.store))),
+        RepositoryDestination(again(to)),
+        on_event=heard.append,
+    )
+    assert report.is_whole
+    assert report.points == 3
+    assert any("reading without a lease" in each.message for each in heard if isinstance(each, Notice))
+    check_restores({1: guest.shown[f"{1:032x}", "vda"]}, to, tmp_path, disk=guest.disk("vda"))
