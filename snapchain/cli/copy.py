@@ -52,6 +52,9 @@ def copy(
         str | None,
         typer.Option("--since", metavar="POINT", help="Copy this point of each disk and those after it."),
     ] = None,
+    newer: Annotated[
+        bool, typer.Option("--newer", help="Copy only points after the newest one that DEST has of the disk.")
+    ] = False,
     source_password_file: Annotated[
         Path | None,
         typer.Option(
@@ -97,15 +100,17 @@ def copy(
     Guest points are copied whole: the points of all disks, then the record with the definition. A copy is no other
     destination of the guest: a failover at SRC does not ask DEST. A failover at DEST asks SRC first.
 
-    A point that is damaged in SRC is left out and named, and the others are copied. Then the exit code is 10. A point
-    that was dropped at DEST is copied again as long as SRC has it; with --since it is left out.
+    A point that is damaged in SRC is left out and named, and the others are copied. Then the exit code is 10.
+
+    A point that was dropped at DEST is copied again as long as SRC has it. --newer leaves it out: use that where DEST
+    keeps fewer points than SRC.
 
     The passphrase of SRC is that of DEST, unless an option or SNAPCHAIN_SOURCE_PASSWORD gives another one. An empty
     SNAPCHAIN_SOURCE_PASSWORD is for a source without encryption.
     """
     from snapchain.ops import copy as ops
 
-    request = ops.CopyRequest(names=tuple(names or ()), newest=newest, since=since)
+    request = ops.CopyRequest(names=tuple(names or ()), newest=newest, since=since, newer=newer)
     request.check()
     for address in (source, dest):
         _check_destination(address)

@@ -56,11 +56,17 @@ class Lacking(Generic[P]):
     too_old: tuple[P, ...] = ()
 
 
-def lacking(wanted: Sequence[P], source: Sequence[Copied], there: Sequence[Copied]) -> Lacking[P]:
-    """wanted: of the points of `source` those that are to be there; all ascend by number."""
+def lacking(
+    wanted: Sequence[P], source: Sequence[Copied], there: Sequence[Copied], *, newer: bool = False
+) -> Lacking[P]:
+    """wanted: of the points of `source` those that are to be there; all ascend by number.
+
+    newer: leave out what is older than the newest point that both have: it was there, and was dropped
+    """
     known = {identity(point) for point in there}
     present = tuple(point for point in wanted if identity(point) in known)
-    rest = [point for point in wanted if identity(point) not in known]
+    newest_common = max((point.point for point in source if identity(point) in known), default=0) if newer else 0
+    rest = [point for point in wanted if identity(point) not in known and point.point > newest_common]
     if keeps_numbers(source, there):
         return Lacking(tuple(rest), keeps_numbers=True, present=present)
     newest = max(point.time for point in there)

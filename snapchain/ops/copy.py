@@ -15,7 +15,8 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 
@@ -49,11 +50,13 @@ class CopyRequest:
     names: disks, guests, and patterns such as web*; none: all disks
     newest: of each disk only the newest point, and the points of the newest guest point
     since: the text after '@' of an address: that point of each disk, and those after it
+    newer: only points after the newest one that the destination has of the disk
     """
 
     names: Sequence[str] = ()
     newest: bool = False
     since: str | None = None
+    newer: bool = False
 
     def check(self) -> None:
         """Raises InvalidInput for what contradicts itself."""
@@ -219,10 +222,14 @@ def _check_places(source: Destination, destination: Destination) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """A disk of the source. points: of it that are to be there; failed: why none can be chosen"""
+    """A disk of the source. points: of it that are to be there; newer: as of CopyRequest
+
+    siblings: of the records of a guest, the guest's disks; failed: why no point can be chosen
+    """
 
     record: DiskRecord
     points: tuple[PointRecord, ...]
+    newer: bool = False
     siblings: tuple[DiskRecord, ...] = ()
     failed: SnapchainError | None = None
 
@@ -234,10 +241,18 @@ class _Chosen:
 def _chosen(request: CopyRequest, source: ReadableDestination) -> list[_Chosen]:
     """The disks, those with the records of guests last. Raises NotFound for a name that is nothing there."""
     request.check()
-    disks = source.disks()
+    disks = _listed(request, source)
     names = _named(request.names, disks, source.url)
     found = [_points_of(request, disk, disks) for disk in disks if disk.name in names and disk.points]
     return sorted(found, key=lambda each: (guest_of(each.name) is not None, each.name))
+
+
+def _listed(request: CopyRequest, source: ReadableDestination) -> tuple[DiskRecord, ...]:
+    """The disks of the source among which some are chosen: those that are named, where nothing else is asked about."""
+    if request.names and not request.newest and all(guest_of(name) is None for name in request.names):
+        with suppress(NotFound):  # a pattern, or a guest
+            return tuple(disk for name in dict.fromkeys(request.names) for disk in source.disks(name))
+    return source.disks()
 
 
 def _named(names: Sequence[str], disks: Sequence[DiskRecord], url: str) -> set[str]:
@@ -268,7 +283,7 @@ def _points_of(request: CopyRequest, disk: DiskRecord, disks: Sequence[DiskRecor
             points = _since(disk, request.since)
         except NotFound as error:
             points, failed = (), error
-    return _Chosen(disk, points, tuple(siblings), failed)
+    return _Chosen(disk, points, request.newer, tuple(siblings), failed)
 
 
 def _since(disk: DiskRecord, text: str) -> tuple[PointRecord, ...]:
@@ -290,7 +305,7 @@ def _there(destination: ReadableDestination, disk: str) -> DiskRecord | None:
 
 
 def _found_lacking(chosen: _Chosen, there: DiskRecord | None) -> Lacking[PointRecord]:
-    return lacking(chosen.points, chosen.record.points, () if there is None else there.points)
+    return lacking(chosen.points, chosen.record.points, () if there is None else there.points, newer=chosen.newer)
 
 
 def _too_old(found: Lacking[PointRecord]) -> Iterator[RefusedPoint]:
@@ -460,7 +475,7 @@ class _Disk:
         record = self.source.disks(self.chosen.name)[0]
         wanted = {identity(point) for point in self.chosen.points}
         points = tuple(point for point in record.points if identity(point) in wanted)
-        self.chosen = _Chosen(record, points, self.chosen.siblings)
+        self.chosen = replace(self.chosen, record=record, points=points)
 
     def report(self, failed: SnapchainError | None = None) -> DiskReport:
         """What was done by now."""

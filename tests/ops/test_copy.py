@@ -362,6 +362,17 @@ def test_newest_and_since() -> None:
         copy(source, to, newest=True, since="3")
 
 
+def test_what_was_dropped_there_stays_dropped_with_newer() -> None:
+    source, to = Source(), repository()
+    source.publish(grown(4))
+    copy(source, to)
+    RepositoryMerge(again(to), DISK, DropPoints(frozenset([1, 2]))).run()
+    source.publish(grown(2))
+    assert [point.point for point in copy(source, to, newer=True).disks[0].points] == [5, 6]
+    assert [point.point for point in copy(source, to).disks[0].points] == [1, 2]
+    check_same(source, to)
+
+
 def test_names_and_patterns() -> None:
     source, to = Source(), repository()
     for disk in ("web1/vda", "web1/vdb", "db/vda"):
