@@ -14,7 +14,7 @@ from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import heading, moment, size
 from snapchain.errors import InvalidInput, PartialFailure
-from snapchain.host.terminal import counted
+from snapchain.host.terminal import counted, numbered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -182,7 +182,7 @@ def _source(
 
 
 def _status(done: CopyPlan | CopyReport) -> int:
-    return 0 if done.is_whole else PartialFailure.exit_code
+    return 0 if done.ok else PartialFailure.exit_code
 
 
 def _draw_plan(console: Console, plan: CopyPlan) -> None:
@@ -216,10 +216,9 @@ def _draw_report(console: Console, report: CopyReport) -> None:
 
 def _numbers(disk: DiskReport) -> str:
     """The numbers in the source, and those at the destination where they are others."""
-    return ", ".join(
-        str(each.point) if each.point == each.point_there else f"{each.point} as {each.point_there}"
-        for each in disk.points
-    )
+    if all(each.point == each.point_there for each in disk.points):
+        return numbered([each.point for each in disk.points])
+    return ", ".join(f"{each.point} as {each.point_there}" for each in disk.points)
 
 
 def _draw_problems(console: Console, done: CopyPlan | CopyReport) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from snapchain.destination.copying import CopyReader, CopyWriter, GuardedView, ReadLayer
 from snapchain.destination.guest_record import guest_of
@@ -118,8 +118,9 @@ class CopyPlan(_Shown):
     points: int
     data_bytes: int
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
-    def is_whole(self) -> bool:
+    def ok(self) -> bool:
         """Whether nothing that was chosen is left out."""
         return all(disk.failed is None and not disk.refused for disk in self.disks)
 
@@ -148,8 +149,9 @@ class CopyReport(_Shown):
     bytes_stored: int
     seconds: float
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
-    def is_whole(self) -> bool:
+    def ok(self) -> bool:
         """As of CopyPlan."""
         return all(disk.failed is None and not disk.refused for disk in self.disks)
 

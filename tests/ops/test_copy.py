@@ -118,7 +118,7 @@ def test_all_points_are_copied_with_their_numbers() -> None:
     source.publish(grown(5))
     source.drop(2)
     report = copy(source, to)
-    assert report.is_whole
+    assert report.ok
     assert report.points == 4
     assert [(point.point, point.point_there) for point in report.disks[0].points] == [(n, n) for n in (1, 3, 4, 5)]
     check_same(source, to)
@@ -138,11 +138,11 @@ def test_chains_copied_in_instalments(chains: list[list[Drawn]], data: st.DataOb
         for _ in range(data.draw(st.integers(0, 2))):
             step = data.draw(st.sampled_from(["copy", "newest", "since", "drop", "gc", "drop there"]))
             if step == "copy":
-                assert copy(source, to).is_whole
+                assert copy(source, to).ok
             elif step == "newest":
-                assert copy(source, to, newest=True).is_whole
+                assert copy(source, to, newest=True).ok
             elif step == "since":
-                assert copy(source, to, since=str(data.draw(st.sampled_from(numbers)))).is_whole
+                assert copy(source, to, since=str(data.draw(st.sampled_from(numbers)))).ok
             elif step == "drop" and len(numbers) > 1:
                 source.drop(data.draw(st.sampled_from(numbers)))
                 numbers = [number for _, number in source.shown]
@@ -153,7 +153,7 @@ def test_chains_copied_in_instalments(chains: list[list[Drawn]], data: st.DataOb
                 if len(there) > 1:
                     chosen = data.draw(st.sampled_from([point.point for point in there]))
                     RepositoryMerge(again(to), DISK, DropPoints(frozenset([chosen]))).run()
-    assert copy(source, to).is_whole
+    assert copy(source, to).ok
     check_same(source, to)
     assert copy(source, to).points == 0
 
@@ -197,7 +197,7 @@ def test_a_crash_at_each_step_loses_nothing_and_the_next_run_finishes() -> None:
         before = {info.name for info in left.list("packs/")}
         report = job(left)
         assert isinstance(report, CopyReport)
-        assert report.is_whole
+        assert report.ok
         check_same(source, there)
         # What a run has stored and listed, the next one does not send again.
         sent = sum(info.size for info in left.list("packs/") if info.name not in before)
@@ -222,11 +222,11 @@ def test_whatever_read_of_the_source_fails_nothing_wrong_is_published(fault: Fau
         except expected:
             failed += 1
         else:
-            refused += not report.is_whole
+            refused += not report.ok
         if to.disk(DISK).read():
             for point in again(to).catalogue(DISK).points:
                 assert content(to, DISK, point.point) == source.shown[DISK, point.point]
-        assert copy(source, to).is_whole
+        assert copy(source, to).ok
         check_same(source, to)
         if sum(call.operation == "get" for call in store.calls) < number:
             break
@@ -269,7 +269,7 @@ def test_points_that_are_dropped_merged_and_collected_meanwhile() -> None:
 
         store = Meanwhile(source.repository.store, number, happens)
         report = run(CopyRequest(), source.opened(store), RepositoryDestination(again(to)))
-        assert report.is_whole, report
+        assert report.ok, report
         for point in again(to).catalogue(DISK).points:
             assert content(to, DISK, point.point) == origin.shown[DISK, point.point]
         check_same(source, to)
@@ -295,7 +295,7 @@ def test_what_is_damaged_is_named_and_the_other_points_are_copied() -> None:
     assert (len(db.points), [point.point for point in web.points]) == (2, [1, 4])
     assert [(each.point, each.kind) for each in web.refused] == [(2, "corrupt"), (3, "corrupt")]
     assert "the pack is missing from the store" in web.refused[0].message
-    assert not report.is_whole
+    assert not report.ok
     for number in (1, 4):
         assert content(to, DISK, number) == source.shown[DISK, number]
     assert verify(again(to), share=1.0).ok
@@ -321,7 +321,7 @@ def test_damage_at_the_destination_is_not_built_on() -> None:
         to.store.delete(info.name)
     more = grown(3)
     source.publish(more)
-    assert copy(source, to).is_whole
+    assert copy(source, to).ok
     for number in (3, 4, 5):
         assert content(to, DISK, number) == source.shown[DISK, number]
 
@@ -337,7 +337,7 @@ def test_a_point_that_is_dropped_there_meanwhile_is_no_base() -> None:
 
     for number in range(1, 12):
         store = Meanwhile(twin(to).store, number, happens)
-        assert run(CopyRequest(), source.opened(), RepositoryDestination(again(to, store))).is_whole
+        assert run(CopyRequest(), source.opened(), RepositoryDestination(again(to, store))).ok
         for point in again(to, store.inner).catalogue(DISK).points:
             assert content(again(to, store.inner), DISK, point.point) == source.shown[DISK, point.point]
 
@@ -392,7 +392,7 @@ def test_points_beside_those_of_another_origin_get_the_next_numbers() -> None:
     assert (disk.keeps_numbers, [(point.point, point.point_there) for point in disk.points]) == (False, [(5, 3)])
     # Those that are not newer than what is there would become `latest`.
     report = copy(source, to)
-    assert not report.is_whole
+    assert not report.ok
     assert [(each.point, each.kind) for each in report.disks[0].refused] == [(n, "conflict") for n in (1, 2, 3, 4)]
     assert (report.disks[0].present, report.points) == (1, 0)
     source.publish([drawn(LEAF, [Run(0, LEAF, 6000)], b"")])
@@ -426,7 +426,7 @@ def test_a_later_epoch_goes_along_and_an_earlier_one_is_refused() -> None:
     disk.advance(disk.read(), time=BEGIN, epoch=2, owner="kvm2")
     report = copy(source, to)
     there = again(to).catalogue(DISK)
-    assert (report.is_whole, there.epoch, there.owner) == (True, 2, "kvm2")
+    assert (report.ok, there.epoch, there.owner) == (True, 2, "kvm2")
     # The copy was taken over: what the source gets from now on is another disk.
     disk = again(to).disk(DISK)
     disk.advance(disk.read(), time=BEGIN, epoch=3, owner="kvm3")

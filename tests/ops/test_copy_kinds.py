@@ -47,7 +47,7 @@ def test_a_replica_is_copied_into_a_repository(tmp_path: Path, seed: int) -> Non
         with delivery(source, stack.files[place], DISK, each_layer=True) as work:
             work.run()
         report = run(CopyRequest(), source, RepositoryDestination(again(to)))
-        assert report.is_whole
+        assert report.ok
     copied = RepositoryDestination(again(to)).disks()
     assert contents(copied) == contents(source.disks())
     check_restores(dict(enumerate(stack.shown, 1)), to, tmp_path)
@@ -97,10 +97,10 @@ def test_guest_points_are_copied_whole(tmp_path: Path) -> None:
         guest.point(RepositoryDestination(again(source)), number, labels=[f"p{number}"])
     there = RepositoryDestination(again(to))
     report = run(CopyRequest(names=[GUEST], newest=True), RepositoryDestination(again(source)), there)
-    assert (report.is_whole, [len(disk.points) for disk in report.disks]) == (True, [1, 1, 1])
+    assert (report.ok, [len(disk.points) for disk in report.disks]) == (True, [1, 1, 1])
     assert [point.labels for point in the_guest(to).points] == [("p2",)]
     report = run(CopyRequest(), RepositoryDestination(again(source)), there)
-    assert report.is_whole
+    assert report.ok
     view = the_guest(to)
     assert [(point.point, point.instant, point.labels) for point in view.points] == [
         (point.point, point.instant, point.labels) for point in the_guest(source).points
@@ -140,7 +140,7 @@ def test_between_two_servers(tmp_path: Path, moto: S3Server, rclone_server: S3Se
     to = repository(open_store(f"s3://{rclone_server.new_bucket()}/there", endpoint=rclone_server.endpoint))
     to.conditional = False
     report = run(CopyRequest(), RepositoryDestination(again(source)), RepositoryDestination(again(to)))
-    assert report.is_whole
+    assert report.ok
     check_restores(dict(enumerate(stack.shown, 1)), to, tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_a_key_that_can_only_read_the_source_is_enough(tmp_path: Path) -> None:
         RepositoryDestination(again(to)),
         on_event=heard.append,
     )
-    assert report.is_whole
+    assert report.ok
     assert report.points == 3
     assert any("reading without a lease" in each.message for each in heard if isinstance(each, Notice))
     check_restores({1: guest.shown[f"{1:032x}", "vda"]}, to, tmp_path, disk=guest.disk("vda"))
