@@ -366,6 +366,7 @@ def _amounts(
                 base = next((each for each in reader.on_chain(point.point) if _content(by_number[each]) in shown), None)
                 amount = reader.data_bytes(base, point.point)
             except Corrupt as error:
+                reader.check_there()
                 refused.append(_refused(point, error))
                 continue
             shown.add(_content(point))

@@ -70,6 +70,7 @@ class RepositoryCopyReader:
         self._repository, self._catalogue = repository, catalogue
         self._points = {point.point: point for point in catalogue.points}
         self._layers: dict[str, StoredLayer] = {}
+        self._asked: set[str] = set()
         self._composed: tuple[tuple[str, ...], Extents] | None = None
 
     @property
@@ -97,11 +98,12 @@ class RepositoryCopyReader:
 
     def check_there(self) -> None:
         """See `CopyReader`."""
-        self._repository.check_there({self._catalogue.disk: list(self._layers)})
+        self._repository.check_there({self._catalogue.disk: self._asked})
 
     def _parts(self, base: int | None, point: int) -> tuple[list[StoredLayer], list[StoredLayer]]:
         """The chain of a point, root first, and the layers of it above the base."""
         ids = self._catalogue.chain(self._point(point).layer)
+        self._asked.update(ids)
         self._layers |= self._repository.layers([each for each in ids if each not in self._layers])
         chain = [self._layers[each] for each in ids]
         first = 0 if base is None else ids.index(self._point(base).layer) + 1

@@ -15,10 +15,11 @@ from snapchain.destination.reading import Sink
 from snapchain.errors import Corrupt, InvalidInput, NotFound, Unavailable
 from snapchain.model.retention import DropPoints
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import ObjectStore, StoreWrapper
+from snapchain.objects.store import Data, ObjectStore, Refused, StoreWrapper
 from snapchain.ops.copy import CopyReport, CopyRequest, plan, run
-from snapchain.repository import collecting, packs
+from snapchain.repository import collecting, copying, packs
 from snapchain.repository.catalogue import Hold, Point
+from snapchain.repository.chain import ChainView
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
@@ -255,8 +256,17 @@ class Meanwhile(StoreWrapper):
         return self.inner.get(name, offset=offset, length=length)
 
 
+class ReadOnly(StoreWrapper):
+    """What a key for reading alone allows: no lease can be placed, so a collector spares nothing."""
+
+    def put(self, name: str, data: Data) -> None:
+        _ = data
+        raise Refused("access denied (AccessDenied)", subject=name)
+
+
 @pytest.mark.sampled
-def test_points_that_are_dropped_merged_and_collected_meanwhile() -> None:
+@pytest.mark.parametrize("leases", [True, False])
+def test_points_that_are_dropped_merged_and_collected_meanwhile(*, leases: bool) -> None:
     origin = Source()
     origin.publish(grown(5))
     seen: set[tuple[int, ...]] = set()
@@ -268,8 +278,9 @@ def test_points_that_are_dropped_merged_and_collected_meanwhile() -> None:
             collecting.run(again(source.repository))
 
         store = Meanwhile(source.repository.store, number, happens)
-        report = run(CopyRequest(), source.opened(store), RepositoryDestination(again(to)))
-        assert report.ok, report
+        read = source.opened(store if leases else ReadOnly(store))
+        report = run(CopyRequest(), read, RepositoryDestination(again(to)))
+        assert report.ok, (number, report.disks)
         for point in again(to).catalogue(DISK).points:
             assert content(to, DISK, point.point) == origin.shown[DISK, point.point]
         check_same(source, to)
@@ -277,6 +288,7 @@ def test_points_that_are_dropped_merged_and_collected_meanwhile() -> None:
         if not store.has_happened:
             break
     assert {(3, 5), (1, 2, 3, 4, 5)} <= seen
+    assert leases == (len(seen) == 2)  # what is read under a lease stays until it was copied
 
 
 def test_what_is_damaged_is_named_and_the_other_points_are_copied() -> None:
@@ -300,6 +312,34 @@ def test_what_is_damaged_is_named_and_the_other_points_are_copied() -> None:
         assert content(to, DISK, number) == source.shown[DISK, number]
     assert verify(again(to), share=1.0).ok
     assert [point.point for point in copy(source, to).disks[1].refused] == [2, 3]
+
+
+def test_what_differs_from_the_content_id_of_the_source_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(ChainView):
+        def read_pieces(self, pieces: Sequence[tuple[int, memoryview]], /) -> None:
+            super().read_pieces(pieces)
+            pieces[0][1][0] ^= 1
+
+    source, to = Source(), repository()
+    source.publish(grown(2))
+    monkeypatch.setattr(copying, "ChainView", Wrong)
+    (disk,) = copy(source, to).disks
+    assert [(each.point, each.kind) for each in disk.refused] == [(1, "corrupt"), (2, "corrupt")]
+    assert "what was read has the content id" in disk.refused[0].message
+    assert to.disk(DISK).read() is None
+
+
+def test_what_is_there_is_not_read_again() -> None:
+    source, to = Source(), repository()
+    stack = grown(6)
+    source.publish(stack[:3])
+    assert copy(source, to).bytes_read == 8 * LEAF
+    source.publish(stack, of=[3])
+    assert copy(source, to).bytes_read == 4 * LEAF  # another chain
+    source.drop(1, 2)
+    source.publish(stack[:3], of=[2])
+    report = copy(source, to)
+    assert (report.points, report.bytes_read, report.bytes_stored) == (1, 0, 0)
 
 
 def test_a_lost_record_of_a_layer_is_named() -> None:

@@ -9,6 +9,7 @@ import pytest
 from snapchain.destination.records import DiskRecord
 from snapchain.errors import Unsupported
 from snapchain.model.events import Event, Notice
+from snapchain.model.retention import DropPoints
 from snapchain.objects import open_store
 from snapchain.objects.store import Data, Refused, StoreWrapper
 from snapchain.ops.copy import CopyRequest, plan, run
@@ -17,12 +18,15 @@ from snapchain.ops.guest_records import read_record
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from tests.ops.guest_points import GUEST, Guest
-from tests.ops.shipping import DISK, delivery, local, random_stack, restore, ship
-from tests.ops.stacks import qemu_img, write
+from tests.ops.shipping import DISK, MiB, delivery, local, random_stack, restore, ship
+from tests.ops.stacks import Layer, build, flat, qemu_img, write
 from tests.repository.synthetic import again, repository
 from tests.servers import S3Server
+
+KiB = 1 << 10
 
 
 def check_restores(shown: dict[int, Path], to: Repository, scratch: Path, disk: str = DISK) -> None:
@@ -79,6 +83,26 @@ def test_a_replica_takes_no_copies(tmp_path: Path) -> None:
             RepositoryDestination(source),
             ReplicaDestination(DirectoryEndpoint(tmp_path / "replica")),
         )
+
+
+def test_after_a_merge_in_the_source_only_the_new_data_is_read(tmp_path: Path) -> None:
+    size = 4 * MiB
+    layers = [Layer(size, ["write -P 1 0 4M"])]
+    layers += [Layer(size, [f"write -P {n} {n * 128}k 64k", f"write -P {n} {n}k 512"]) for n in range(2, 7)]
+    files = build(tmp_path / "chain", layers)
+    source, to = local(tmp_path / "source"), repository()
+    read: list[int] = []
+    for number, path in enumerate(files):
+        ship(path, source)
+        if number == 3:
+            RepositoryMerge(again(source), DISK, DropPoints(frozenset({2, 3}))).run()
+        if number % 2:
+            report = run(CopyRequest(), RepositoryDestination(again(source)), RepositoryDestination(again(to)))
+            assert report.ok
+            read.append(report.bytes_read)
+    assert read == [4 * MiB + 2 * 64 * KiB, 4 * 64 * KiB, 4 * 64 * KiB]
+    assert RepositoryDestination(again(to)).disks(DISK)[0].layers == 5
+    check_restores({4: flat(files[3], tmp_path / "shown")}, to, tmp_path)
 
 
 # --- guests
