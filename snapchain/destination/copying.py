@@ -50,8 +50,8 @@ class ReadLayer(Protocol):
         """The disk up to this layer, to be read within `extents`, rounded out to leaves. below: what it lies on."""
         ...
 
-    def finish(self) -> str:
-        """The content id that the source records of the chain up to here. Asked for when all of it was read."""
+    def finish(self) -> None:
+        """All of it was read. Raises Corrupt where the source only now finds that it is not what it was."""
         ...
 
 

@@ -142,11 +142,10 @@ class _ReadLayer:
         self._view = _ComingView(self._layer, below, self._on_damage)
         return self._view
 
-    def finish(self) -> str:
+    def finish(self) -> None:
         """See `ReadLayer`."""
         if self._view is not None:
             self._view.finish()
-        return self._layer.announced
 
 
 class ReplicaCopyReader:

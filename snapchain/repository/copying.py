@@ -58,9 +58,8 @@ class _ReadLayer:
         _ = below
         return self.shown
 
-    def finish(self) -> str:
-        """See `ReadLayer`."""
-        return self.own[-1].header.content_id
+    def finish(self) -> None:
+        """See `ReadLayer`. Each blob was checked as it was read."""
 
 
 class RepositoryCopyReader:

@@ -39,6 +39,8 @@ class Source:
     repository: Repository = field(default_factory=repository)
     shown: dict[tuple[str, int], bytes] = field(default_factory=dict)
 
+    begin: datetime = BEGIN
+
     def publish(self, stack: Sequence[Drawn], *, disk: str = DISK, of: Collection[int] | None = None) -> None:
         """A point of each layer of a new chain, or of the layers of these places."""
         layers = ship(stack, self.repository).layers
@@ -52,7 +54,7 @@ class Source:
                 continue
             point = Point(
                 point=number,
-                time=BEGIN + timedelta(hours=number),
+                time=self.begin + timedelta(hours=number),
                 labels=(f"p{number}",),
                 layer=layer.id,
                 size=layer.size,
@@ -117,15 +119,18 @@ def grown(count: int, *, leaves: int = 4) -> list[Drawn]:
 def test_all_points_are_copied_with_their_numbers() -> None:
     source, to = Source(), repository()
     source.publish(grown(5))
+    for number in (7, 5):  # other chains
+        source.publish([drawn(8 * LEAF, [Run(number * LEAF, LEAF, 7000 + number)], b"")])
     source.drop(2)
     report = copy(source, to)
     assert report.ok
-    assert report.points == 4
-    assert [(point.point, point.point_there) for point in report.disks[0].points] == [(n, n) for n in (1, 3, 4, 5)]
+    assert [(point.point, point.point_there) for point in report.disks[0].points] == [
+        (n, n) for n in (1, 3, 4, 5, 6, 7)
+    ]
     check_same(source, to)
     again_report = copy(source, to)
     assert (again_report.points, again_report.bytes_read, again_report.bytes_stored) == (0, 0, 0)
-    assert again_report.disks[0].present == 4
+    assert again_report.disks[0].present == 6
 
 
 @pytest.mark.sampled
@@ -233,6 +238,29 @@ def test_whatever_read_of_the_source_fails_nothing_wrong_is_published(fault: Fau
             break
     assert failed
     assert refused or fault is Fault.UNAVAILABLE
+
+
+@pytest.mark.usefixtures("_small_packs")
+def test_damage_at_the_destination_is_no_fault_of_the_source() -> None:
+    """A reader there gets one bit wrong: the run fails, or gets over it."""
+    source, there = Source(), repository()
+    source.publish(grown(2))
+    copy(source, there)
+    source.publish(grown(3))
+    for number in itertools.count(1):
+        to = twin(there)
+        store = FaultStore(to.store, [On(number, Fault.BIT_FLIP, operation="get")])
+        try:
+            (disk,) = run(CopyRequest(), source.opened(), RepositoryDestination(again(to, store))).disks
+        except Corrupt:
+            pass
+        else:
+            assert disk.refused == ()
+        for point in again(to).catalogue(DISK).points:
+            assert content(to, DISK, point.point) == source.shown[DISK, point.point]
+        assert copy(source, to).ok
+        if sum(call.operation == "get" for call in store.calls) < number:
+            break
 
 
 class Meanwhile(StoreWrapper):
@@ -447,6 +475,41 @@ def test_a_disk_that_follows_on_older_points_keeps_its_numbers() -> None:
     source.publish(grown(3))
     source.drop(1, 2)
     assert [(point.point, point.point_there) for point in copy(source, to).disks[0].points] == [(3, 3), (4, 4), (5, 5)]
+
+
+def test_newer_points_of_another_origin_stay_above() -> None:
+    """No number is that of two points, and yet those of the source would come above newer ones."""
+    source, other, to = Source(), Source(begin=BEGIN + timedelta(days=9)), repository()
+    other.publish(grown(2))
+    copy(other, to)
+    source.publish(grown(4))
+    source.drop(1, 2)
+    assert [each.point for each in copy(source, to).disks[0].refused] == [3, 4]
+    assert [number for number, _ in points_there(to)] == [1, 2]
+
+
+def test_a_number_that_another_writer_takes_meanwhile() -> None:
+    outcomes: set[tuple[int, ...]] = set()
+    for number in itertools.count(1):
+        source, to = Source(), repository()
+        source.publish(grown(2))
+        copy(source, to)
+        source.publish(grown(2))
+        other = Source(to, begin=BEGIN - timedelta(minutes=1))
+        store = Meanwhile(to.store, number, lambda other=other: other.publish(grown(1)))  # type: ignore[misc]
+        report = run(CopyRequest(), source.opened(), RepositoryDestination(again(to, store)))
+        (disk,) = report.disks
+        assert disk.failed is None
+        there = dict(points_there(to))
+        for point in disk.points:
+            assert there[point.point_there] == source.shown[DISK, point.point]
+        for each in disk.refused:
+            assert each.kind == "conflict"
+        assert len(disk.points) + len(disk.refused) == 2
+        outcomes.add(tuple(point.point_there for point in disk.points))
+        if not store.has_happened:
+            break
+    assert {(3, 4), (4,)} <= outcomes
 
 
 def test_the_same_place_is_refused() -> None:

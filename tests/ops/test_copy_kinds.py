@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from snapchain.objects.store import Data, Refused, StoreWrapper
 from snapchain.ops.copy import CopyRequest, plan, run
 from snapchain.ops.guest_points import GuestView, fault_of, guest_named
 from snapchain.ops.guest_records import read_record
-from snapchain.replica.destination import ReplicaDestination
+from snapchain.replica.destination import ReplicaDestination, ReplicaPoint
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.points_merge import RepositoryMerge
@@ -73,6 +75,25 @@ def test_a_replica_whose_file_was_changed_gives_no_later_point(tmp_path: Path) -
     assert [point.point for point in disk.points] == [1]
     assert [(each.point, each.kind) for each in disk.refused] == [(2, "corrupt"), (3, "corrupt")]
     assert "recorded is" in disk.refused[0].message
+
+
+class MergedMeanwhile(ReplicaDestination):
+    """Its points 1 and 2 are dropped after it was asked which ones it has."""
+
+    def reader(self, disk: str, *arguments: Any, **options: Any) -> AbstractContextManager[ReplicaPoint]:
+        if len(self.disks(disk)[0].points) > 1:
+            self.merging(disk, DropPoints(frozenset({1, 2}))).run()
+        return super().reader(disk, *arguments, **options)
+
+
+def test_a_replica_that_merges_meanwhile_is_looked_at_again(tmp_path: Path) -> None:
+    stack = random_stack(tmp_path / "stack", 5, layers=3)
+    endpoint, to = DirectoryEndpoint(tmp_path / "replica"), repository()
+    with delivery(ReplicaDestination(endpoint), stack.files[-1], DISK, each_layer=True) as work:
+        work.run()
+    report = run(CopyRequest(), MergedMeanwhile(endpoint), RepositoryDestination(again(to)))
+    assert (report.ok, [point.point for point in report.disks[0].points]) == (True, [3])
+    check_restores({3: stack.shown[2]}, to, tmp_path)
 
 
 def test_a_replica_takes_no_copies(tmp_path: Path) -> None:
@@ -139,6 +160,15 @@ def test_guest_points_are_copied_whole(tmp_path: Path) -> None:
     # The copy knows where the guest comes from, so that a failover there asks first; the source is not told.
     assert [place.id for place in there.guest_state(GUEST).others] == [source.config.id]
     assert RepositoryDestination(again(source)).guest_state(GUEST).others == ()
+
+
+def test_a_disk_with_the_name_of_a_guest_is_refused(tmp_path: Path) -> None:
+    source, to = local(tmp_path / "source"), repository()
+    guest = Guest(tmp_path / "images")
+    guest.point(RepositoryDestination(again(to)), 1)
+    ship(guest.images["vda"], source, disk=GUEST)
+    report = run(CopyRequest(), RepositoryDestination(again(source)), RepositoryDestination(again(to)))
+    assert "is a guest there, and no disk" in str(report.disks[0].failed)
 
 
 def test_a_guest_point_without_all_its_disks_is_left_out(tmp_path: Path) -> None:
