@@ -358,20 +358,31 @@ def _amounts(
     refused: list[RefusedPoint] = []
     if not found.points:
         return points, refused
-    shown = {_content(point) for point in (() if there is None else there.points)}
-    by_number = {point.point: point for point in chosen.record.points}
     with source.copying(chosen.name) as reader:
-        for point in found.points:
-            try:
-                base = next((each for each in reader.on_chain(point.point) if _content(by_number[each]) in shown), None)
-                amount = reader.data_bytes(base, point.point)
-            except Corrupt as error:
+        for point, amount in _read_amounts(reader, chosen.record, there, found.points):
+            if isinstance(amount, Corrupt):
                 reader.check_there()
-                refused.append(_refused(point, error))
-                continue
-            shown.add(_content(point))
-            points.append(PointToCopy(point=point.point, time=point.time, labels=point.labels, data_bytes=amount))
+                refused.append(_refused(point, amount))
+            else:
+                points.append(PointToCopy(point=point.point, time=point.time, labels=point.labels, data_bytes=amount))
     return points, refused
+
+
+def _read_amounts(
+    reader: CopyReader, record: DiskRecord, there: DiskRecord | None, points: Sequence[PointRecord]
+) -> Iterator[tuple[PointRecord, int | Corrupt]]:
+    """Each point with the bytes to be read for it, at most, or why it cannot be read. record: the disk in the source"""
+    shown = {_content(point) for point in (() if there is None else there.points)}
+    contents = {point.point: _content(point) for point in record.points}
+    for point in points:
+        try:
+            base = next((each for each in reader.on_chain(point.point) if contents.get(each) in shown), None)
+            amount = reader.data_bytes(base, point.point)
+        except Corrupt as error:
+            yield point, error
+            continue
+        shown.add(_content(point))
+        yield point, amount
 
 
 def _content(point: PointRecord) -> tuple[int, str]:
@@ -387,19 +398,15 @@ def _refused(point: PointRecord, error: SnapchainError) -> RefusedPoint:
 
 @dataclass(slots=True)
 class _Progress:
-    """Bytes of all disks together."""
+    """Bytes of all disks together: of those that are done, and of the one that is being copied."""
 
     on_event: OnEvent
     before: int = 0
-    total: int = 0
-
-    def expect(self, amount: int) -> None:
-        """So much more is to come."""
-        self.total += amount
+    expected: int = 0
 
     def reach(self, done: int) -> None:
         """done: of the disk that is being copied."""
-        self.on_event(Progress("copy", self.before + done, max(self.total, self.before + done)))
+        self.on_event(Progress("copy", self.before + done, self.before + max(self.expected, done)))
 
 
 def _introduce(guest: str, source: Destination, destination: Destination, on_event: OnEvent) -> None:
@@ -468,7 +475,7 @@ class _Disk:
                 self.destination.write_copy(
                     Opening(disk=name, epoch=epoch),
                     reader.owner,
-                    lambda writer: self._write(reader, writer, points),
+                    lambda writer: self._write(reader, writer, points, there),
                     on_event=self.on_event,
                 )
         return self.report()
@@ -520,9 +527,13 @@ class _Disk:
                 complete.append(point)
         return complete
 
-    def _write(self, reader: CopyReader, writer: CopyWriter, points: Sequence[PointRecord]) -> None:
+    def _write(
+        self, reader: CopyReader, writer: CopyWriter, points: Sequence[PointRecord], there: DiskRecord | None
+    ) -> None:
         writer.take_epoch()
         begun = writer.traffic
+        amounts = _read_amounts(reader, self.chosen.record, there, points)
+        self.progress.expected = sum(amount for _, amount in amounts if isinstance(amount, int))
         contents = {point.point: _content(point) for point in self.chosen.record.points}
         try:
             for point in points:
@@ -606,7 +617,6 @@ class _Disk:
                 below_sum=empty_sum() if below is None else below.total,
             )
         )
-        self.progress.expect(new.amount)
         try:
             added = writer.add(new, below, confirm=_nothing, on_bytes=self.progress.reach)
         except Corrupt as error:
