@@ -9,17 +9,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from snapchain.errors import Conflict, Corrupt
+from snapchain.errors import Busy, Conflict, Corrupt, Unavailable
+from snapchain.host.retry import Lasting, RetryPolicy, retry
 from snapchain.image.view import View
+from snapchain.model.content import LEAF_BYTES
+from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.replica.fetch_client import FetchedLayer, Piece
 
 if TYPE_CHECKING:
     from snapchain.destination.records import DiskRecord
-    from snapchain.replica.destination import ReplicaDestination
+    from snapchain.replica.destination import ReplicaDestination, ReplicaLayer
+
+T = TypeVar("T")
+_POLICY = RetryPolicy()
 
 
 class _ComingView:
@@ -29,11 +36,13 @@ class _ComingView:
     between the readers, since nothing is fetched that nobody waits for.
     """
 
-    def __init__(self, layer: FetchedLayer, below: View | None, on_damage: Callable[[Corrupt], None]) -> None:
-        self._layer, self._below, self._on_damage = layer, below, on_damage
-        self._batches = layer.batches()
+    def __init__(self, layer: FetchedLayer, below: View | None, reader: ReplicaCopyReader, number: int) -> None:
+        """number: of the layer in its chain, from 0"""
+        self._layer, self._below, self._reader, self._number = layer, below, reader, number
+        self._batches: Iterator[list[Piece]] | None = layer.batches()
         self._lock = threading.Lock()
         self._come: list[Piece] = []  # ascending
+        self._reached = 0
         self._ended = False
 
     @property
@@ -89,32 +98,45 @@ class _ComingView:
 
     def _fetch(self, stop: int | None) -> None:
         """Until all below `stop` has come, or all there is."""
-        while not self._ended and (stop is None or self._layer.position < stop):
-            try:
-                batch = next(self._batches, None)
-            except Corrupt as error:
-                self._on_damage(error)
-                raise
+        while not self._ended and (stop is None or self._reached < stop):
+            batch = self._reader.trying(self._next, lambda: self._reached)
             if batch is None:
                 self._ended = True
                 return
-            # A batch is valid until the next one comes.
-            self._come += [
-                Piece(each.offset, each.length, None if each.data is None else memoryview(bytes(each.data)))
-                for each in batch
-            ]
+            for each in batch:
+                low, high = max(each.offset, self._reached), each.offset + each.length
+                if low < high:  # else it came before the connection was lost
+                    self._come.append(_cut(each, low, high))
+            self._reached = max(self._reached, self._layer.position)
+
+    def _next(self) -> list[Piece] | None:
+        """The next data, over a new connection where the last one was lost; None at the end."""
+        if self._batches is None:
+            again = self._reader.opened(self._number, self._reached)
+            if again.id != self._layer.id:
+                raise Conflict("its layers were merged meanwhile", subject=again.peer, hint="run it again")
+            self._layer, self._batches = again, again.batches()
+        try:
+            return next(self._batches, None)
+        except Corrupt as error:
+            self._reader.damage = error
+            raise
+        except (Unavailable, Busy):
+            self._batches = None
+            raise
 
 
 def _cut(piece: Piece, start: int, stop: int) -> Piece:
-    data = None if piece.data is None else piece.data[start - piece.offset : stop - piece.offset]
+    """A part of a piece, with bytes of its own: those of a batch are valid until the next one comes."""
+    data = None if piece.data is None else memoryview(bytes(piece.data[start - piece.offset : stop - piece.offset]))
     return Piece(start, stop - start, data)
 
 
 class _ReadLayer:
     """A ReadLayer."""
 
-    def __init__(self, layer: FetchedLayer, on_damage: Callable[[Corrupt], None]) -> None:
-        self._layer, self._on_damage = layer, on_damage
+    def __init__(self, layer: FetchedLayer, reader: ReplicaCopyReader, number: int) -> None:
+        self._layer, self._reader, self._number = layer, reader, number
         self._view: _ComingView | None = None
 
     @property
@@ -139,7 +161,7 @@ class _ReadLayer:
 
     def view(self, below: View | None) -> View:
         """See `ReadLayer`."""
-        self._view = _ComingView(self._layer, below, self._on_damage)
+        self._view = _ComingView(self._layer, below, self._reader, self._number)
         return self._view
 
     def finish(self) -> None:
@@ -149,17 +171,24 @@ class _ReadLayer:
 
 
 class ReplicaCopyReader:
-    """Implements `CopyReader`. All points of a disk lie on one chain, so the layers of the newest give all of them."""
+    """Implements `CopyReader`. All points of a disk lie on one chain, so the layers of the newest give all of them.
+
+    damage: what was found; each point above needs it, so no more comes after it
+    """
 
     owner: str | None = None
 
-    def __init__(self, destination: ReplicaDestination, disk: DiskRecord, points: Sequence[int] | None) -> None:
-        self._destination, self._disk, self._wanted = destination, disk, points
+    def __init__(
+        self, destination: ReplicaDestination, disk: DiskRecord, points: Sequence[int] | None, on_event: OnEvent
+    ) -> None:
+        self.damage: Corrupt | None = None
+        self._destination, self._disk, self._on_event = destination, disk, on_event
         self._points = {point.point: point for point in disk.points}
-        self._stack = ExitStack()
-        self._coming: Iterator[_ReadLayer] | None = None
+        self._newest = max(points or self._points)
+        self._connection = ExitStack()
+        self._coming: Iterator[ReplicaLayer] | None = None
         self._place = 0  # layers that have come
-        self._damage: Corrupt | None = None
+        self._ended = threading.Event()
         self._amounts: list[int] | None = None
 
     def on_chain(self, point: int) -> Sequence[int]:
@@ -171,55 +200,75 @@ class ReplicaCopyReader:
     def data_bytes(self, base: int | None, point: int) -> int:
         """See `CopyReader`. The maps of all layers cross the link once."""
         if self._amounts is None:
-            newest = self._disk.points[-1].point
-            with self._destination.reader(self._disk.name, str(newest), chain=True, maps_only=True) as reader:
+            newest = str(self._disk.points[-1].point)
+            with self._destination.reader(self._disk.name, newest, chain=True, maps_only=True) as reader:
                 self._amounts = [layer.extents.data_bytes for layer in reader.layers()]
         return sum(self._amounts[self._height(base) : self._height(point)])
 
     def layers(self, base: int | None, point: int) -> Iterator[_ReadLayer]:
-        """See `CopyReader`. After damage no more comes: each point above needs it."""
-        first, stop = self._height(base), self._height(point)
-        if first == stop:
-            return
-        if self._damage is not None:
-            raise self._damage
-        try:
-            if self._coming is None or self._place != first:
-                self._begin(first)
-            assert self._coming is not None
-            while self._place < stop:
-                layer = next(self._coming)
-                self._place += 1
-                yield layer
-        except Corrupt as error:
-            self._note(error)
-            raise
-
-    def _note(self, error: Corrupt) -> None:
-        self._damage = error
+        """See `CopyReader`."""
+        for number in range(self._height(base), self._height(point)):
+            if self.damage is not None:
+                raise self.damage
+            try:
+                layer = self.trying(partial(self._next, number), lambda: 0)
+            except Corrupt as error:
+                self.damage = error
+                raise
+            yield _ReadLayer(layer, self, number)
 
     def check_there(self) -> None:
         """See `CopyReader`. Files that are read are locked, so nothing is taken away."""
 
-    def close(self) -> None:
-        """End the connection."""
-        self._coming = None
-        self._stack.close()
-
-    def _begin(self, first: int) -> None:
-        self.close()
-        newest = str(max(self._wanted or self._points))
-        reader = self._stack.enter_context(
-            self._destination.reader(self._disk.name, newest, chain=True, first=(first, 0))
+    def trying(self, attempt: Callable[[], T], progress: Callable[[], int]) -> T:
+        """What an attempt gives, which is repeated when the connection was lost."""
+        return retry(
+            attempt,
+            policy=_POLICY,
+            progress=progress,
+            on_retry=lambda each: self._on_event(Notice(str(each))),
+            sleep=self._wait,
         )
-        expected = self._points[int(newest)]
+
+    def opened(self, number: int, offset: int) -> FetchedLayer:
+        """A layer, over a new connection; data come from the leaf of a guest offset on, or earlier."""
+        if self._ended.is_set():  # Ctrl-C, while a thread was waiting to try again
+            raise Lasting("the copy has ended", subject=self._destination.url)
+        self._connection.close()
+        self._coming = None
+        start = offset // LEAF_BYTES * LEAF_BYTES
+        reader = self._connection.enter_context(
+            self._destination.reader(self._disk.name, str(self._newest), chain=True, first=(number, start))
+        )
+        expected = self._points[self._newest]
         if (reader.point.layers, reader.point.content_id) != (expected.layers, expected.content_id):
             raise Conflict("its layers were merged meanwhile", subject=self._disk.name, hint="run it again")
-        layers = reader.layers()
-        for _ in range(first):
-            for _ in next(layers).fetched.batches():
+        coming = reader.layers()
+        for _ in range(number):
+            for _ in next(coming).fetched.batches():
                 pass  # an older side gives the data of these, too
-        self._coming, self._place = (_ReadLayer(layer.fetched, self._note) for layer in layers), first
+        found = next(coming).fetched
+        self._coming, self._place = coming, number + 1
+        return found
+
+    def close(self) -> None:
+        """End the connection, and what waits for another one."""
+        self._ended.set()
+        self._connection.close()
+
+    def _wait(self, seconds: float) -> None:
+        self._ended.wait(seconds)
+
+    def _next(self, number: int) -> FetchedLayer:
+        if self._coming is None or self._place != number:
+            return self.opened(number, 0)
+        try:
+            found = next(self._coming).fetched
+        except (Unavailable, Busy):
+            self._coming = None
+            raise
+        self._place += 1
+        return found
 
     def _height(self, point: int | None) -> int:
         """How many layers give a point."""
@@ -232,11 +281,11 @@ class ReplicaCopyReader:
 
 @contextmanager
 def read_copies(
-    destination: ReplicaDestination, disk: str, points: Sequence[int] | None
+    destination: ReplicaDestination, disk: str, points: Sequence[int] | None, *, on_event: OnEvent
 ) -> Iterator[ReplicaCopyReader]:
     """As `ReadableDestination.copying`."""
     (record,) = destination.disks(disk)
-    reader = ReplicaCopyReader(destination, record, points)
+    reader = ReplicaCopyReader(destination, record, points, on_event)
     try:
         yield reader
     finally:

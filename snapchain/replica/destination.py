@@ -247,8 +247,7 @@ class ReplicaDestination(ReplicaWriting):
         """As ReadableDestination. The files are locked for reading while their layers are fetched: a merge waits."""
         from snapchain.replica.copying import read_copies
 
-        _ = on_event
-        return read_copies(self, disk, points)
+        return read_copies(self, disk, points, on_event=on_event)
 
     def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
         """As `verify_replica`. share: each layer is read with that probability.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from snapchain.destination.records import DiskRecord
 from snapchain.errors import Unsupported
+from snapchain.host.channel import Channel
+from snapchain.host.retry import RetryPolicy
 from snapchain.model.events import Event, Notice
 from snapchain.model.retention import DropPoints
 from snapchain.objects import open_store
@@ -17,7 +20,8 @@ from snapchain.objects.store import Data, Refused, StoreWrapper
 from snapchain.ops.copy import CopyRequest, plan, run
 from snapchain.ops.guest_points import GuestView, fault_of, guest_named
 from snapchain.ops.guest_records import read_record
-from snapchain.replica.destination import ReplicaDestination, ReplicaPoint
+from snapchain.replica import copying
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.points_merge import RepositoryMerge
@@ -25,6 +29,7 @@ from snapchain.repository.repository import Repository
 from tests.ops.guest_points import GUEST, Guest
 from tests.ops.shipping import DISK, MiB, delivery, local, random_stack, restore, ship
 from tests.ops.stacks import Layer, build, flat, qemu_img, write
+from tests.replica.conftest import BentEndpoint, Place
 from tests.repository.synthetic import again, repository
 from tests.servers import S3Server
 
@@ -77,23 +82,63 @@ def test_a_replica_whose_file_was_changed_gives_no_later_point(tmp_path: Path) -
     assert "recorded is" in disk.refused[0].message
 
 
-class MergedMeanwhile(ReplicaDestination):
-    """Its points 1 and 2 are dropped after it was asked which ones it has."""
+class MergedMeanwhile(DirectoryEndpoint):
+    """Points 1 and 2 are dropped when it is connected to for the nth time."""
 
-    def reader(self, disk: str, *arguments: Any, **options: Any) -> AbstractContextManager[ReplicaPoint]:
-        if len(self.disks(disk)[0].points) > 1:
-            self.merging(disk, DropPoints(frozenset({1, 2}))).run()
-        return super().reader(disk, *arguments, **options)
+    def __init__(self, directory: Path, number: int) -> None:
+        super().__init__(directory)
+        self._left, self._there = number, directory
+
+    @contextmanager
+    def connect(self) -> Iterator[Channel]:
+        self._left -= 1
+        if not self._left:
+            there = ReplicaDestination(DirectoryEndpoint(self._there))
+            there.merging(DISK, DropPoints(frozenset({1, 2}))).run()
+        with super().connect() as channel:
+            yield channel
 
 
 def test_a_replica_that_merges_meanwhile_is_looked_at_again(tmp_path: Path) -> None:
     stack = random_stack(tmp_path / "stack", 5, layers=3)
-    endpoint, to = DirectoryEndpoint(tmp_path / "replica"), repository()
-    with delivery(ReplicaDestination(endpoint), stack.files[-1], DISK, each_layer=True) as work:
+    root, to = tmp_path / "replica", repository()
+    with delivery(ReplicaDestination(DirectoryEndpoint(root)), stack.files[-1], DISK, each_layer=True) as work:
         work.run()
-    report = run(CopyRequest(), MergedMeanwhile(endpoint), RepositoryDestination(again(to)))
+    # After two lists of its points, and the maps of its layers.
+    source = ReplicaDestination(MergedMeanwhile(root, 4))
+    report = run(CopyRequest(), source, RepositoryDestination(again(to)))
     assert (report.ok, [point.point for point in report.disks[0].points]) == (True, [3])
     check_restores({3: stack.shown[2]}, to, tmp_path)
+
+
+@pytest.mark.parametrize("carried", [3 * MiB, 5 * MiB + 4096])
+def test_a_lost_connection_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carried: int) -> None:
+    """Noise, so that there are many frames; each connection carries so many bytes and is cut."""
+    monkeypatch.setattr(copying, "_POLICY", RetryPolicy(first=0.001))
+    noise = tmp_path / "noise"
+    noise.write_bytes(random.Random(1).randbytes(9 * MiB))
+    layers = [
+        Layer(12 * MiB, [f"write -s {noise} 1M 9M"]),
+        Layer(11 * MiB, [f"write -s {noise} 3M 2M", "write -z 0 2M"]),
+    ]
+    files = build(tmp_path / "chain", layers)
+    place = Place(tmp_path / "replica")
+    with delivery(ReplicaDestination(DirectoryEndpoint(place.root)), files[-1], DISK, each_layer=True) as work:
+        work.run()
+    connections: list[int] = []
+
+    def cut(at: int, data: bytes) -> bytes | None:
+        if not at:
+            connections.append(0)
+        return data if at < carried or len(connections) > 8 else None
+
+    heard: list[Event] = []
+    to = repository()
+    source = ReplicaDestination(BentEndpoint(place, back=cut))
+    assert run(CopyRequest(), source, RepositoryDestination(again(to)), on_event=heard.append).ok
+    assert any("trying again" in each.message for each in heard if isinstance(each, Notice))
+    shown = {n: flat(path, tmp_path / f"{n}.raw") for n, path in enumerate(files, 1)}
+    check_restores(shown, to, tmp_path / "out")
 
 
 def test_a_replica_takes_no_copies(tmp_path: Path) -> None:
