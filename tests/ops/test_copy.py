@@ -25,7 +25,7 @@ from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from snapchain.testing.faults import Fault, FaultStore, On, crash_points
-from tests.exhaustive import examples, some
+from tests.exhaustive import chosen, examples, some
 from tests.repository.synthetic import LEAF, Drawn, Run, again, drawn, repository, ship, stacks
 
 DISK = "web1/vda"
@@ -134,7 +134,7 @@ def test_all_points_are_copied_with_their_numbers() -> None:
 
 
 @pytest.mark.sampled
-@settings(max_examples=examples(15))
+@settings(max_examples=examples(10))
 @given(st.lists(stacks(max_layers=4), min_size=1, max_size=3), st.data())
 def test_chains_copied_in_instalments(chains: list[list[Drawn]], data: st.DataObject) -> None:
     source, to = Source(), repository(block_size=2 * LEAF)
@@ -181,6 +181,7 @@ def twin(repo: Repository) -> Repository:
     return again(repo, store)
 
 
+@pytest.mark.sampled
 @pytest.mark.usefixtures("_small_packs")
 def test_a_crash_at_each_step_loses_nothing_and_the_next_run_finishes() -> None:
     source, empty = Source(), repository()
@@ -195,6 +196,8 @@ def test_a_crash_at_each_step_loses_nothing_and_the_next_run_finishes() -> None:
     whole = sum(info.size for info in undisturbed.store.list("packs/"))
     for _, left in crash_points(lambda: twin(empty).store, job):
         deaths += 1
+        if not chosen(deaths, each=3):
+            continue
         there = again(empty, left)
         if there.disk(DISK).read():
             for point in there.catalogue(DISK).points:
@@ -213,6 +216,7 @@ def test_a_crash_at_each_step_loses_nothing_and_the_next_run_finishes() -> None:
     assert most > whole // 2
 
 
+@pytest.mark.sampled
 @pytest.mark.usefixtures("_small_packs")
 @pytest.mark.parametrize("fault", [Fault.UNAVAILABLE, Fault.TRUNCATED, Fault.BIT_FLIP])
 def test_whatever_read_of_the_source_fails_nothing_wrong_is_published(fault: Fault) -> None:
@@ -220,7 +224,7 @@ def test_whatever_read_of_the_source_fails_nothing_wrong_is_published(fault: Fau
     origin.publish(grown(3))
     failed = refused = 0
     expected = Unavailable if fault is Fault.UNAVAILABLE else Corrupt
-    for number in itertools.count(1):
+    for number in some(itertools.count(1), each=3):
         source = Source(twin(origin.repository), origin.shown)
         store, to = FaultStore(source.repository.store, [On(number, fault, operation="get")]), repository()
         try:
@@ -240,6 +244,7 @@ def test_whatever_read_of_the_source_fails_nothing_wrong_is_published(fault: Fau
     assert refused or fault is Fault.UNAVAILABLE
 
 
+@pytest.mark.sampled
 @pytest.mark.usefixtures("_small_packs")
 def test_damage_at_the_destination_is_no_fault_of_the_source() -> None:
     """A reader there gets one bit wrong: the run fails, or gets over it."""
@@ -247,7 +252,7 @@ def test_damage_at_the_destination_is_no_fault_of_the_source() -> None:
     source.publish(grown(2))
     copy(source, there)
     source.publish(grown(3))
-    for number in itertools.count(1):
+    for number in some(itertools.count(1), each=3):
         to = twin(there)
         store = FaultStore(to.store, [On(number, Fault.BIT_FLIP, operation="get")])
         try:
@@ -298,7 +303,7 @@ def test_points_that_are_dropped_merged_and_collected_meanwhile(*, leases: bool)
     origin = Source()
     origin.publish(grown(5))
     seen: set[tuple[int, ...]] = set()
-    for number in some(itertools.count(1), each=2):
+    for number in some(itertools.count(1), each=4):
         source, to = Source(twin(origin.repository), dict(origin.shown)), repository()
 
         def happens(source: Source = source) -> None:
@@ -403,7 +408,7 @@ def test_a_point_that_is_dropped_there_meanwhile_is_no_base() -> None:
     def happens() -> None:
         RepositoryMerge(again(to), DISK, DropPoints(frozenset([1]))).run()
 
-    for number in range(1, 12):
+    for number in range(1, 12, 3):
         store = Meanwhile(twin(to).store, number, happens)
         assert run(CopyRequest(), source.opened(), RepositoryDestination(again(to, store))).ok
         for point in again(to, store.inner).catalogue(DISK).points:
@@ -488,9 +493,10 @@ def test_newer_points_of_another_origin_stay_above() -> None:
     assert [number for number, _ in points_there(to)] == [1, 2]
 
 
+@pytest.mark.sampled
 def test_a_number_that_another_writer_takes_meanwhile() -> None:
     outcomes: set[tuple[int, ...]] = set()
-    for number in itertools.count(1):
+    for number in some(itertools.count(1), each=2):
         source, to = Source(), repository()
         source.publish(grown(2))
         copy(source, to)

@@ -48,7 +48,7 @@ def contents(records: tuple[DiskRecord, ...]) -> dict[tuple[str, int], str]:
     return {(disk.name, point.point): point.content_id for disk in records for point in disk.points}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 12))])
 def test_a_replica_is_copied_into_a_repository(tmp_path: Path, seed: int) -> None:
     """All of its points, some of them first: over one connection for those that follow on each other."""
     stack = random_stack(tmp_path / "stack", seed, layers=5)
@@ -111,8 +111,7 @@ def test_a_replica_that_merges_meanwhile_is_looked_at_again(tmp_path: Path) -> N
     check_restores({3: stack.shown[2]}, to, tmp_path)
 
 
-@pytest.mark.parametrize("carried", [3 * MiB, 5 * MiB + 4096])
-def test_a_lost_connection_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carried: int) -> None:
+def test_a_lost_connection_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise, so that there are many frames; each connection carries so many bytes and is cut."""
     monkeypatch.setattr(copying, "_POLICY", RetryPolicy(first=0.001))
     noise = tmp_path / "noise"
@@ -130,7 +129,7 @@ def test_a_lost_connection_is_opened_again(tmp_path: Path, monkeypatch: pytest.M
     def cut(at: int, data: bytes) -> bytes | None:
         if not at:
             connections.append(0)
-        return data if at < carried or len(connections) > 8 else None
+        return data if at < 3 * MiB or len(connections) > 8 else None
 
     heard: list[Event] = []
     to = repository()
@@ -233,7 +232,7 @@ def test_a_guest_point_without_all_its_disks_is_left_out(tmp_path: Path) -> None
 
 
 def test_between_two_servers(tmp_path: Path, moto: S3Server, rclone_server: S3Server) -> None:
-    stack = random_stack(tmp_path / "stack", 3, layers=4)
+    stack = random_stack(tmp_path / "stack", 3, layers=2)
     source = repository(open_store(f"s3://{moto.new_bucket()}/here"))
     ship(stack.files[-1], source, each_layer=True)
     to = repository(open_store(f"s3://{rclone_server.new_bucket()}/there", endpoint=rclone_server.endpoint))
