@@ -202,13 +202,16 @@ def _draw_plan(console: Console, plan: CopyPlan) -> None:
 
 def _draw_report(console: Console, report: CopyReport) -> None:
     render.headline(console, f"copied {counted(report.points, 'point')} to {render.place(report.destination)}")
-    render.facts(console, [("read", size(report.bytes_read)), ("stored", size(report.bytes_stored))])
+    present = sum(each.present for each in report.disks)
+    facts = [("read", size(report.bytes_read)), ("stored", size(report.bytes_stored))]
+    render.facts(console, [*facts, ("there already", counted(present, "point") if present else "")])
     render.table(
         console,
-        ["disk", "points", "there already>", "read>", "stored>"],
+        ["disk", "points", "read>", "stored>"],
         [
-            (each.disk, _numbers(each), str(each.present), size(each.bytes_read), size(each.bytes_stored))
+            (each.disk, _numbers(each), size(each.bytes_read), size(each.bytes_stored))
             for each in report.disks
+            if each.points
         ],
     )
     _draw_problems(console, report)
