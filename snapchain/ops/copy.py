@@ -435,7 +435,7 @@ def _copied(work: _Disk) -> DiskReport:
                     raise
                 work.look_again()
         raise AssertionError("the loop returns or raises")
-    except (Conflict, Corrupt, NotFound, Unsupported) as error:
+    except (Conflict, Corrupt, InvalidInput, NotFound, Unsupported) as error:
         return work.report(failed=error)
 
 
