@@ -64,7 +64,7 @@ class CopyReader(Protocol):
     @property
     def owner(self) -> str | None: ...
 
-    def on_chain(self, point: int) -> Sequence[int]:
+    def on_chain(self, point: int) -> Iterator[int]:
         """The points whose layer is on the chain of this one, itself included, uppermost first. Raises Corrupt."""
         ...
 

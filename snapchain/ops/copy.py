@@ -583,9 +583,9 @@ class _Disk:
         )
 
     @staticmethod
-    def _on_chain(reader: CopyReader, point: int) -> Sequence[int]:
+    def _on_chain(reader: CopyReader, point: int) -> Iterator[int]:
         try:
-            return reader.on_chain(point)
+            yield from reader.on_chain(point)
         except Corrupt as error:
             raise _SourceDamage(error) from error
 

@@ -184,6 +184,7 @@ class ReplicaCopyReader:
         self.damage: Corrupt | None = None
         self._destination, self._disk, self._on_event = destination, disk, on_event
         self._points = {point.point: point for point in disk.points}
+        self._highest = sorted(disk.points, key=lambda each: (each.layers, each.point), reverse=True)
         self._newest = max(points or self._points)
         self._connection = ExitStack()
         self._coming: Iterator[ReplicaLayer] | None = None
@@ -191,11 +192,10 @@ class ReplicaCopyReader:
         self._ended = threading.Event()
         self._amounts: list[int] | None = None
 
-    def on_chain(self, point: int) -> Sequence[int]:
+    def on_chain(self, point: int) -> Iterator[int]:
         """See `CopyReader`."""
         height = self._height(point)
-        found = [each for each in self._disk.points if each.layers <= height]
-        return [each.point for each in sorted(found, key=lambda each: (each.layers, each.point), reverse=True)]
+        return (each.point for each in self._highest if each.layers <= height)
 
     def data_bytes(self, base: int | None, point: int) -> int:
         """See `CopyReader`. The maps of all layers cross the link once."""

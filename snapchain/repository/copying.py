@@ -68,6 +68,10 @@ class RepositoryCopyReader:
     def __init__(self, repository: Repository, catalogue: Catalogue) -> None:
         self._repository, self._catalogue = repository, catalogue
         self._points = {point.point: point for point in catalogue.points}
+        self._given_by: dict[str, list[int]] = {}
+        for point in catalogue.points:
+            self._given_by.setdefault(point.layer, []).append(point.point)
+        self._breaks = catalogue.breaks()
         self._layers: dict[str, StoredLayer] = {}
         self._asked: set[str] = set()
         self._composed: tuple[tuple[str, ...], Extents] | None = None
@@ -76,11 +80,13 @@ class RepositoryCopyReader:
     def owner(self) -> str | None:
         return self._catalogue.owner
 
-    def on_chain(self, point: int) -> Sequence[int]:
+    def on_chain(self, point: int) -> Iterator[int]:
         """See `CopyReader`."""
-        place = {layer: at for at, layer in enumerate(self._catalogue.chain(self._point(point).layer))}
-        found = [each for each in self._catalogue.points if each.layer in place]
-        return [each.point for each in sorted(found, key=lambda each: (place[each.layer], each.point), reverse=True)]
+        at: str | None = self._point(point).layer
+        self._catalogue.check_chain(self._point(point).layer, self._breaks)
+        while at is not None:
+            yield from reversed(self._given_by.get(at, ()))
+            at = self._catalogue.parents[at]
 
     def data_bytes(self, base: int | None, point: int) -> int:
         """See `CopyReader`."""

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from snapchain.destination.records import DiskRecord
-from snapchain.errors import Unsupported
+from snapchain.errors import Conflict, Unavailable, Unsupported
 from snapchain.host.channel import Channel
 from snapchain.host.retry import RetryPolicy
 from snapchain.model.events import Event, Notice
+from snapchain.model.guest_state import GuestChange, TakenDisk, Transition, Vouched
 from snapchain.model.retention import DropPoints
 from snapchain.objects import open_store
 from snapchain.objects.store import Data, Refused, StoreWrapper
 from snapchain.ops.copy import CopyRequest, plan, run
+from snapchain.ops.failover.request import FailoverRequest
+from snapchain.ops.failover.run import Failover
 from snapchain.ops.guest_points import GuestView, fault_of, guest_named
 from snapchain.ops.guest_records import read_record
+from snapchain.ops.other_destinations import Reach
 from snapchain.replica import copying
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
@@ -204,6 +208,43 @@ def test_guest_points_are_copied_whole(tmp_path: Path) -> None:
     # The copy knows where the guest comes from, so that a failover there asks first; the source is not told.
     assert [place.id for place in there.guest_state(GUEST).others] == [source.config.id]
     assert RepositoryDestination(again(source)).guest_state(GUEST).others == ()
+
+
+def test_a_failover_at_a_copy_asks_the_source_first(tmp_path: Path) -> None:
+    """kvm2 has taken the guest over at the source after the last copy, of which the copy knows nothing."""
+    source, to = local(tmp_path / "source"), local(tmp_path / "copy")
+    guest = Guest(tmp_path / "images")
+    origin = RepositoryDestination(again(source))
+    guest.point(origin, 1)
+    assert run(CopyRequest(), origin, RepositoryDestination(again(to))).ok
+    taken = tuple(TakenDisk(disk=guest.disk(name), point=1) for name in guest.names)
+    change = GuestChange(
+        guest=GUEST,
+        transition=Transition.PROMOTE,
+        seen=0,
+        token="1" * 32,
+        by="kvm2",
+        host="kvm2",
+        vouched=Vouched(how="person", who="root@kvm2"),
+        disks=taken,
+    )
+    origin.change_guest(change)
+
+    def failover(opens: Callable[[str], RepositoryDestination]) -> Failover:
+        request = FailoverRequest(directory=tmp_path / "out", host="kvm3", fence=["true"], reach=Reach(opens=opens))
+        return Failover(RepositoryDestination(again(to)), GUEST, request)
+
+    def silent(url: str) -> RepositoryDestination:
+        raise Unavailable("it does not answer", subject=url)
+
+    with pytest.raises(Unavailable, match="does not answer"):
+        failover(silent).run()
+    assert failover(lambda _: RepositoryDestination(again(source))).plan().master == "kvm2"
+    # The next copy brings the epoch, and nothing of the host that was replaced is taken there any more.
+    assert run(CopyRequest(), origin, RepositoryDestination(again(to))).ok
+    assert {disk.epoch for disk in RepositoryDestination(again(to)).disks()} == {2}
+    with pytest.raises(Conflict, match=r"in epoch 2: another host has taken it over"):
+        guest.point(RepositoryDestination(again(to)), 2)
 
 
 def test_a_disk_with_the_name_of_a_guest_is_refused(tmp_path: Path) -> None:
