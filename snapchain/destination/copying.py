@@ -13,7 +13,7 @@ Points are told by content: which layers give them there and here, and how a lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
 from snapchain.destination.records import PointRecord
@@ -46,8 +46,11 @@ class ReadLayer(Protocol):
     @property
     def extents(self) -> Extents: ...
 
-    def view(self, below: View | None) -> View:
-        """The disk up to this layer, to be read within `extents`, rounded out to leaves. below: what it lies on."""
+    def view(self, below: Callable[[], View] | None) -> View:
+        """The disk up to this layer, to be read within `extents`, rounded out to leaves.
+
+        below: gives what it lies on, at the cost of all maps of that chain; None for a root
+        """
         ...
 
     def finish(self) -> None:

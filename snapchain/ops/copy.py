@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from functools import partial
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
@@ -602,8 +603,7 @@ class _Disk:
             yield layer
 
     def _add(self, writer: CopyWriter, layer: ReadLayer, below: HeldLayer | None) -> HeldLayer:
-        under = None if below is None else writer.view_of(below)
-        view = GuardedView(layer.view(under))
+        view = GuardedView(layer.view(None if below is None else partial(writer.view_of, below)))
         new = writer.fitted(
             NewLayer(
                 name=layer.name,
@@ -613,7 +613,7 @@ class _Disk:
                 sources=layer.sources,
                 extents=layer.extents,
                 view=view,
-                below=under,
+                below=None,
                 below_sum=empty_sum() if below is None else below.total,
             )
         )

@@ -36,9 +36,12 @@ class _ComingView:
     between the readers, since nothing is fetched that nobody waits for.
     """
 
-    def __init__(self, layer: FetchedLayer, below: View | None, reader: ReplicaCopyReader, number: int) -> None:
+    def __init__(
+        self, layer: FetchedLayer, below: Callable[[], View] | None, reader: ReplicaCopyReader, number: int
+    ) -> None:
         """number: of the layer in its chain, from 0"""
         self._layer, self._below, self._reader, self._number = layer, below, reader, number
+        self._lower: View | None = None
         self._batches: Iterator[list[Piece]] | None = layer.batches()
         self._lock = threading.Lock()
         self._come: list[Piece] = []  # ascending
@@ -74,9 +77,12 @@ class _ComingView:
             self._fetch(None)
 
     def _read_below(self, offset: int, buffer: memoryview) -> None:
-        inside = 0 if self._below is None else max(0, min(len(buffer), self._below.size - offset))
-        if self._below is not None and inside:
-            self._below.read_into(offset, buffer[:inside])
+        with self._lock:
+            if self._lower is None and self._below is not None:
+                self._lower = self._below()
+        inside = 0 if self._lower is None else max(0, min(len(buffer), self._lower.size - offset))
+        if self._lower is not None and inside:
+            self._lower.read_into(offset, buffer[:inside])
         buffer[inside:] = bytes(len(buffer) - inside)
 
     def _take(self, start: int, stop: int) -> list[Piece]:
@@ -159,7 +165,7 @@ class _ReadLayer:
     def extents(self) -> Extents:
         return self._layer.extents
 
-    def view(self, below: View | None) -> View:
+    def view(self, below: Callable[[], View] | None) -> View:
         """See `ReadLayer`."""
         self._view = _ComingView(self._layer, below, self._reader, self._number)
         return self._view

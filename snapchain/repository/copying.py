@@ -6,7 +6,7 @@ damaged and hidden by a later layer keeps no later point from being copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -53,7 +53,7 @@ class _ReadLayer:
     def sources(self) -> tuple[Fingerprint, ...]:
         return tuple(source for layer in self.own for source in layer.header.sources)
 
-    def view(self, below: View | None) -> View:
+    def view(self, below: Callable[[], View] | None) -> View:
         """See `ReadLayer`. What lies below is read here, too."""
         _ = below
         return self.shown
