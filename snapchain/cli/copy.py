@@ -42,7 +42,7 @@ def copy(
     dest: Annotated[str, options.address(metavar="DEST", help="A repository, made by `snapchain init`.")],
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DISK|GUEST...", help="Names and patterns, such as 'web*'. By default all disks."),
+        typer.Argument(metavar="DISK|GUEST", help="Names and patterns, such as 'web*'. By default all disks."),
     ] = None,
     *,
     newest: Annotated[
@@ -95,7 +95,7 @@ def copy(
 
     Points keep their number, time, labels and holds. DEST may have another passphrase, cipher and block size. Data that
     DEST has already is not stored again. A point is published when its content id, computed from what was written,
-    equals that of SRC. SRC is not changed.
+    equals that of SRC. No point of SRC is changed.
 
     Guest points are copied whole: the points of all disks, then the record with the definition. A copy is no other
     destination of the guest: a failover at SRC does not ask DEST. A failover at DEST asks SRC first.
