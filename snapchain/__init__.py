@@ -9,7 +9,7 @@
     snapchain.restore(backup, "web1/vda", "/tmp/web1.raw", point="nightly")
     snapchain.merge_points(backup, "web1/vda", snapchain.Policy(daily=7, weekly=4))
 
-    destinations  open_destination, create_repository; log, verify; merge_points, gc; restore
+    destinations  open_destination, create_repository; log, verify; merge_points, gc; restore; copy
     images        open_image, inspect; snapshot, ship; merge_image
     types         Destination, Policy, Event; SnapchainError, and the tree in `errors`
 
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from snapchain.merge.run import MergeReport
     from snapchain.model.events import Event as Event
     from snapchain.model.retention import Policy as Policy
+    from snapchain.ops.copy import CopyReport
     from snapchain.ops.init import InitReport
     from snapchain.ops.inspect import InspectReport
     from snapchain.ops.log import LogReport
@@ -73,6 +74,7 @@ __all__ = [
     "Event",
     "Policy",
     "SnapchainError",
+    "copy",
     "create_repository",
     "errors",
     "gc",
@@ -233,6 +235,34 @@ def gc(destination: Destination | AnyPath, *, on_event: OnEvent | None = None) -
     which needs no collecting.
     """
     return _opened(destination, writing=True).collecting().run(on_event=on_event or _ignore)
+
+
+def copy(
+    source: Destination | AnyPath,
+    destination: Destination | AnyPath,
+    names: Sequence[str] = (),
+    *,
+    newest: bool = False,
+    since: str | None = None,
+    newer: bool = False,
+    on_event: OnEvent | None = None,
+) -> CopyReport:
+    """Copy the points that another repository lacks, with their numbers, times, labels and holds.
+
+    source: a repository or a replica; destination: another repository
+    names: disks, guests, and patterns such as "web*"; by default all disks
+    newest: only the newest point of each disk; since: only that point of each disk and those after it
+    newer: only points after the newest one that the destination has of the disk
+
+    The report has `points`, `bytes_stored`, `ok`, and `disks` with `points`, `refused` and `failed`: damage of one
+    point stops no other. Raises NotFound for a name that is nothing in the source, InvalidInput for a copy of a
+    repository into itself.
+    """
+    from snapchain.ops.copy import CopyRequest, run
+
+    request = CopyRequest(names=tuple(names), newest=newest, since=since, newer=newer)
+    opened = _opened(source, writing=False), _opened(destination, writing=True)
+    return run(request, *opened, on_event=on_event or _ignore)
 
 
 def restore(

@@ -41,6 +41,8 @@ def open_destination(
     compression: Compression | None = None,
     connections: int = 1,
     accept: str | None = None,
+    endpoint: str | None = None,
+    profile: str | None = None,
 ) -> Destination:
     """What lies at an address: dir:/path and ssh://[user@]host/path are replicas, everything else is a repository.
 
@@ -48,6 +50,7 @@ def open_destination(
     limit_rate: bytes a second to and from it; pack_size: bytes that new objects of a repository have at most
     compression: of guest data that are written to a repository
     connections: of ssh, to a replica; accept: id of a repository that is taken whatever this machine knew of it
+    endpoint, profile: of S3, where they are not as boto3 finds them
     A replica is not touched here. Raises InvalidInput, NotFound where there is no repository, and Corrupt for another
     or an older one than this machine knows.
     """
@@ -59,6 +62,8 @@ def open_destination(
             raise InvalidInput("a replica has no packs, so they have no size", subject=url)
         if compression is not None:
             raise InvalidInput("a replica keeps plain files: nothing is compressed there", subject=url)
+        if endpoint is not None or profile is not None:
+            raise InvalidInput("only s3:// has an endpoint and a profile", subject=url)
         return destination_at(replica_at(url, connections=connections), limit_rate=limit_rate)
     from snapchain.repository.destination import RepositoryDestination
     from snapchain.repository.opening import open_repository
@@ -72,6 +77,8 @@ def open_destination(
             pack_size=pack_size,
             compression=compression,
             accept=accept,
+            endpoint=endpoint,
+            profile=profile,
         )
     )
 

@@ -16,7 +16,7 @@ from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Snapchai
 from tests.cli.conftest import made_disk, qemu_img, write
 
 NAMES = {
-    "Destination", "Event", "Policy", "SnapchainError", "create_repository", "errors", "gc", "inspect", "log",
+    "Destination", "Event", "Policy", "SnapchainError", "copy", "create_repository", "errors", "gc", "inspect", "log",
     "merge_image", "merge_points", "open_destination", "open_image", "restore", "ship", "snapshot", "verify",
 }  # fmt: skip
 """Removing or renaming one breaks programs: a changelog line, and a minor version."""

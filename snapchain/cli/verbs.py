@@ -59,6 +59,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "key": "List, add, change and remove the passphrases of a repository.",
         "repair": "Store again what a repository has lost, from where it still is.",
         "rename": "Give a disk or a guest of a repository another name.",
+        "copy": "Copy the points that another repository lacks.",
         "doctor": "Finish or undo what interrupted commands left, and thaw guests.",
         "send": "Send a chain to a replica, or as a stream to stdout.",
         "receive": "Receive a stream from stdin into a replica.",
@@ -75,7 +76,7 @@ VERBS = {
 }
 
 ALIASES = {
-    "backup": "ship", "upload": "ship", "push": "ship", "copy": "ship", "cp": "ship",
+    "backup": "ship", "upload": "ship", "push": "ship",
     "seal": "snapshot", "snap": "snapshot", "freeze": "snapshot",
     "list": "log", "ls": "log", "snapshots": "log", "points": "log", "history": "log",
     "domains": "guests", "vms": "guests", "machines": "guests",
@@ -88,7 +89,7 @@ ALIASES = {
     "cleanup": "gc", "clean": "gc", "vacuum": "gc",
     "convert": "restore", "extract": "restore", "export": "restore", "download": "restore", "recover": "restore",
     "pin": "hold", "unpin": "release",
-    "replicate": "send", "mirror": "send",
+    "replicate": "send", "mirror": "copy", "cp": "copy", "clone": "copy",
     "passwd": "key", "password": "key", "passphrase": "key", "keys": "key",
     "mv": "rename", "create": "init", "unlock": "doctor", "cron": "nightly", "move": "migrate",
 }  # fmt: skip
@@ -97,12 +98,10 @@ ALIASES = {
 _NOTES = {
     "prune": "`snapchain forget DEST --keep-last 7` drops points; `snapchain gc DEST` then frees their space",
     "convert": "`snapchain restore` writes a point as qcow2 or raw; to convert an image file, use `qemu-img convert`",
-    "copy": "ship an image to a second destination as to the first",
     "rm": "`snapchain forget DEST::DISK@3` drops a point, `snapchain forget DEST::DISK --all-points` a whole disk",
 }
 _NOTES |= dict.fromkeys(("expire",), _NOTES["prune"])
 _NOTES |= dict.fromkeys(("remove", "delete", "destroy"), _NOTES["rm"])
-_NOTES["cp"] = _NOTES["copy"]
 
 _OPTIONS = {
     "--version": "Print the version.",

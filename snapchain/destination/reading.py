@@ -16,6 +16,7 @@ from snapchain.model.extents import Extents, Int64s
 from snapchain.model.guest_checks import GuestCheck, GuestChecks
 
 if TYPE_CHECKING:
+    from snapchain.destination.copying import CopyReader
     from snapchain.destination.records import (
         DiskRecord,
         GcLimits,
@@ -183,6 +184,7 @@ class ReadableDestination(Protocol):
     """Points of disks, at one place, as far as they are read and kept.
 
     url: for people; notices: what its user should know; encryption: the name of its cipher, or none
+    id: by which it is known whatever its address, None for a kind that has none
     """
 
     @property
@@ -196,6 +198,9 @@ class ReadableDestination(Protocol):
 
     @property
     def encryption(self) -> str: ...
+
+    @property
+    def id(self) -> str | None: ...
 
     def disks(self, disk: str | None = None) -> tuple[DiskRecord, ...]:
         """All disks by name, or one, with their points. Raises NotFound."""
@@ -242,6 +247,15 @@ class ReadableDestination(Protocol):
         self, disk: str, point: str | None = None, *, on_event: OnEvent = ignore
     ) -> AbstractContextManager[PointLeaves]:
         """A point, for comparing. Raises NotFound."""
+        ...
+
+    def copying(
+        self, disk: str, points: Sequence[int] | None = None, *, on_event: OnEvent = ignore
+    ) -> AbstractContextManager[CopyReader]:
+        """Read points of a disk, to copy them to another destination. points: their numbers; None: records only
+
+        Raises NotFound, and Conflict where they were dropped and collected meanwhile.
+        """
         ...
 
     def whole(self, disk: str, point: str | None = None) -> AbstractContextManager[WholeDisk]:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from snapchain.image.leaves import LeafTable
 from snapchain.image.view import View
@@ -24,6 +24,9 @@ from snapchain.model.events import OnEvent
 from snapchain.model.extents import Extents, Int64s
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.model.guest_state import GuestChange, GuestStanding
+
+if TYPE_CHECKING:
+    from snapchain.destination.copying import CopyWriter
 
 Result = TypeVar("Result")
 
@@ -220,6 +223,15 @@ class Writing(TakesLayers, Protocol):
 
     def look(self, opening: Opening, *, on_event: OnEvent) -> AbstractContextManager[DiskLook]:
         """Open a disk to see what it holds; nothing is written."""
+        ...
+
+    def write_copy(
+        self, opening: Opening, owner: str | None, work: Callable[[CopyWriter], Result], *, on_event: OnEvent
+    ) -> Result:
+        """As `write`, for points of another destination. owner: who may write the disk in the epoch of `opening`.
+
+        Raises Unsupported where the traits have no `branches`.
+        """
         ...
 
     def change_guest(self, change: GuestChange) -> tuple[GuestStanding, Mapping[str, Path]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from snapchain.model.extents import Extents
 
@@ -23,3 +24,25 @@ class View(Protocol):
     def read_into(self, offset: int, buffer: memoryview, /) -> None:
         """Fill `buffer` with what the guest sees from `offset` on. Thread-safe."""
         ...
+
+
+@runtime_checkable
+class ReadsPieces(Protocol):
+    """A disk that reads several ranges together for less than one by one: those of a store that is far away."""
+
+    def read_pieces(self, pieces: Sequence[tuple[int, memoryview]], /) -> None:
+        """Fill each (offset, buffer), ascending and apart. Thread-safe."""
+        ...
+
+
+class _Reads(Protocol):
+    def read_into(self, offset: int, buffer: memoryview, /) -> None: ...
+
+
+def read_pieces(view: _Reads, pieces: Sequence[tuple[int, memoryview]]) -> None:
+    """Fill each (offset, buffer), ascending and apart, together where the view can do that. Errors as the view's."""
+    if isinstance(view, ReadsPieces):
+        view.read_pieces(pieces)
+        return
+    for offset, buffer in pieces:
+        view.read_into(offset, buffer)

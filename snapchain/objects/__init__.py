@@ -35,11 +35,12 @@ __all__ = [
 ]
 
 
-def open_store(url: str, *, make: bool = False, endpoint: str | None = None) -> ObjectStore:
+def open_store(url: str, *, make: bool = False, endpoint: str | None = None, profile: str | None = None) -> ObjectStore:
     """The store at `/path`, `file:///path`, `s3://bucket/prefix`, `memory:` or `memory:NAME`.
 
     make: create a directory that is not there (a bucket is never created)
     endpoint: of S3, e.g. `https://minio.example:9000`; otherwise as boto3 finds it (AWS_ENDPOINT_URL_S3, ~/.aws/config)
+    profile: of ~/.aws, with the credentials for S3 and perhaps the endpoint
 
     The scheme may be in capitals. Bucket and prefix are taken as they are written, as other tools for S3 do: `%20` is
     three characters. Nothing is sent to S3 yet.
@@ -49,12 +50,14 @@ def open_store(url: str, *, make: bool = False, endpoint: str | None = None) -> 
     scheme = scheme.lower() if colon else ""
     if endpoint is not None and scheme != "s3":
         raise InvalidInput("only s3:// has an endpoint", subject=url)
+    if profile is not None and scheme != "s3":
+        raise InvalidInput("only s3:// has a profile", subject=url)
     if url.startswith("/"):
         return _directory(url, make=make)
     opener = SCHEMES.get(scheme)
     if opener is None:
         raise _no_place(url)
-    return opener(_Wanted(url, rest, make, endpoint))
+    return opener(_Wanted(url, rest, make, endpoint, profile))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class _Wanted:
     rest: str
     make: bool
     endpoint: str | None
+    profile: str | None
 
 
 def _no_place(url: str) -> InvalidInput:
@@ -114,7 +118,8 @@ def _s3(wanted: _Wanted) -> ObjectStore:
         raise InvalidInput("a destination has no control characters", subject=repr(url))
     if {".", ".."} & set(prefix.split("/")):
         raise InvalidInput("a prefix cannot have '.' or '..' as a segment: S3 clients drop them", subject=url)
-    return S3Store(bucket, prefix, endpoint=wanted.endpoint, settings=settings_of(os.environ))
+    settings = settings_of(os.environ)
+    return S3Store(bucket, prefix, endpoint=wanted.endpoint, profile=wanted.profile, settings=settings)
 
 
 SCHEMES: dict[str, Callable[[_Wanted], ObjectStore]] = {"file": _file, "memory": _memory, "s3": _s3}

@@ -90,6 +90,7 @@ class S3Store:
         prefix: str = "",
         *,
         endpoint: str | None = None,
+        profile: str | None = None,
         client: S3Client | None = None,
         sleep: Callable[[float], None] = time.sleep,
         answer_within: float = ANSWER_WITHIN,
@@ -103,7 +104,7 @@ class S3Store:
         """
         if not bucket:
             raise InvalidInput("no bucket is named", hint="s3://bucket/prefix")
-        self._client = client if client is not None else new_client(endpoint)
+        self._client = client if client is not None else new_client(endpoint, profile=profile)
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._settings = settings

@@ -36,6 +36,7 @@ CONNECTIONS = 16
 def new_client(
     endpoint: str | None,
     *,
+    profile: str | None = None,
     connections: int = CONNECTIONS,
     connect_timeout: float = CONNECT_TIMEOUT,
     read_timeout: float = READ_TIMEOUT,
@@ -43,6 +44,7 @@ def new_client(
 ) -> S3Client:
     """A client; no request is sent yet.  Path-style addresses wherever the endpoint is not Amazon's own.
 
+    profile: of ~/.aws, whose credentials are taken instead of those of the environment
     Raises InvalidInput for an unusable endpoint, profile or region.
     """
     import boto3
@@ -65,7 +67,7 @@ def new_client(
     where = endpoint or "s3"
     with s3_errors(where):
         try:
-            session = boto3.session.Session()
+            session = boto3.session.Session(profile_name=profile)
             made = client("path")
             # Only a client knows the endpoint that the environment or a profile gives.
             if is_amazon(made.meta.endpoint_url):

@@ -30,6 +30,7 @@ from snapchain.replica.fetch_client import Answer, FetchedLayer, fetch
 from snapchain.replica.stream.messages import HeldPoint, Hold
 
 if TYPE_CHECKING:
+    from snapchain.destination.copying import CopyReader
     from snapchain.destination.records import (
         DiskRecord,
         Finding,
@@ -194,6 +195,7 @@ class ReplicaDestination(ReplicaWriting):
     """See destination/protocol.py. limit_rate: bytes a second on the wire."""
 
     traits: Traits = REPLICA
+    id: str | None = None
     encryption = NOT_ENCRYPTED
 
     def __init__(self, endpoint: Endpoint, *, limit_rate: int | None = None) -> None:
@@ -297,6 +299,14 @@ class ReplicaDestination(ReplicaWriting):
                 found = FetchedLeaves(f"{self.url}::{disk}@{answer.point.point}", layer)
                 yield found
                 found.finish()
+
+    def copying(
+        self, disk: str, points: Sequence[int] | None = None, *, on_event: OnEvent = ignore
+    ) -> AbstractContextManager[CopyReader]:
+        """As ReadableDestination. The files are locked for reading while their layers are fetched: a merge waits."""
+        from snapchain.replica.copying import read_copies
+
+        return read_copies(self, disk, points, on_event=on_event)
 
     def whole(self, disk: str, point: str | None = None) -> AbstractContextManager[WholeDisk]:
         """Raises Unsupported: a point of a replica comes as a stream."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -45,6 +46,9 @@ from snapchain.replica.sender import Marks, Sender
 from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.messages import Inventory, Open
 from snapchain.replica.stream.requests import Feature
+
+if TYPE_CHECKING:
+    from snapchain.destination.copying import CopyWriter
 
 
 class ReplicaWriting:
@@ -94,6 +98,17 @@ class ReplicaWriting:
             return attempt()
         return retry(
             attempt, policy=self._policy, progress=lambda: durable, on_retry=lambda each: on_event(Notice(str(each)))
+        )
+
+    def write_copy(
+        self, opening: Opening, owner: str | None, work: Callable[[CopyWriter], Result], *, on_event: OnEvent
+    ) -> Result:
+        """Raises Unsupported: the files of a replica belong to the images that were sent there."""
+        _ = owner, work, on_event
+        raise Unsupported(
+            "points are copied to repositories; a replica takes the layers of images",
+            subject=f"{self.url}::{opening.disk}",
+            hint="restore the point, and ship the image: snapchain restore, snapchain ship IMAGE DEST::DISK",
         )
 
     def guest_state(self, guest: str) -> GuestStanding:

@@ -62,7 +62,11 @@ class ChainView:
         """Virtual size, bytes."""
         return self.layers[-1].size
 
-    def read_into(self, offset: int, buffer: memoryview) -> None:
+    def resolve(self) -> Extents:
+        """The composed map."""
+        return self.extents
+
+    def read_into(self, offset: int, buffer: memoryview, /) -> None:
         """The guest-visible bytes of [offset, offset + len(buffer)).
 
         Raises Corrupt naming the pack when a blob is missing or damaged.
@@ -79,7 +83,7 @@ class ChainView:
         """Stored bytes of a pack. Raises NotFound, Unavailable."""
         return self._blobs.read_range(pack, offset, length)
 
-    def read_pieces(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+    def read_pieces(self, pieces: Sequence[tuple[int, memoryview]], /) -> None:
         """As `read_into` for several (offset, buffer), ascending and apart.
 
         What lies together in a pack is asked for together, and a page is looked at once.

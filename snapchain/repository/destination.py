@@ -42,6 +42,7 @@ from snapchain.repository.reader import (
 from snapchain.repository.repository import Repository
 
 if TYPE_CHECKING:
+    from snapchain.destination.copying import CopyReader
     from snapchain.destination.usage import StoredUsage
     from snapchain.model.retention import Rules
 
@@ -91,6 +92,10 @@ class RepositoryDestination(RepositoryWriting):
     @property
     def encryption(self) -> str:
         return self.repository.config.encryption
+
+    @property
+    def id(self) -> str:
+        return self.repository.config.id
 
     def disks(self, disk: str | None = None) -> tuple[DiskRecord, ...]:
         """All disks by name, or one, with their points. Raises NotFound."""
@@ -144,6 +149,14 @@ class RepositoryDestination(RepositoryWriting):
         """A point, for comparing. Raises NotFound."""
         _ = on_event
         return point_leaves(self.repository, disk, point)
+
+    def copying(
+        self, disk: str, points: Sequence[int] | None = None, *, on_event: OnEvent = ignore
+    ) -> AbstractContextManager[CopyReader]:
+        """As ReadableDestination. Without points no lease is taken."""
+        from snapchain.repository.copying import read_copies
+
+        return read_copies(self.repository, disk, points, on_event=on_event)
 
     def whole(self, disk: str, point: str | None = None) -> AbstractContextManager[WholePoint]:
         """As ReadableDestination."""

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from snapchain.destination.writing import (
     DiskLook,
@@ -30,7 +31,7 @@ from snapchain.destination.writing import (
     Traffic,
 )
 from snapchain.errors import Conflict, Corrupt, Unsupported
-from snapchain.image.view import View
+from snapchain.image.view import View, read_pieces
 from snapchain.model.content import LEAF_BYTES, Hashes
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Extents, Int64s, rounded
@@ -46,10 +47,16 @@ from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository
 from snapchain.repository.soundness import damaged_points, is_whole
 
+if TYPE_CHECKING:
+    from snapchain.destination.copying import CopyWriter
+
 _ATTEMPTS = 8
 """Retries of publishing a point when another writer was faster."""
 _LOOKS = 3
 """Restarts of a shipment when damage is found."""
+
+
+WriterT = TypeVar("WriterT", bound="DiskWriter")
 
 
 class RepositoryWriting:
@@ -73,14 +80,32 @@ class RepositoryWriting:
 
         Raises Conflict when the disk was changed by others meanwhile, Corrupt for damage that cannot be made good.
         """
-        disk = opening.disk
+        return self._write(f"ship {opening.disk}", opening, DiskWriter, work, on_event)
+
+    def write_copy(
+        self, opening: Opening, owner: str | None, work: Callable[[CopyWriter], Result], *, on_event: OnEvent
+    ) -> Result:
+        """See `Writing`. Otherwise as `write`."""
+        from snapchain.repository.copying import RepositoryCopyWriter
+
+        make = partial(RepositoryCopyWriter, owner=owner)
+        return self._write(f"copy {opening.disk}", opening, make, work, on_event)
+
+    def _write(
+        self,
+        words: str,
+        opening: Opening,
+        make: Callable[[Repository, Opening, Lease, list[int], OnEvent], WriterT],
+        work: Callable[[WriterT], Result],
+        on_event: OnEvent,
+    ) -> Result:
         with self.repository.lease(
-            Mode.WRITE, f"ship {disk}", on_wait=lambda words: on_event(Notice(words)), disks=[disk]
+            Mode.WRITE, words, on_wait=lambda words: on_event(Notice(words)), disks=[opening.disk]
         ) as lease:
             points: list[int] = []
             for attempt in range(_LOOKS):
                 try:
-                    with DiskWriter(self.repository, opening, lease, points, on_event) as writer:
+                    with make(self.repository, opening, lease, points, on_event) as writer:
                         result = work(writer)
                 except Corrupt:
                     lease.check()  # after a collection meanwhile, a missing object is no damage
@@ -127,7 +152,7 @@ class _Look:
 
     @property
     def held(self) -> Sequence[HeldLayer]:
-        return [_held(layer) for layer in self._layers]
+        return [held_layer(layer) for layer in self._layers]
 
     def leaves(self) -> _NewestLeaves:
         """See `LayerWriter`."""
@@ -219,7 +244,7 @@ class DiskWriter(_Look):
         )
         self._layers, self._base_count = [*below, added], min(self._base_count, len(below))
         self._arrival.show()
-        return _held(added)
+        return held_layer(added)
 
     def cut(self, _keep: str | None) -> None:
         """Raises Unsupported: points of one disk may lie on different chains, so nothing stands in the way."""
@@ -232,17 +257,10 @@ class DiskWriter(_Look):
 
         A newer epoch becomes the disk's with the point: older ones are refused from then on.
         """
-        chain = self._below(top)
-        base = [layer.id for layer in chain[: self._base_count]]
-        links = _links(chain)
-        for attempt in range(_ATTEMPTS):
-            catalogue = self._current[0] if self._current else None
-            self._check_epoch()
-            if catalogue is not None:
-                _check_base(catalogue, base, links)
-            number = catalogue.next_point if catalogue else 1
-            point = Point(
-                point=number,
+
+        def made(catalogue: Catalogue | None) -> Point:
+            return Point(
+                point=catalogue.next_point if catalogue else 1,
                 time=time,
                 labels=tuple(labels),
                 layer=top.id,
@@ -251,6 +269,20 @@ class DiskWriter(_Look):
                 instant=moment and moment.instant,
                 consistency=moment and moment.consistency,
             )
+
+        self._publish(top, made)
+
+    def _publish(self, top: HeldLayer, made: Callable[[Catalogue | None], Point]) -> int:
+        """Publish what `made` makes of the newest catalogue, called anew when another writer was faster; its number."""
+        chain = self._below(top)
+        base = [layer.id for layer in chain[: self._base_count]]
+        links = _links(chain)
+        for attempt in range(_ATTEMPTS):
+            catalogue = self._current[0] if self._current else None
+            self._check_epoch()
+            if catalogue is not None:
+                _check_base(catalogue, base, links)
+            point = made(catalogue)
             # Before each attempt: the faster one may have been a collector that took this run for dead.
             self._lease.check()
             points = (*(catalogue.points if catalogue else ()), point)
@@ -261,8 +293,8 @@ class DiskWriter(_Look):
                 self._current = self._disk.advance(
                     self._current,
                     time=datetime.now(UTC),
-                    next_point=number + 1,
-                    points=points,
+                    next_point=max(catalogue.next_point if catalogue else 1, point.point + 1),
+                    points=tuple(sorted(points, key=lambda each: each.point)),
                     parents=parents,
                     **self._newer_epoch(catalogue),
                 )
@@ -271,15 +303,19 @@ class DiskWriter(_Look):
                     raise
                 self._current = self._disk.read()
                 continue
-            self._points.append(number)
-            return
+            self._points.append(point.point)
+            return point.point
         raise AssertionError("the loop returns or raises")
 
     def _newer_epoch(self, catalogue: Catalogue | None) -> dict[str, object]:
         """The fields of the next generation by which an epoch that is newer here becomes the disk's."""
         if self._epoch <= max(1, 0 if catalogue is None else catalogue.epoch):
             return {}
-        return {"epoch": self._epoch, "owner": socket.gethostname()}
+        return {"epoch": self._epoch, "owner": self._owner()}
+
+    def _owner(self) -> str | None:
+        """Who may write the disk in a newer epoch: this host."""
+        return socket.gethostname()
 
     def finish(self) -> Finished:
         """See `LayerWriter`; with the points that stay damaged, since the image no longer has their bytes."""
@@ -328,6 +364,10 @@ class _Composed:
         """See `LayerSource`."""
         self._view.read_into(offset, buffer)
 
+    def read_pieces(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """See `ReadsPieces`."""
+        read_pieces(self._view, pieces)
+
 
 class _NewestLeaves:
     """See destination.writing.NewestLeaves: from the records of the layers."""
@@ -366,7 +406,8 @@ class _Arrival:
             self.on_bytes(self._shown)
 
 
-def _held(layer: StoredLayer) -> HeldLayer:
+def held_layer(layer: StoredLayer) -> HeldLayer:
+    """A layer as use cases see it."""
     header = layer.header
     return HeldLayer(
         id=layer.id,

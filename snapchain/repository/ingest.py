@@ -20,6 +20,7 @@ import blake3
 import numpy as np
 import zstandard
 
+from snapchain.image.view import read_pieces
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, empty_sum, leaf_hash, sum_of
 from snapchain.model.extents import DATA, Extents, Int64s
 from snapchain.repository.crypto import Keyring
@@ -150,12 +151,13 @@ class Ingest:
         numbers: list[int] = []
         hashes: list[bytes] = []
         bytes_read = 0
+        views = self._views(task)
+        read_pieces(source, [(item.start, view) for item, view in views.items()])
         for item in task:
             if not item.hot:
                 runs.zero(item.start, item.stop)
                 continue
-            view = self._buffer()[: item.stop - item.start]
-            source.read_into(item.start, view)
+            view = views[item]
             bytes_read += len(view)
             leaves = [leaf_hash(view[at : at + LEAF_BYTES]) for at in range(0, len(view), LEAF_BYTES)]
             for at, digest in enumerate(leaves):
@@ -190,6 +192,16 @@ class Ingest:
 
     def _store_page(self, builder: PageBuilder) -> Rows:
         return store_page(builder, keys=self._keys, packer=self._packer)
+
+    def _views(self, task: Task) -> dict[Item, memoryview]:
+        """A place in the thread's buffer for each item that is read: together they are at most WINDOW bytes."""
+        views: dict[Item, memoryview] = {}
+        at = 0
+        for item in task:
+            if item.hot:
+                views[item] = self._buffer()[at : at + item.stop - item.start]
+                at += item.stop - item.start
+        return views
 
     def _buffer(self) -> memoryview:
         buffer: memoryview | None = getattr(self._local, "buffer", None)

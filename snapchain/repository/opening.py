@@ -30,6 +30,8 @@ def open_repository(
     pack_size: int | None = None,
     compression: Compression | None = None,
     accept: str | None = None,
+    endpoint: str | None = None,
+    profile: str | None = None,
 ) -> Repository:
     """The repository at `url`: a path, file:///path, or s3://bucket/prefix.
 
@@ -37,11 +39,12 @@ def open_repository(
     limit_rate: bytes per second to and from the store; pack_size: bytes that new objects have at most, instead of what
     the repository was made with; compression: of guest data that are written
     accept: id of a repository that is taken whatever this machine knew of the address (repository/known.py)
+    endpoint, profile: of S3, as `open_store`
     Raises NotFound when there is none, Corrupt when it is another one or an older one than this machine knows, and what
     its store raises.
     """
     check_pack_size(pack_size)
-    store = _store(url, limit_rate=limit_rate)
+    store = _store(url, limit_rate=limit_rate, endpoint=endpoint, profile=profile)
     recalled = Recalled(_places(store), store.url)
 
     def judge(config: Config) -> None:
@@ -167,9 +170,16 @@ def _place(store: ObjectStore) -> str:
     return f"{store.url} ({store.properties.description})"
 
 
-def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> ObjectStore:
+def _store(
+    url: str,
+    *,
+    limit_rate: int | None = None,
+    make: bool = False,
+    endpoint: str | None = None,
+    profile: str | None = None,
+) -> ObjectStore:
     url = located(url)
-    store = open_store(url, make=make)
+    store = open_store(url, make=make, endpoint=endpoint, profile=profile)
     if store.properties.is_remote:
         kept = hashlib.sha256(_place(store).encode()).hexdigest()[:32]
         store = CachedStore(store, known.cache_dir() / kept / "index", prefix="index/")

@@ -282,11 +282,11 @@ class Repository:
                 stack.enter_context(lease)
             except (Busy, Unavailable) as error:
                 on_wait(f"reading without a lease: what a gc takes away meanwhile is missed ({error.message})")
-            self._check_there(layers)
+            self.check_there(layers)
             try:
                 yield
             except Corrupt:
-                self._check_there(layers)
+                self.check_there(layers)
                 raise
             finally:
                 with suppress(SnapchainError):  # without the permission to write
@@ -304,7 +304,7 @@ class Repository:
             damage.record(self.store, self.keys, fresh)
         return bool(fresh)
 
-    def _check_there(self, layers: Mapping[str, Collection[str]]) -> None:
+    def check_there(self, layers: Mapping[str, Collection[str]]) -> None:
         """Raises Conflict when some of these layers, by disk, were collected."""
         for disk, some in layers.items():
             current = self.disk(disk).read()

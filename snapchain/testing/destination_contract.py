@@ -27,11 +27,15 @@ from snapchain.model.guest_checks import CheckKind, GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestChange, GuestState, TakenDisk, Transition, Vouched
 from snapchain.model.lease import Lease
 from snapchain.model.retention import DropPoints, Policy
+from snapchain.objects.memory import MemoryStore
+from snapchain.ops.copy import CopyRequest, run as run_copy
 from snapchain.ops.diff import diff, image_side
 from snapchain.ops.inspect import inspect_point
 from snapchain.ops.log import log
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship.run import ShipRequest, opened
+from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.repository import Repository
 from snapchain.testing.destination_faults import DestinationFaults
 from snapchain.testing.destination_site import DISK, Delivered, Site, Traits, deliver
 from snapchain.testing.history import KiB, MiB, Moment, Step, flat, identical, overlay
@@ -55,6 +59,19 @@ class DestinationContract(DestinationFaults):
             assert identical(path, moment.shown), moment.name
             assert (report.point, report.virtual_size, report.content_id) == (number, moment.size, moment.content_id)
         assert len(list(out.iterdir())) == len(chosen)
+
+    def test_its_points_are_copied_into_a_repository(self, delivered: Delivered, out: Path) -> None:
+        made = Repository.create(MemoryStore(), passphrase=lambda: None, encryption="none")
+        report = run_copy(CopyRequest(), delivered.site.open(), RepositoryDestination(made))
+        assert (report.ok, report.points) == (True, len(delivered.history))
+        copied = RepositoryDestination(made).disks(DISK)[0].points
+        assert [point.model_copy(update={"layers": 0}) for point in copied] == [
+            point.model_copy(update={"layers": 0}) for point in delivered.points
+        ]
+        newest = delivered.history[-1]
+        Restoration(RepositoryDestination(made), DISK, out / "copied.raw").run()
+        assert identical(out / "copied.raw", newest.shown)
+        assert run_copy(CopyRequest(), delivered.site.open(), RepositoryDestination(made)).points == 0
 
     @pytest.mark.parametrize("point", [4, 6])
     def test_a_point_comes_back_as_its_layers(self, delivered: Delivered, out: Path, point: int) -> None:
