@@ -229,11 +229,10 @@ class DataCheck:
             if offset is None or not any(offset in some for some in named):
                 yield error
 
-    def finish(self, found: Sequence[Catalogue], findings: Mapping[str, int], there: Collection[str] | None) -> None:
+    def finish(self, found: Sequence[Catalogue], findings: Mapping[str, int]) -> None:
         """Keep what this run found out, as one that came to its end.
 
         found: the disks in question; findings: how many, by disk
-        there: all packs of the store, where all disks are in question; None: what is not there is not known
         """
         now = datetime.now(UTC)
         disks = [self._summary(catalogue, findings.get(catalogue.disk, 0), now) for catalogue in found]
@@ -246,10 +245,9 @@ class DataCheck:
         self._keep(disks)
         if not self._keeps:
             return
-        gone = set() if there is None else self._known.times.keys() - set(there) - set(self._all_layers)
         with suppress(SnapchainError):  # where nothing may be deleted they stay
             verified.put_together(
-                self._repository.store, self._repository.keys, self._known, gone=gone | self.bad.keys()
+                self._repository.store, self._repository.keys, self._known, avoid=self._repository.blobs.damaged
             )
 
     def _summary(self, catalogue: Catalogue, findings: int, now: datetime) -> DiskVerified:

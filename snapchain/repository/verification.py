@@ -116,8 +116,7 @@ class Verification:
             if self._disk is None:
                 self._check_rest(listed, packs, tally, data)
             if data is not None:
-                there = {*map(_pack_of, packs)} if self._disk is None else None
-                data.finish(found, tally.by_disk, there)
+                data.finish(found, tally.by_disk)
         findings = tally.findings.all()
         return VerifyReport(
             ok=not findings,

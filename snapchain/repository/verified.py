@@ -26,6 +26,7 @@ from pydantic import AwareDatetime, Field
 from snapchain.errors import Corrupt, SnapchainError
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
+from snapchain.repository.damage import list_packs
 from snapchain.repository.envelope import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 from snapchain.repository.format import VERIFIED_ROW, fresh_id, is_verified, verified_name
 
@@ -159,16 +160,18 @@ def write(
         said = ()
 
 
-def put_together(store: ObjectStore, keys: Keyring, known: Verified, *, gone: Collection[str]) -> None:
-    """Make one object of many, without what is gone. Raises as the store does where nothing may be deleted.
+def put_together(store: ObjectStore, keys: Keyring, known: Verified, *, avoid: Collection[str]) -> None:
+    """Make one object of many, without packs and layers that are gone, or damaged (avoid).
 
-    The first is deleted before the new one is written: who may not delete would add one at each run.
+    The first is deleted before the new one is written: who may not delete would add one at each run. Raises as the
+    store does where nothing may be deleted.
     """
     if len(known.names) <= _MANY:
         return
+    there = list_packs(store).keys() | {info.name.rpartition("/")[2] for info in store.list("layers/")}
     first, *others = known.names
     store.delete(first)
-    left = {each: time for each, time in known.times.items() if each not in gone}
+    left = {each: time for each, time in known.times.items() if each in there and each not in avoid}
     known.names = write(store, keys, left, readings=known.readings.values(), disks=known.disks.values())
     for name in others:
         store.delete(name)
