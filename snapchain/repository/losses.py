@@ -82,7 +82,7 @@ class Losses:
         self.ranges: dict[str, list[tuple[Int64s, Int64s]]] = {}
         self.maps: dict[str, list[LostMap]] = {}
         self._repository = repository
-        self._sizes = list_packs(repository.store)
+        self._sizes = {pack: info.size for pack, info in list_packs(repository.store).items()}
         # All of them, not a share: what is stored again is stored because nothing there can be relied on.
         unlike = {pack for pack, size in self.index.sizes.items() if self._sizes.get(pack) != size}
         repository.blobs.damaged |= unlike

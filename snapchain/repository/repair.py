@@ -23,13 +23,14 @@ import zstandard
 from snapchain.destination.reading import LeafSource, WholeDisk
 from snapchain.destination.records import Finding, LostRange, RepairPlan, RepairReport
 from snapchain.errors import Conflict, Corrupt, SnapchainError
+from snapchain.model.compression import LEVELS, Compression
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.extents import Int64s
 from snapchain.repository import layers as records
 from snapchain.repository.catalogue import Catalogue, Point
 from snapchain.repository.format import PAGE_ROW, RUN_ROW, fresh_id
-from snapchain.repository.ingest import COMPRESSION_LEVEL, store_page_body
+from snapchain.repository.ingest import store_page_body
 from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import StoredLayer, leaves_shown
 from snapchain.repository.leases import Lease, Mode
@@ -506,7 +507,7 @@ def _id_of(repository: Repository, body: bytes) -> bytes:
 def _store(packer: Packer, blob: bytes, body: bytes, done: _Done) -> Location:
     done.blobs += 1
     done.stored += len(body)
-    return packer.add(blob, packed(zstandard.ZstdCompressor(level=COMPRESSION_LEVEL), body), len(body))
+    return packer.add(blob, packed(zstandard.ZstdCompressor(level=LEVELS[Compression.DEFAULT]), body), len(body))
 
 
 def _ranges(bad: _Bad) -> tuple[LostRange, ...]:
