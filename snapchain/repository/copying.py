@@ -210,9 +210,10 @@ class RepositoryCopyWriter(DiskWriter):
 
         def made(catalogue: Catalogue | None) -> Point:
             number = point.point if keeps_number else catalogue.next_point if catalogue else 1
-            if catalogue is not None and any(each.point == number for each in catalogue.points):
+            there = () if catalogue is None else catalogue.points
+            if any(each.point == number or _is_copy(each, point) for each in there):
                 raise Conflict(
-                    f"point {number} was published there meanwhile", subject=catalogue.disk, hint="run it again"
+                    f"point {number} was published there meanwhile", subject=self._disk.name, hint="run it again"
                 )
             return Point(
                 point=number,
@@ -237,3 +238,9 @@ class RepositoryCopyWriter(DiskWriter):
             lambda found: self._newer_epoch(found) or None, time=datetime.now(UTC), check=self._lease.check
         )
         self._current = self._disk.read()
+
+
+def _is_copy(found: Point, point: PointRecord) -> bool:
+    """Whether a point here is that one of the source: another copy was faster."""
+    mine = found.time, found.size, found.content_id, found.instant
+    return mine == (point.time, point.virtual_size, point.content_id, point.instant)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -516,6 +517,30 @@ def test_a_number_that_another_writer_takes_meanwhile() -> None:
         if not store.has_happened:
             break
     assert {(3, 4), (3, 5), (4, 5)} <= outcomes
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("keeps_numbers", [True, False])
+def test_two_copies_at_once_publish_each_point_once(*, keeps_numbers: bool) -> None:
+    for number in some(itertools.count(1), each=4):
+        source, to = Source(begin=BEGIN + timedelta(days=1)), repository()
+        source.publish(grown(3))
+        if not keeps_numbers:
+            copy(other_origin(), to)
+        store = Meanwhile(to.store, number, partial(copy, source, to))
+        report = run(CopyRequest(), source.opened(), RepositoryDestination(again(to, store)))
+        assert report.ok, report
+        shown = [content for _, content in points_there(to)]
+        assert shown[-3:] == [source.shown[DISK, number] for number in (1, 2, 3)]
+        assert len(shown) == (3 if keeps_numbers else 4)
+        if not store.has_happened:
+            break
+
+
+def other_origin() -> Source:
+    other = Source()
+    other.publish([drawn(LEAF, [Run(0, LEAF, 5000)], b"")])
+    return other
 
 
 def test_the_same_place_is_refused() -> None:

@@ -174,6 +174,19 @@ def test_after_a_merge_in_the_source_only_the_new_data_is_read(tmp_path: Path) -
     check_restores({4: flat(files[3], tmp_path / "shown")}, to, tmp_path)
 
 
+def test_a_host_that_ships_to_the_copy_from_now_on_sends_only_what_is_new(tmp_path: Path) -> None:
+    """After the move to another bucket the image is recognised there, by each file of its chain."""
+    layers = [Layer(2 * MiB, [f"write -P {n + 1} {n * 128}k 64k"]) for n in range(4)]
+    files = build(tmp_path / "chain", layers)
+    source, to = local(tmp_path / "source"), repository()
+    for path in (files[0], files[2]):  # the second layer is made of two files
+        ship(path, source)
+    assert run(CopyRequest(), RepositoryDestination(again(source)), RepositoryDestination(again(to))).ok
+    assert ship(files[2], to).layers_sent == 0
+    report = ship(files[3], to)
+    assert (report.layers_sent, report.layers_present, report.bytes_read) == (1, 3, 64 * KiB)
+
+
 # --- guests
 
 
