@@ -30,6 +30,7 @@ FILES = int(1.2 * GiB)
 CHANGED = 240 * MiB
 PIECE = 64 * KiB
 CLONES = 10
+DISK = "1920M"
 
 
 def generations(folder: Path) -> list[tuple[Path, Path]]:
@@ -38,7 +39,7 @@ def generations(folder: Path) -> list[tuple[Path, Path]]:
     sizes = list(accumulate(path.stat().st_size for path in pool))
     count = sum(size < FILES for size in sizes)
     base = folder / "base.raw"
-    filesystem(folder, base, pool[:count], size="1920M")
+    filesystem(folder, base, pool[:count], size=DISK)
     made = [(base, base)]
     for number in (1, 2):
         first = sum(size < FILES + (number - 1) * CHANGED for size in sizes)
