@@ -137,7 +137,7 @@ class Catalogue(StoredModel):
         return self.model_dump_json(exclude=unset).encode()
 
     def check_not_renamed(self) -> None:
-        """Raises Conflict for a disk that was renamed, or is about to be: nothing of it may change."""
+        """Raises Conflict for a disk that was renamed, or is about to be: nothing of it may change but its epoch."""
         if self.renamed_to is None:
             return
         if self.is_gone:
@@ -341,12 +341,10 @@ class Disk:
 
         change: fields of Catalogue to replace, None to leave all as it is; called anew for each generation that others
         publish first.  check: called before each attempt (Lease.check).
-        Raises NotFound for a disk without a catalogue, Conflict for one that is being renamed, and when others were
-        faster time and again.
+        Raises NotFound for a disk without a catalogue, Conflict when others were faster time and again.
         """
         for attempt in range(ATTEMPTS):
             current = self.existing()
-            current[0].check_not_renamed()
             fields = change(current[0])
             if fields is None:
                 return current[0]

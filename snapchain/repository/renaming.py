@@ -139,6 +139,9 @@ class DiskRename:
             lease.check()
             target = self._made(source[0], target)
         assert target is not None
+        if target[0].epoch < source[0].epoch:  # a failover has raised it since step 2
+            lease.check()
+            target = self._new.advance(target, time=datetime.now(UTC), epoch=source[0].epoch, owner=source[0].owner)
         if source[0].points or source[0].parents:
             lease.check()
             self._old.advance(source, time=datetime.now(UTC), points=(), parents={})
@@ -203,6 +206,10 @@ class GuestRename:
             there = {each.renamed_to.rpartition("/")[0] for each in found if each.renamed_to and _is_of(each.disk, old)}
             gone = f"the guest {old!r} was renamed to {', '.join(sorted(there))!r}"
             raise NotFound(gone if there else f"there is no disk or guest {old!r} here", subject=repository.store.url)
+        self._begun = any(
+            each.is_gone and _is_of(each.disk, old) and each.renamed_to and _is_of(each.renamed_to, new)
+            for each in found
+        )
         self._names = sorted(names, key=lambda name: (guest_of(name) is not None, name))
         self._parts = [DiskRename(repository, name, self._renamed(name), with_guest=True) for name in self._names]
 
@@ -211,14 +218,15 @@ class GuestRename:
 
     def plan(self) -> RenamePlan:
         """What `run` will do. Raises as `run`."""
+        plans = [part.plan() for part in self._parts]
+        begun = self._begun or any(each.finishes for each in plans)
         for name in (self._old_name, self._new_name):
-            if guest_states.is_recorded(self._repository, name):
+            if not begun and guest_states.is_recorded(self._repository, name):
                 raise Unsupported(
                     "the guest has a record of who may run it, which cannot be renamed",
                     subject=name,
                     hint="ship the guest under its new name, and forget the old one later",
                 )
-        plans = [part.plan() for part in self._parts]
         return RenamePlan(
             destination=self._repository.store.url,
             old=self._old_name,
@@ -226,7 +234,7 @@ class GuestRename:
             disks=tuple(self._names),
             points=plans[-1].points if guest_of(self._names[-1]) else 0,
             layers=sum(each.layers for each in plans),
-            finishes=any(each.finishes for each in plans),
+            finishes=begun,
         )
 
     def run(self, *, on_event: OnEvent = ignore) -> RenameReport:

@@ -355,6 +355,7 @@ class Repository:
         """Give a disk other points, by its next generation; one of them."""
 
         def fields(catalogue: Catalogue) -> dict[str, object] | None:
+            catalogue.check_not_renamed()
             points = change(catalogue)
             return None if points is None else {"points": tuple(points)}
 

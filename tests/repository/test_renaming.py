@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,26 @@ def test_a_crash_at_every_moment(origin: Repository, files: list[Path], shown: l
         (NEW, (None, DISK, True)),
         (NEW, (None, None, True)),
     }
+
+
+def test_an_epoch_that_is_raised_meanwhile_goes_along(origin: Repository) -> None:
+    """By a failover, of a disk whose renaming was killed: its old master stays refused under the new name."""
+    tried = 0
+    for _, store in crash_points(lambda: copied(origin), lambda store: rename(again(origin, store))):
+        left = again(origin, store)
+        old = left.disk(DISK).read()
+        if old is None or old[0].renamed_to is None or not old[0].points:
+            continue
+        tried += 1
+        with pytest.raises(Conflict, match="is being renamed"):
+            left.hold(DISK, 2, "x")
+        with pytest.raises(Conflict, match="is being renamed"):
+            RepositoryMerge(left, DISK, Policy(last=1)).run()
+        left.disk(DISK).update(lambda _: {"epoch": 5, "owner": "kvm2"}, time=datetime.now(UTC), check=lambda: None)
+        rename(left)
+        made = left.catalogue(NEW)
+        assert (made.epoch, made.owner, len(made.points)) == (5, "kvm2", 3)
+    assert tried > 1, "before and after the new disk is made"
 
 
 def _copied(origin: Repository, now: list[float]) -> MemoryStore:
