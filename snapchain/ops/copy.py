@@ -279,8 +279,8 @@ def _points_of(request: CopyRequest, disk: DiskRecord, disks: Sequence[DiskRecor
     failed: SnapchainError | None = None
     if request.newest:
         of = guest_named_by(disk.name)
-        records = [each.points[-1].instant for each in disks if of and guest_of(each.name) == of and each.points]
-        points = tuple(point for point in points if point is points[-1] or (point.instant in records and records))
+        records = {each.points[-1].instant for each in disks if of and guest_of(each.name) == of and each.points}
+        points = tuple(point for point in points if point is points[-1] or point.instant in records - {None})
     elif request.since is not None:
         try:
             points = _since(disk, request.since)
