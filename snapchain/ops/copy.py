@@ -40,6 +40,8 @@ from snapchain.ops.guest_places import guest_named_by, tell_others
 from snapchain.ops.guest_points import guest_named
 from snapchain.ops.ship.run import check_no_guest
 
+_OF_ONE_DISK = (Conflict, Corrupt, InvalidInput, NotFound, Unsupported)
+"""Errors that keep no other disk from being copied."""
 _ATTEMPTS = 3
 """How often a disk is looked at anew when it was changed meanwhile, at either side."""
 
@@ -162,7 +164,7 @@ def plan(
 ) -> CopyPlan:
     """What `run` would do; reads records only, and changes nothing. Raises as that does."""
     _check_places(source, destination)
-    disks = tuple(_disk_plan(source, chosen, _there(destination, chosen.name)) for chosen in _chosen(request, source))
+    disks = tuple(_disk_plan(source, destination, chosen) for chosen in _chosen(request, source))
     _ = on_event
     return CopyPlan(
         source=source.url,
@@ -255,7 +257,11 @@ def _listed(request: CopyRequest, source: ReadableDestination) -> tuple[DiskReco
     if request.names and not request.newest and all(guest_of(name) is None for name in request.names):
         with suppress(NotFound):  # a pattern, or a guest
             return tuple(disk for name in dict.fromkeys(request.names) for disk in source.disks(name))
-    return source.disks()
+    try:
+        return source.disks()
+    except Corrupt as error:
+        error.hint = error.hint or "name the other disks to copy them all the same: snapchain copy SRC DEST DISK..."
+        raise
 
 
 def _named(names: Sequence[str], disks: Sequence[DiskRecord], url: str) -> set[str]:
@@ -279,8 +285,8 @@ def _points_of(request: CopyRequest, disk: DiskRecord, disks: Sequence[DiskRecor
     failed: SnapchainError | None = None
     if request.newest:
         of = guest_named_by(disk.name)
-        records = [each.points[-1].instant for each in disks if of and guest_of(each.name) == of and each.points]
-        points = tuple(point for point in points if point is points[-1] or (point.instant in records and records))
+        records = {each.points[-1].instant for each in disks if of and guest_of(each.name) == of and each.points}
+        points = tuple(point for point in points if point is points[-1] or point.instant in records - {None})
     elif request.since is not None:
         try:
             points = _since(disk, request.since)
@@ -334,14 +340,15 @@ def _check_epoch(chosen: DiskRecord, there: DiskRecord | None, url: str) -> None
 # --- plan
 
 
-def _disk_plan(source: ReadableDestination, chosen: _Chosen, there: DiskRecord | None) -> DiskPlan:
-    found = _found_lacking(chosen, there)
+def _disk_plan(source: Destination, destination: Destination, chosen: _Chosen) -> DiskPlan:
     try:
         if chosen.failed is not None:
             raise chosen.failed
+        there = _there(destination, chosen.name)
         _check_epoch(chosen.record, there, source.url)
+        found = _found_lacking(chosen, there)
         points, refused = _amounts(source, chosen, there, found)
-    except (Conflict, NotFound) as error:
+    except _OF_ONE_DISK as error:
         return DiskPlan(disk=chosen.name, failed=str(error))
     return DiskPlan(
         disk=chosen.name,
@@ -436,7 +443,7 @@ def _copied(work: _Disk) -> DiskReport:
                     raise
                 work.look_again()
         raise AssertionError("the loop returns or raises")
-    except (Conflict, Corrupt, InvalidInput, NotFound, Unsupported) as error:
+    except _OF_ONE_DISK as error:
         return work.report(failed=error)
 
 

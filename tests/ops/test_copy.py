@@ -387,6 +387,27 @@ def test_a_lost_record_of_a_layer_is_named() -> None:
     assert [each.kind for each in report.disks[0].refused] == ["corrupt", "corrupt"]
 
 
+def test_a_damaged_catalogue_stops_its_disk_alone() -> None:
+    source, to = Source(), repository()
+    for disk in ("a", "b"):
+        source.publish(grown(1), disk=disk)
+    (lost,) = source.repository.store.list(f"disks/{source.repository.keys.disk_key('a')}/")
+    whole = source.repository.store.get(lost.name)
+    source.repository.store.put(lost.name, whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(Corrupt) as caught:
+        copy(source, to)
+    assert "name the other disks" in str(caught.value.hint)
+    assert copy(source, to, "b").points == 1
+    source.repository.store.put(lost.name, whole)
+    there = next(iter(to.store.list(f"disks/{to.keys.disk_key('b')}/")))
+    to.store.put(there.name, b"nothing")
+    planned = plan(CopyRequest(), source.opened(), RepositoryDestination(again(to)))
+    report = copy(source, to)
+    for found in (planned, report):
+        assert [disk.failed is None for disk in found.disks] == [True, False]
+    assert report.points == 1
+
+
 def test_damage_at_the_destination_is_not_built_on() -> None:
     source, to = Source(), repository()
     source.publish(grown(2))
