@@ -73,6 +73,7 @@ def ground(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made_disk(here)
     qemu_img("create", "-q", "-f", "qcow2", "other.qcow2", "1M")
     run("init", "repo", "--no-encryption")
+    run("init", "second", "--no-encryption")
     run("ship", "other.qcow2", "repo::web1")
     run("ship", "other.qcow2", "repo::held")
     run("hold", "repo::held@1", "--tag", "t", "--reason", EVIL)

@@ -52,6 +52,10 @@ CHANGING = {
     "hold": ["hold", "repo::web1@1", "--tag", "t"],
     "release": ["release", "repo::held@1", "--tag", "t"],
     "gc": ["gc", "repo"],
+    "forget": ["forget", "repo::web1@1"],
+    "rename": ["rename", "repo::web1", "repo::web9"],
+    "copy": ["copy", "repo", "second"],
+    "repair": ["repair", "repo"],
     "key": ["key", "change", "keyed", "--keep-passphrase"],
     "nightly": ["nightly", "nightly.toml"],
     "failover": ["failover", "dir:{here}/failover/points::web1", "--source-is-gone", "--yes"],
@@ -86,6 +90,7 @@ def ground(run: Run, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     qemu_img("create", "-q", "-f", "qcow2", "other.qcow2", "1M")
     run("init", "repo", "--no-encryption")
     run("init", "keyed")
+    run("init", "second", "--no-encryption")
     run("ship", "other.qcow2", "repo::web1")
     run("ship", "other.qcow2", "repo::held")
     run("hold", "repo::held@1", "--tag", "t")
