@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,7 @@ from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from snapchain.testing.faults import crash_points
 from snapchain.testing.history import identical
+from tests.exhaustive import EXHAUSTIVE, some
 from tests.ops.guest_points import Guest, instant, missing_disks
 from tests.ops.shipping import DISK, MiB, ship
 from tests.ops.stacks import Layer, build, flat
@@ -249,7 +251,7 @@ def _copied(origin: Repository, now: list[float]) -> MemoryStore:
 def moments(origin: Repository, job: Any, other: Any, *, frozen: bool) -> Iterator[tuple[Repository, Any, Any]]:
     """(the repository, what the job ended with, what the other did), for each call at which the job stands still."""
     now = [1e9]
-    for moment in range(1000):
+    for moment in some(itertools.count(int(frozen) if not EXHAUSTIVE else 0), each=3):
         store = _copied(origin, now)
         ended: list[Any] = []
 
@@ -274,6 +276,7 @@ def _ended(job: Any, repo: Repository) -> Any:
         return error
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("frozen", [False, True], ids=["asleep", "frozen"])
 @pytest.mark.parametrize("first", ["rename", "ship"])
 def test_a_shipment_to_the_old_name_meanwhile(
@@ -301,6 +304,7 @@ def test_a_shipment_to_the_old_name_meanwhile(
     assert {(False, False), (False, True)} <= outcomes
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("frozen", [False, True], ids=["asleep", "frozen"])
 def test_a_collection_or_another_disk_meanwhile(
     origin: Repository, files: list[Path], shown: list[bytes], frozen: bool
@@ -326,7 +330,7 @@ def test_a_collection_or_another_disk_meanwhile(
             assert ship(files[3], repo).point == 4, "it can be written again"
         elif point == 4:
             assert reads(repo, NEW) == {**expected, 4: shown[0]}
-    assert taken > 2
+    assert taken
 
 
 def test_an_older_program_refuses_the_old_name(repo: Repository, files: list[Path]) -> None:
