@@ -91,12 +91,15 @@ class ReadAhead:
                 self._held.setdefault(each.pack, []).append((each, future))
 
     def drop(self, ranges: Sequence[Range]) -> None:
-        """Forget these ranges."""
+        """Forget these ranges: each once, since the next batch may have fetched it too."""
         with self._lock:
             for each in ranges:
-                left = [held for held in self._held.pop(each.pack, []) if held[0] != each]
-                if left:
-                    self._held[each.pack] = left
+                held = self._held.get(each.pack, [])
+                place = next((at for at, (known, _) in enumerate(held) if known == each), None)
+                if place is not None:
+                    del held[place]
+                if not held:
+                    self._held.pop(each.pack, None)
 
     def get(self, pack: str, offset: int, length: int) -> bytes | memoryview:
         """Bytes of a pack, as `read` gives them; waits for them where they are on their way."""

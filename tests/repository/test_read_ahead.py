@@ -106,6 +106,19 @@ def test_what_was_fetched_is_not_read_again_until_it_is_dropped() -> None:
     assert calls == [(10, 40), (49, 5), (10, 5), (20, 5)]
 
 
+def test_what_two_batches_need_is_held_until_both_are_done() -> None:
+    calls: list[tuple[int, int]] = []
+    with ReadAhead(reading(calls)) as ahead:
+        for _ in range(2):
+            ahead.fetch([Range("a", 10, 50)])
+        ahead.drop([Range("a", 10, 50)])
+        assert bytes(ahead.get("a", 20, 5)) == BODY[20:25]
+        assert (20, 5) not in calls
+        ahead.drop([Range("a", 10, 50), Range("b", 0, 5)])
+        assert bytes(ahead.get("a", 20, 5)) == BODY[20:25]
+        assert calls[-1] == (20, 5)
+
+
 def test_a_pack_that_is_shorter_than_it_should_be_gives_what_it_has() -> None:
     calls: list[tuple[int, int]] = []
     with ReadAhead(reading(calls, BODY[:30])) as ahead:
