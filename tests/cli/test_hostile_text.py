@@ -76,6 +76,7 @@ def ground(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run("init", "second", "--no-encryption")
     run("ship", "other.qcow2", "repo::web1")
     run("ship", "other.qcow2", "repo::held")
+    run("ship", "other.qcow2", "repo::spare")
     run("hold", "repo::held@1", "--tag", "t", "--reason", EVIL)
     (here / f"n{BYTES}.qcow2").symlink_to("other.qcow2")
     qemu_img("create", "-q", "-f", "qcow2", "-b", "other.qcow2", "-F", "qcow2", "plain.qcow2")

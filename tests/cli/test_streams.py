@@ -52,7 +52,7 @@ CHANGING = {
     "hold": ["hold", "repo::web1@1", "--tag", "t"],
     "release": ["release", "repo::held@1", "--tag", "t"],
     "gc": ["gc", "repo"],
-    "forget": ["forget", "repo::web1@1"],
+    "forget": ["forget", "repo::spare@1"],
     "rename": ["rename", "repo::web1", "repo::web9"],
     "copy": ["copy", "repo", "second"],
     "repair": ["repair", "repo"],
@@ -93,6 +93,7 @@ def ground(run: Run, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run("init", "second", "--no-encryption")
     run("ship", "other.qcow2", "repo::web1")
     run("ship", "other.qcow2", "repo::held")
+    run("ship", "other.qcow2", "repo::spare")
     run("hold", "repo::held@1", "--tag", "t")
     here = Path.cwd()
     (here / "nightly.toml").write_text(
@@ -156,7 +157,7 @@ def test_the_work_is_done_although_its_report_is_lost(
     ground: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said_to(errno.ENOSPC, ["ship", "web1.qcow2", "repo::new"], monkeypatch) == 11
-    assert [disk["name"] for disk in run("log", "repo", "--json").json["disks"]] == ["held", "new", "web1"]
+    assert [disk["name"] for disk in run("log", "repo", "--json").json["disks"]] == ["held", "new", "spare", "web1"]
 
 
 def test_a_failure_outweighs_that_its_report_is_lost(

@@ -44,7 +44,10 @@ def test_nothing_that_a_verb_makes_is_writable_for_others(
         known = set(entries(tmp_path))
         made_guest(words, tmp_path)
         before |= set(entries(tmp_path)) - known
-        ended = run(*(word.replace("{here}", str(tmp_path)) for word in words))
+        with monkeypatch.context() as patch:
+            if "keyed" in words:
+                patch.setenv("SNAPCHAIN_PASSWORD", "secret")
+            ended = run(*(word.replace("{here}", str(tmp_path)) for word in words))
         assert ended.status == 0, (words, ended.err)
     made = set(entries(tmp_path)) - before
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in made}
