@@ -64,8 +64,8 @@ def copied(repo: Repository) -> MemoryStore:
     return store
 
 
-def reads(repo: Repository, point: int) -> bytes:
-    catalogue = repo.catalogue(DISK)
+def reads(repo: Repository, point: int, disk: str = DISK) -> bytes:
+    catalogue = repo.catalogue(disk)
     (wanted,) = (each for each in catalogue.points if each.point == point)
     view = ChainView(repo.chain(catalogue, wanted.layer), repo.blobs)
     buffer = memoryview(bytearray(view.size))

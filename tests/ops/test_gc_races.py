@@ -25,6 +25,7 @@ from snapchain.objects.store import Data, ObjectInfo, ObjectStore, StoreWrapper
 from snapchain.repository import collecting as gc, packs, repository as repositories, sweep
 from snapchain.repository.leases import DEAD_SECONDS
 from snapchain.repository.points_merge import RepositoryMerge
+from snapchain.repository.renaming import renaming
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from tests.exhaustive import EXHAUSTIVE, some
@@ -276,6 +277,24 @@ def test_a_collection_during_which_somebody_ships(world: World, files: list[Path
         gc.run(world.open())
         world.check(reported=2)
         numbers.clear()
+
+
+@pytest.mark.parametrize("other", ["a name", "zz"])
+def test_a_collection_during_which_a_disk_gets_another_name(world: World, other: str) -> None:
+    """Its layers go from one folder to another, which the collection may have looked at before, or not."""
+
+    def rename(repo: Repository) -> None:
+        renaming(repo, DISK, other).run()
+
+    done = 0
+    for _ in moments(world, gc.run, rename, frozen=False, each=1):
+        repo = world.open()
+        for point in repo.catalogue(other).points:
+            assert reads(repo, point.point, disk=other) == world.shown[point.point - 1]
+        report = verify(world.open(), share=1.0)
+        assert report.ok, report.findings
+        done += 1
+    assert done > 15
 
 
 def test_a_reader_finishes_what_it_began(world: World) -> None:
