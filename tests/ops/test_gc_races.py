@@ -297,6 +297,45 @@ def test_a_collection_during_which_a_disk_gets_another_name(world: World, other:
     assert done > 15
 
 
+class InPages(StoreWrapper):
+    """Lists the disks in two requests, between which something happens the nth time: what is below `middle`, and the
+    rest.
+    """
+
+    def __init__(self, inner: ObjectStore, middle: str, meanwhile: Callable[[], object], nth: int) -> None:
+        super().__init__(inner)
+        self._middle, self._meanwhile, self._left, self.stood = middle, meanwhile, nth, False
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        self._left -= prefix == "disks/"
+        if self._left or self.stood:
+            return self.inner.list(prefix)
+        first = [info for info in self.inner.list(prefix) if info.name < self._middle]
+        self.stood = True
+        self._meanwhile()
+        return iter([*first, *(info for info in self.inner.list(prefix) if info.name >= self._middle)])
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_a_disk_that_goes_from_where_a_collection_will_look_to_where_it_has_looked(
+    world: World, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "LEAST_WASTE", 1 << 30)  # what is moved is marked once more
+    world.reset()
+    keys = world.open().keys
+    new = next(name for name in map(str, itertools.count()) if keys.disk_key(name) < keys.disk_key(DISK))
+
+    def rename() -> None:
+        renaming(world.open(), DISK, new).run()
+
+    store = InPages(world.store, f"disks/{keys.disk_key(DISK)}", rename, nth)
+    gc.run(world.open(store))
+    assert store.stood
+    repo = world.open()
+    assert [reads(repo, point.point, disk=new) for point in repo.catalogue(new).points] == world.shown[:2]
+    assert verify(world.open(), share=1.0).findings == ()
+
+
 def test_a_reader_finishes_what_it_began(world: World) -> None:
     """Its lease is alive: what it reads stays, though it is merged away and collected meanwhile."""
 
