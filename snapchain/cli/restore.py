@@ -228,7 +228,9 @@ def restore(
         elif is_disk:
             raise
         else:
-            raise NotFound("there is no such disk or guest", subject=f"{place.url}::{address.disk}") from error
+            # The hint of a disk that was renamed has its new name.
+            subject = f"{place.url}::{address.disk}"
+            raise NotFound("there is no such disk or guest", subject=subject, hint=error.hint) from error
 
 
 def _is_directory(path: Path) -> bool:

@@ -69,9 +69,9 @@ def status(
 ) -> None:
     """Show how the disks and guests of destinations stand.
 
-    For each disk: its newest point and how old that is, the number of points, the virtual size, and what is wrong. A
-    point of the future is reported, and never counts as the newest. A disk that cannot be read is a line with the
-    reason.
+    For each disk: its newest point and how old that is, the number of points, the virtual size, when all its data was
+    last read and found good, and what is wrong. A point of the future is reported, and never counts as the newest. A
+    disk that cannot be read is a line with the reason.
 
     For each guest: its state, the host that may run it, and the epoch; the lease that it runs under; its newest guest
     point, how old that is, and about how much the guest wrote since; when it was last verified, and when a clone of it
@@ -162,7 +162,7 @@ def _draw(console: Console, report: StatusReport, *, several: bool) -> None:
             render.line(console, "no disk is here yet")
         render.table(
             console,
-            ["disk", "point>", heading("newest"), "age>", "points>", "size>?", "trouble~"],
+            ["disk", "point>", heading("newest"), "age>", "points>", "size>?", "verified?", "trouble~"],
             [_row(disk) for disk in rows],
         )
     for guest in report.guests:
@@ -173,7 +173,7 @@ def _draw(console: Console, report: StatusReport, *, several: bool) -> None:
 def _row(disk: DiskStatus) -> list[str]:
     name = disk.disk if disk.record_of is None else f"{disk.record_of} (guest points)"
     if disk.trouble is not None:
-        return [name, "", "", "", "", "", disk.trouble.message]
+        return [name, "", "", "", "", "", "", disk.trouble.message]
     future = disk.points_of_the_future
     words = ["late"] if disk.late else []
     words += [f"{counted(len(future), 'point')} of the future: {numbered(future)}"] if future else []
@@ -184,6 +184,7 @@ def _row(disk: DiskStatus) -> list[str]:
         "" if disk.age_seconds is None else quantities.age(disk.age_seconds),
         str(disk.points),
         "" if disk.virtual_size is None or disk.record_of is not None else size(disk.virtual_size),
+        "" if disk.verified is None else moment(disk.verified),
         ", ".join(words),
     ]
 

@@ -97,6 +97,9 @@ def _families(report: StatusReport) -> Iterator[Family]:
     points = Family("status_disk_points", "Points of the disk.")
     future = Family("status_disk_points_of_the_future", "Points that are dated later than the clock.")
     size = Family("status_disk_virtual_bytes", "Virtual size of the newest point.")
+    verified = Family(
+        "status_disk_verified_timestamp_seconds", "When all data that the disk had was read and found good; 0: unknown."
+    )
     late = Family("status_disk_late", "Whether the newest point is older than was stated.")
     # A destination may have been named in two ways: no series may come twice.
     for each in {(each.destination, each.disk): each for each in report.disks}.values():
@@ -106,12 +109,13 @@ def _families(report: StatusReport) -> Iterator[Family]:
             continue
         newest.rows.append((own, 0.0 if each.time is None else each.time.timestamp()))
         points.rows.append((own, float(each.points)))
+        verified.rows.append((own, 0.0 if each.verified is None else each.verified.timestamp()))
         future.rows.append((own, float(len(each.points_of_the_future))))
         if each.virtual_size is not None:
             size.rows.append((own, float(each.virtual_size)))
         if each.late is not None:
             late.rows.append((own, float(each.late)))
-    yield from (newest, readable, points, future, size, late)
+    yield from (newest, readable, points, future, size, verified, late)
     yield Family(
         "status_guest_owed",
         "What is left to be done about the guest.",

@@ -42,6 +42,7 @@ class DiskStatus(_Shown):
     points, layers: how many
     points_of_the_future: numbers, of the earliest hundred at most
     late: whether it has missed the stated age; None where none was stated, or the disk cannot be read
+    verified: all data that it had then was read and found good at this time or later; None: not all, or not known
     guest: to which it belongs; record_of: whose records it holds
     trouble: why nothing else is known of it
     """
@@ -58,6 +59,7 @@ class DiskStatus(_Shown):
     layers: int = 0
     points_of_the_future: tuple[int, ...] = ()
     late: bool | None = None
+    verified: datetime | None = None
     trouble: Trouble | None = None
 
 
@@ -199,6 +201,7 @@ def _disk(destination: str, disk: DiskSummary, now: datetime, max_age: float | N
     found: dict[str, object] = {
         "points": disk.points,
         "layers": disk.layers,
+        "verified": disk.verified,
         "points_of_the_future": tuple(sorted(each.point for each in future)),
         "late": None if max_age is None else age is None or age > max_age,
     }

@@ -104,13 +104,21 @@ class RepositoryDestination(RepositoryWriting):
         return tuple(map(_disk_record, found))
 
     def summaries(self, disk: str | None = None, *, now: datetime | None = None) -> tuple[DiskSummary, ...]:
-        """As `summaries.summaries`."""
+        """As `summaries.summaries`, with what verify has kept."""
+        from snapchain.repository.verified import last_verified
+
         now = now or datetime.now(UTC)
         if disk is not None:
-            return (summary_of(_disk_record(self.repository.catalogue(disk)), now),)
-        from snapchain.repository.summaries import summaries
+            found: tuple[DiskSummary, ...] = (summary_of(_disk_record(self.repository.catalogue(disk)), now),)
+        else:
+            from snapchain.repository.summaries import summaries
 
-        return summaries(self.repository, now)
+            found = summaries(self.repository, now)
+        times = last_verified(self.repository.store, self.repository.keys)
+        return tuple(
+            each if (time := times.get(each.name)) is None else each.model_copy(update={"verified": time})
+            for each in found
+        )
 
     def usage(self, disk: str | None = None, *, on_event: OnEvent = ignore) -> StoredUsage:
         """As `usage.usage`."""

@@ -121,7 +121,7 @@ class Verification:
         return VerifyReport(
             ok=not findings,
             destination=store.url,
-            disks=len(found),
+            disks=sum(not catalogue.is_gone for catalogue in found),
             points=sum(len(catalogue.points) for catalogue in found),
             layers=tally.layers,
             data_read=self._share > 0,

@@ -24,9 +24,11 @@ def test_a_disk_gets_another_name(run: Run, disk: Path, tmp_path: Path) -> None:
     for gone in (("log", "repo::web1/vda"), ("forget", "repo::web1/vda@1"), words):
         said = run(*gone)
         assert (said.status, "was renamed to" in said.err) == (3, True), gone
+    said = run("restore", "repo::web1/vda", "again.raw")
+    assert (said.status, "use the new name: DEST::www/vda" in said.err) == (3, True)
     assert run("ship", str(disk), "repo::www/vda").status == 0
     assert run("gc", "repo").status == 0
-    assert run("verify", "repo", "--read-data").status == 0
+    assert run("verify", "repo", "--read-data", "--json").json["disks"] == 2
     assert run("rename", "repo::www/vda", "repo::db").status == 2
     assert run("rename", "repo::www/vda", "other::web1/vda").status == 2
     assert run("rename", "repo::gone", "repo::x").status == 3

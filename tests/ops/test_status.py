@@ -21,6 +21,7 @@ from snapchain.ops.monitoring import Level, metrics, nagios, nagios_failure
 from snapchain.ops.status import DestinationStatus, DiskStatus, StatusReport, Trouble, Wanted, status
 from snapchain.repository.catalogue import generation_names
 from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.opening import open_repository
 from snapchain.repository.repository import Repository
 from tests.repository.synthetic import repository
 from tests.repository.test_summaries import publish
@@ -298,6 +299,30 @@ def test_one_line_a_disk(shown: Callable[..., tuple[int, str, str]]) -> None:
     assert "24 h" in lines[1]
 
 
+def test_when_a_disk_was_verified(shown: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    assert "verified" not in shown("repo")[1], "nobody has read anything yet"
+    from tests.cli.conftest import made_disk
+    from tests.ops.shipping import ship
+
+    ship(made_disk(tmp_path), open_repository("repo", passphrase=lambda: None, writing=True), disk="web9/vda")
+    before = datetime.now(UTC).replace(microsecond=0)
+    assert main(["verify", "repo::web9/vda", "--read-data", "-q"]) == 0
+    code, out, _ = shown("repo")
+    assert code == 0
+    assert "verified" in out.splitlines()[0]
+    report = StatusReport.model_validate_json(re.sub(r', "notices": \[[^\]]*\]', "", shown("repo", "--json")[1]))
+    found = {each.disk: each.verified for each in report.disks}
+    assert {disk for disk, time in found.items() if time is None} == {"old", "web1/vda"}
+    assert found["web9/vda"] is not None
+    assert before <= found["web9/vda"] <= datetime.now(UTC)
+    stamps = {
+        dict(labels)["disk"]: value
+        for (name, labels), value in series(metrics(report).decode()).items()
+        if name == "snapchain_status_disk_verified_timestamp_seconds"
+    }
+    assert stamps == {"old": 0, "web1/vda": 0, "web9/vda": found["web9/vda"].timestamp()}
+
+
 def test_exit_codes(shown: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     code, out, err = shown("repo", "--max-age", "26h")
     assert code == 10
@@ -320,9 +345,9 @@ def test_exit_codes(shown: Callable[..., tuple[int, str, str]], tmp_path: Path) 
     assert (code, out.count("\n")) == (3, 1)
     code, out, _ = shown("repo", "--metrics", "-", "--max-age", "26h")
     assert code == 10
-    assert len(series(out)) == 2 + 2 * 6
+    assert len(series(out)) == 2 + 2 * 7
     assert shown("repo", "--metrics", "a.prom")[0] == 0
-    assert len(series((tmp_path / "a.prom").read_text())) == 2 + 2 * 5
+    assert len(series((tmp_path / "a.prom").read_text())) == 2 + 2 * 6
 
 
 def test_json_has_all_fields(shown: Callable[..., tuple[int, str, str]]) -> None:
