@@ -17,8 +17,9 @@ import typer
 from snapchain.cli import options, render, streams
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.quantities import moment, size
+from snapchain.cli.quantities import duration, moment, size
 from snapchain.errors import InvalidInput, NotFound, PartialFailure, SnapchainError
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -298,7 +299,10 @@ def _draw_plan(console: Console, plan: RestorePlan) -> None:
     render.headline(
         console, f"would restore {plan.disk}, point {plan.point} of {time}, and {what} {_shown(plan.output)}"
     )
-    render.facts(console, [("to write", size(plan.bytes_to_write)), ("content", plan.content_id)])
+    render.facts(
+        console,
+        [("to write", size(plan.bytes_to_write)), ("to fetch", _to_fetch(plan)), ("content", plan.content_id)],
+    )
     render.table(
         console,
         ["file", "format", "virtual size>", "data>", "on"],
@@ -307,6 +311,13 @@ def _draw_plan(console: Console, plan: RestorePlan) -> None:
             for file in plan.files
         ],
     )
+
+
+def _to_fetch(plan: RestorePlan) -> str:
+    if plan.bytes_to_fetch is None or plan.requests is None:
+        return ""
+    words = f"{size(plan.bytes_to_fetch)} by {counted(plan.requests, 'request')}"
+    return words if plan.seconds is None else f"{words}, in about {duration(plan.seconds)}"
 
 
 def _draw_report(console: Console, report: RestoreReport) -> None:

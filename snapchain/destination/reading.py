@@ -59,6 +59,18 @@ class Sink:
     lost: Callable[[int, int, Corrupt], None] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ReadingCost:
+    """What reading a layer takes. requests, stored_bytes: to fetch its data
+
+    seconds: as long as the beginning took, for all of it; None where the beginning cannot be read
+    """
+
+    requests: int
+    stored_bytes: int
+    seconds: float | None
+
+
 class LayerReader(Protocol):
     """A layer of a point, or the whole point as one layer.
 
@@ -95,6 +107,10 @@ class LayerReader(Protocol):
         Where the sink takes what is lost, the id is that of the content with zeroes there.
         Raises Corrupt, naming the guest range that is lost; Unsupported for such a sink, where `names_damage` is False.
         """
+        ...
+
+    def cost(self) -> ReadingCost | None:
+        """What reading all of it will take, by its map and a look at its beginning; None where that is not known."""
         ...
 
 

@@ -106,6 +106,10 @@ class ReplicaLayer:
             on_copied(self.fetched.position, sum(piece.length for piece in wanted))
         return self.fetched.announced
 
+    def cost(self) -> None:
+        """As LayerReader: the files are read over there, and what crosses the link is known afterwards."""
+        return
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPoint:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Literal
 
-from snapchain.destination.reading import Sink
+from snapchain.destination.reading import ReadingCost, Sink
 from snapchain.destination.records import HoldRecord, PointRecord
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model.content import Hashes
@@ -54,6 +54,10 @@ class RepositoryLayer:
     def copy(self, sink: Sink, *, start: int = 0, on_copied: Callable[[int, int], None]) -> str:
         """As LayerReader. Each leaf is proven against its record before it is given to the sink's user as copied."""
         return Replay(self.view, self.extents, sink, lost=self.lost).on(self.below).run(on_copied, start=start)
+
+    def cost(self) -> ReadingCost:
+        """As LayerReader."""
+        return Replay(self.view, self.extents).on(self.below).cost()
 
 
 @dataclass(frozen=True, slots=True)

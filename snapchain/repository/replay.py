@@ -6,6 +6,7 @@ Restoring is a replay with a sink that writes; verifying is one without.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from snapchain.destination.reading import Sink
+from snapchain.destination.reading import ReadingCost, Sink
 from snapchain.errors import Corrupt, SnapchainError
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, content_id, empty_sum, leaf_hash
 from snapchain.model.extents import DATA, Extents
@@ -37,6 +38,8 @@ WORKERS = 4
 BATCH_BYTES = 32 * 1024 * 1024
 """Guest bytes that are fetched together: some 12 MB of one or two packs. Another batch is on its way meanwhile."""
 _MOST_TASKS = 64
+SAMPLE_BYTES = 64 * 1024 * 1024
+"""Guest bytes that are read to tell how long all of them will take: two batches, half a second of two cores."""
 
 _T = TypeVar("_T")
 
@@ -149,6 +152,25 @@ class Replay:
         with closing(self._results(self._tasks())) as results:
             return [bad for done in results for bad in done.bad]
 
+    def cost(self) -> ReadingCost:
+        """What reading all of it will take: by its map, and as fast as its first SAMPLE_BYTES were read just now."""
+        requests = stored = hot = 0
+        for batch in _batches(self._tasks()):
+            ranges = self._needed(batch)
+            requests += len(ranges)
+            stored += sum(each.stop - each.start for each in ranges)
+            hot += sum(item.stop - item.start for task in batch for item in task if item.hot)
+        begun, read = time.monotonic(), 0
+        with closing(self._results(self._tasks())) as results:
+            for done in results:
+                if done.bad:
+                    return ReadingCost(requests, stored, None)
+                read += done.bytes_read
+                if read >= SAMPLE_BYTES:
+                    break
+        seconds = time.monotonic() - begun
+        return ReadingCost(requests, stored, seconds * hot / read if read else 0.0)
+
     def _tasks(self) -> Iterator[Task]:
         layers = self._view.layers
         return tasks(self._extents, hot_leaves(self._extents), partial(bounded_ranges, layers))
@@ -180,14 +202,18 @@ class Replay:
 
     def _fetch(self, ahead: ReadAhead, batch: Sequence[Task]) -> list[Range]:
         """Begin to fetch what a batch needs; which ranges these are. What is wrong with its map, its tasks find."""
-        hot = [(item.start, item.stop - item.start) for task in batch for item in task if item.hot]
         try:
-            ranges = coalesced(self._view.locations(hot), gap=GAP_BYTES, most=GROUP_BYTES)
+            ranges = self._needed(batch)
         except SnapchainError:
             return []
         chosen = within(ranges, MOST_AHEAD)
         ahead.fetch(chosen)
         return chosen
+
+    def _needed(self, batch: Sequence[Task]) -> list[Range]:
+        """The ranges of packs that hold what a batch needs."""
+        hot = [(item.start, item.stop - item.start) for task in batch for item in task if item.hot]
+        return coalesced(self._view.locations(hot), gap=GAP_BYTES, most=GROUP_BYTES)
 
     def _submitted(
         self, pool: ThreadPoolExecutor, view: ChainView, batches: Iterator[tuple[Sequence[Task], Future[list[Range]]]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.image.raw import RawWriter
 from snapchain.model.events import Event, Progress
 from snapchain.objects.memory import MemoryStore
+from snapchain.objects.store import ObjectStore
 from snapchain.ops.restore import target as restore_target
 from snapchain.ops.restore.output import OutputFile
 from snapchain.ops.restore.run import Restoration
@@ -427,3 +429,32 @@ def test_many_at_once_end_with_one_whole_file(repo: Repository, chain: list[Path
     assert len(ends) == 4
     assert same_bytes(out, flat(chain[0], tmp_path / "flat"))
     assert names(tmp_path / "d") == ["out.raw"]
+
+
+def test_a_plan_says_what_reading_takes(tmp_path: Path) -> None:
+    """Requests and bytes are those that the restore then makes, but for the maps; a damaged beginning has no time."""
+    repo = repository(MemoryStore(), block_size=64 * 1024)
+    noise = tmp_path / "noise"
+    noise.write_bytes(random.Random(3).randbytes(3 * MiB))
+    (image,) = build(tmp_path / "chain", [Layer(8 * MiB, [f"write -s {noise} 1M 3M", "write -z 6M 1M"])])
+    ship(image, repo)
+
+    def restoration(store: ObjectStore) -> Restoration:
+        return Restoration(RepositoryDestination(again(repo, store)), DISK, tmp_path / "out.raw")
+
+    plan = restoration(repo.store).plan()
+    store = CountingStore(repo.store)
+    restoration(store).run()
+    read = store.of("get", "packs/")
+    assert plan.requests is not None
+    assert plan.bytes_to_fetch is not None
+    assert plan.requests <= len(read) <= plan.requests + 2, "and the page of the map"
+    assert 3 * MiB <= plan.bytes_to_fetch < 3 * MiB + 10_000
+    assert plan.seconds is not None
+    assert 0 < plan.seconds < 60
+    for info in list(repo.store.list("packs/")):
+        if info.size > MiB:
+            repo.store.put(info.name, bytes(info.size))
+    (tmp_path / "out.raw").unlink()
+    damaged = restoration(repo.store).plan()
+    assert (damaged.requests, damaged.seconds) == (plan.requests, None)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from snapchain.destination.reading import LayerReader, PointReader, ReadableDestination, Sink
+from snapchain.destination.reading import LayerReader, PointReader, ReadableDestination, ReadingCost, Sink
 from snapchain.destination.records import PointRecord
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable
 from snapchain.host.files import UNCHANGED, Standing, free_bytes
@@ -101,11 +101,21 @@ class Restoration:
         self._resumed = False
 
     def plan(self) -> RestorePlan:
-        """What `run` will do; reads no data. Raises Conflict when other images depend on what it would replace."""
+        """What `run` will do; reads a little of the data, to tell how long that takes.
+
+        Raises Conflict when other images depend on what it would replace.
+        """
         self._target.check_unused()
         with self._reader(maps_only=True) as reader:
             point = self._planned = reader.point
-            files = tuple(job.file_plan() for job in self._jobs(reader))
+            files: tuple[FilePlan, ...] = ()
+            costs: list[ReadingCost | None] = []
+            for job in self._jobs(reader):
+                files += (job.file_plan(),)
+                costs.append(job.layer.cost())
+        known = [each for each in costs if each is not None]
+        seconds = [each.seconds for each in known if each.seconds is not None]
+        is_known = len(known) == len(costs)
         return RestorePlan(
             source=self._destination.url,
             disk=self._disk,
@@ -118,6 +128,9 @@ class Restoration:
             replaces=self._target.replaces,
             files=files,
             bytes_to_write=sum(file.data_bytes for file in files),
+            requests=sum(each.requests for each in known) if is_known else None,
+            bytes_to_fetch=sum(each.stored_bytes for each in known) if is_known else None,
+            seconds=sum(seconds) if is_known and len(seconds) == len(known) else None,
         )
 
     def run(self, *, on_event: OnEvent = ignore) -> RestoreReport:

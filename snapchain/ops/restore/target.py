@@ -53,7 +53,11 @@ class FilePlan(BaseModel):
 
 
 class RestorePlan(BaseModel):
-    """What `restore` would do. files: root first, the last is OUT."""
+    """What `restore` would do. files: root first, the last is OUT.
+
+    requests, bytes_to_fetch: to read the data from a repository; seconds: about how long that takes, by reading its
+    beginning; None where that is not known
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -68,6 +72,9 @@ class RestorePlan(BaseModel):
     replaces: bool
     files: tuple[FilePlan, ...]
     bytes_to_write: int
+    requests: int | None = None
+    bytes_to_fetch: int | None = None
+    seconds: float | None = None
 
 
 class RestoreReport(BaseModel):
