@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -103,6 +104,7 @@ class BlobIndex:
     condemned: what is to be deleted; no blob is found there, and none anywhere while a record of that is unreadable
     unreadable: what was wrong with index objects that could not be read
     unlisted: packs that are there and that no index lists, as far as the packs were looked at
+    era_began: when the newest era was begun, by the store's clock, infinite where it tells no time; None: never
     """
 
     _FRESH = 4096
@@ -114,6 +116,7 @@ class BlobIndex:
         self.condemned = Condemned()
         self.unreadable: list[SnapchainError] = []
         self.unlisted: dict[str, ObjectInfo] = {}
+        self.era_began: float | None = None
         self._lock = threading.Lock()
         self._segments: list[_Segment] = []
         self._fresh: dict[bytes, Location] = {}
@@ -306,6 +309,8 @@ def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
             if attempt == ATTEMPTS - 1:
                 raise
             continue
+        began = (info.modified for info in listed if info.name.endswith((f"-{ALONE}", f"-{BEGUN}")))
+        index.era_began = max((inf if modified is None else modified for modified in began), default=None)
         marks = [info.name for info in listed if is_damage(info.name)]
         index.avoid.update(*damage.read(store, keys, marks).values())
         return index

@@ -18,7 +18,7 @@ from snapchain.repository.ingest import Ingest, LayerSource
 from snapchain.repository.layers import LayerHeader, StoredLayer
 from snapchain.repository.packer import Packer
 from snapchain.repository.repository import Repository
-from snapchain.repository.unlisted import unlisted
+from snapchain.repository.unlisted import adoptable
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class LayerUpload:
             on_durable=on_durable,
             on_waited=level.note_waited,
         )
-        self._packer.adopt(unlisted(repository, self.index))
+        self._packer.adopt(adoptable(repository.store, repository.keys, self.index))
         self._intake = Ingest(
             keys=repository.keys,
             index=self.index,

@@ -33,7 +33,7 @@ from typing import Self
 
 from pydantic import ConfigDict
 
-from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError
+from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.objects.exclusive import boot_time, is_retired, retire, stays
 from snapchain.objects.reserve import spending
 from snapchain.objects.store import ObjectInfo, ObjectStore, Refused
@@ -112,10 +112,10 @@ class Lease:
 
     A lease that cannot be removed is a note: the work under it is done (objects/exclusive.py).
 
-    Of a collector, since it last looked (`survey`): `spared`, layers that readers read; `writers`, leases of those at
-    work, with who holds them if that can be read; `dead`, leases that nobody keeps up any more.  These are the
-    collector's to remove, and nobody else's: what their holders may still do when they wake up must be made impossible
-    first (fence.py).
+    Of a collector, since it last looked (`survey`): `spared`, layers that readers read; `hides_layers`, whether the
+    lease of a reader cannot be read; `writers`, leases of those at work, with who holds them if that can be read;
+    `dead`, leases that nobody keeps up any more.  These are the collector's to remove, and nobody else's: what their
+    holders may still do when they wake up must be made impossible first (fence.py).
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class Lease:
         self._spends, self._spending = spends, ExitStack()
         self.spared: frozenset[str] = frozenset()
         self.writers: dict[str, Holder | None] = {}
+        self.hides_layers = False
         self.dead: dict[str, Holder | None] = {}
         self._alone = False
         self._store, self._keys, self._mode = store, keys, mode
@@ -153,7 +154,8 @@ class Lease:
         )
         self._body = seal(keys, KIND, self._name, holder.model_dump_json().encode())
         self._refreshed = 0.0
-        self._lost = False
+        self._lost = self._checked = False
+        self._known: dict[str, Holder] = {}
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -188,6 +190,9 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._done.set()
+        if self._may_publish_late(error):
+            self._spending.close()
+            return  # it dies, and is fenced
         try:
             if isinstance(error, Corrupt | NotFound):
                 self.check()  # a reader that slept through a collection may miss unneeded objects: that is no damage
@@ -197,8 +202,14 @@ class Lease:
             if left is not None and error is None:
                 self._on_wait(f"the lease {self._name} was not removed: {left.message}{_remedy(left)}")
 
+    def _may_publish_late(self, error: BaseException | None) -> bool:
+        """Whether a generation may still be created: of a request whose outcome nobody knows, or that nobody awaits."""
+        ends_unknown = error is not None and (isinstance(error, Unavailable) or not isinstance(error, SnapchainError))
+        return self._mode is Mode.WRITE and self._checked and ends_unknown
+
     def check(self) -> None:
         """Raises Conflict when others may take the lease for dead: data that it protects may be deleted."""
+        self._checked = True
         if self._lost or boot_time() - self._refreshed > DEAD_SECONDS / 2 or not self._is_held():
             raise Conflict(
                 "this run stood still for so long that others took it for dead",
@@ -255,6 +266,15 @@ class Lease:
                 raise Busy(f"{others} is at work", subject=self._store.url, hint="wait for it, and run this again")
             time.sleep(_POLL_SECONDS)
 
+    def is_over(self, name: str) -> bool:
+        """Of a collector: whether a lease that was not listed has ended: a listing may miss what is there."""
+        return not stays(self._store.size(name))
+
+    @property
+    def is_alone(self) -> bool:
+        """Of a collector: whether there was no room to say what it is, so that writers wait for it."""
+        return self._alone
+
     def end(self, name: str) -> None:
         """Of a collector: say that a dead lease has ended. From here on the `check` of its holder raises."""
         self._store.put(_end_of(name), EXPIRED)
@@ -270,7 +290,7 @@ class Lease:
         collects = self._mode is Mode.COLLECT
         spared: set[str] = set()
         other: ObjectInfo | None = None
-        self.dead, self.writers = {}, {}
+        self.dead, self.writers, self.hides_layers = {}, {}, False
         for info in found:
             if info.name == self._name or not (collects or info.name.startswith(Mode.COLLECT.prefix)):
                 continue
@@ -299,6 +319,7 @@ class Lease:
                 self.writers[info.name] = holder
                 other = other or (info if self._alone else None)
             else:
+                self.hides_layers |= info.name.startswith(Mode.READ.prefix)
                 other = other or info
         self.spared = frozenset(spared)
         return other
@@ -307,11 +328,16 @@ class Lease:
         return str(self._holder(info) or "another snapchain")
 
     def _holder(self, info: ObjectInfo) -> Holder | None:
-        try:
-            body = unseal(self._keys, KIND, info.name, self._store.get(info.name))
-            return parse_stored(Holder, body, what="the lease", subject=info.name)
-        except SnapchainError:
-            return None  # gone meanwhile, or sealed by nobody we know: its age decides
+        """Who holds a lease, which never changes; None of one that is gone, or sealed by nobody we know."""
+        found = self._known.get(info.name)
+        if found is None and info.size:
+            try:
+                body = unseal(self._keys, KIND, info.name, self._store.get(info.name))
+                found = parse_stored(Holder, body, what="the lease", subject=info.name)
+            except (Corrupt, NotFound, Unsupported):
+                return None
+            self._known[info.name] = found
+        return found
 
 
 # --- Which running kernel this is, and whether a process of it is the one that once was.

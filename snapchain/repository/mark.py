@@ -32,6 +32,7 @@ from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.packs import Location
 from snapchain.repository.repository import Repository
 from snapchain.repository.soundness import check_present, find_readable, named_by_page
+from snapchain.repository.unlisted import take_in
 
 MOST_TOLD = 10_000
 """Errors that are kept of what is lost: each takes a hundred times the memory of the stored name that it is about."""
@@ -163,6 +164,9 @@ def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -
                 found.unread.add(layer)
     found.pages = places.pages
     repository.blobs.damaged |= places.short
+    if places.doubted:
+        index.unlisted = {pack: info for pack, info in listed.items() if pack not in index.sizes}
+        take_in(store, repository.keys, index)
     _look_for_copies(repository, found, places, sizes)
     used = places.by_pack()
     nothing = np.empty(0, np.int64)

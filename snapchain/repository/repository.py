@@ -37,6 +37,7 @@ from snapchain.repository.index import BlobIndex
 from snapchain.repository.known import SeenGenerations, Vouched
 from snapchain.repository.layers import LayerHeader, PageCache, PageTable, StoredLayer
 from snapchain.repository.leases import Lease, Mode
+from snapchain.repository.unlisted import take_in
 from snapchain.repository.vacancy import check_vacant, nothing_here
 
 CONFIG = "config"
@@ -448,7 +449,12 @@ class Repository:
         return index
 
     def _load_index(self) -> BlobIndex:
-        return indexes.load(self.store, self.keys)
+        """For who has met damage, and looks for copies."""
+        index = indexes.load(self.store, self.keys)
+        there = damage.list_packs(self.store)
+        index.unlisted = {pack: info for pack, info in there.items() if pack not in index.sizes}
+        take_in(self.store, self.keys, index)
+        return index
 
 
 def check_agrees(disk: str, point: Point, layer: StoredLayer) -> None:

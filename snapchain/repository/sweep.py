@@ -29,11 +29,11 @@ import numpy as np
 import numpy.typing as npt
 
 from snapchain.destination.records import GcLimits
-from snapchain.errors import Corrupt
+from snapchain.errors import Corrupt, NotFound
 from snapchain.objects.exclusive import boot_time
 from snapchain.objects.store import ObjectInfo, Refused
 from snapchain.repository import condemned, index as indexes, layers as records
-from snapchain.repository.catalogue import Catalogue
+from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.condemned import Condemned
 from snapchain.repository.fence import bury
 from snapchain.repository.format import PACK_BYTES, PAGE_ROW, fresh_id, index_era, layer_name, pack_name
@@ -181,7 +181,7 @@ class _Sweep:
             _note_damage(repository, marked)
             return done
         wasted = _wasteful(marked, self._limits)
-        if wasted or marked.movable:
+        if (wasted or marked.movable) and not lease.is_alone:
             self._move(marked, wasted)
             done.marked = marked = self._marked()
         _note_damage(repository, marked)
@@ -216,9 +216,12 @@ class _Sweep:
             suppress(Refused),  # a full disk: deleting waste makes room to move next time
             repository.lease(Mode.WRITE, "gc", on_wait=self._on_wait, spends=True) as writing,
         ):
-            self._lease.survey()
-            others = {name: holder for name, holder in self._lease.writers.items() if name != writing.name}
-            _move(repository, marked, wasted, self._done, writing.check, avoid=_published_to(others))
+
+            def published_to() -> frozenset[str] | None:
+                self._lease.survey()
+                return _published_to({name: at for name, at in self._lease.writers.items() if name != writing.name})
+
+            _move(repository, marked, wasted, self._done, writing.check, published_to)
 
     # --- Condemning, and waiting.
 
@@ -235,10 +238,12 @@ class _Sweep:
             made = condemned.condemn(repository.store, repository.keys, packs, layers) if packs or layers else {}
             for name, record in made.items():
                 said.packs[name], said.layers[name] = frozenset(record.packs), frozenset(record.layers)
-            lease.survey()
             unsettled = said.unsettled()
             if unsettled:
-                leases = frozenset(lease.writers.keys() | lease.dead.keys())
+                leases = frozenset[str]()
+                for _ in range(2):  # one listing may miss a lease that is put again at the moment
+                    lease.survey()
+                    leases |= lease.writers.keys() | lease.dead.keys()
                 name = condemned.wait_for(repository.store, repository.keys, unsettled, leases)
                 said.awaits[name] = frozenset(unsettled), leases
         except Refused:  # without room to say so, all others have to wait instead
@@ -252,14 +257,17 @@ class _Sweep:
         lease = self._lease
         until = boot_time() + self._patience
         told = False
+        over: set[str] = set()
         while True:
             lease.survey()
             if lease.dead:
                 bury(self._repository, lease)
                 lease.survey()
-            at_work = lease.writers.keys() | lease.dead.keys()
+            at_work = {*lease.writers, *lease.dead}
+            for name in frozenset[str]().union(*(leases for _, leases in said.awaits.values())) - at_work - over:
+                (over if lease.is_over(name) else at_work).add(name)
             if len(said.ready(at_work)) == len(said.packs) or boot_time() >= until:
-                return set(at_work)
+                return at_work
             if not told:
                 self._on_wait(f"waiting for {', '.join(_named(lease.writers.values()))}")
                 told = True
@@ -279,20 +287,26 @@ class _Sweep:
     def _sweep(self, marked: Marked, said: Condemned, ready: Sequence[str], needed: frozenset[str]) -> None:
         repository, lease = self._repository, self._lease
         store, keys = repository.store, repository.keys
-        in_use = {pack.pack for pack in marked.usage if len(pack.offsets)} | needed
+        used = {pack.pack for pack in marked.usage if len(pack.offsets)}
+        in_use = used | needed
         there = {pack.pack: pack.size for pack in marked.usage}
         going = frozenset[str]().union(*(said.packs[name] for name in ready)) & there.keys()
-        gone = frozenset[str]() if marked.unread else going - in_use
+        gone = frozenset[str]() if marked.unread or lease.hides_layers else going - in_use
         layers = frozenset[str]().union(*(said.layers[name] for name in ready)) - marked.alive
         avoid = marked.suspect | marked.index.avoid | said.all_packs
         lease.check()
-        before = [info.name for info in index_objects(repository)]
         rewritten: _Rewritten | None = None
         if gone or _is_scattered(repository) or _misleads(marked):
             stay = {pack: size for pack, size in there.items() if pack not in avoid}
-            rewritten = _write_index(repository, before, stay, alone="" in said.packs)
-            self._delete([name for name in before if not indexes.is_end_of_era(name)])
+            rewritten = _write_index(repository, stay, used, alone="" in said.packs)
+            self._delete([name for name in rewritten.taken if not indexes.is_end_of_era(name)])
             lease.check()
+        # Who has begun to read since the last look, and found its layers still there, keeps them.
+        lease.survey()
+        gone -= look_again(repository, marked, lease.spared)
+        layers = frozenset[str]() if lease.hides_layers else layers - marked.alive
+        if marked.unread:
+            gone = frozenset[str]()
         listed = {info.name for info in store.list("layers/")}
         self._delete(sorted(listed & {layer_name(layer) for layer in layers}))
         self._delete(map(pack_name, sorted(gone)))
@@ -302,7 +316,7 @@ class _Sweep:
                 indexes.write(store, keys, group, era=rewritten.era)
             if not rewritten.is_complete:
                 indexes.complete_era(store, keys, rewritten.era)
-            self._delete([name for name in before if indexes.is_end_of_era(name)])
+            self._delete([name for name in rewritten.taken if indexes.is_end_of_era(name)])
         self._forget_condemned(said, ready, going - gone)
         self._done.packs_deleted = len(gone)
 
@@ -315,7 +329,9 @@ class _Sweep:
         with suppress(Refused):  # then they stay, and say too much
             if stay and over:
                 condemned.condemn(store, keys, stay, ())
-            for name in (*over, *filter(None, said.over(over)), *said.unreadable):
+            # What a damaged one lists is condemned anew, but for what may be of those at work.
+            unreadable = () if self._lease.writers else said.unreadable
+            for name in (*over, *filter(None, said.over(over)), *unreadable):
                 store.delete(name)
 
     def _delete(self, objects: Iterable[str]) -> None:
@@ -376,27 +392,32 @@ def _stored_bytes(repository: Repository) -> int:
 
 @dataclass(slots=True)
 class _Rewritten:
-    """A new era. unwritten: what is still to be listed, since the disk is full; is_complete: whether that was said."""
+    """A new era. taken: index objects that it takes the place of; unwritten: what is still to be listed, since the disk
+    is full; is_complete: whether that was said.
+    """
 
     era: int
+    taken: list[str]
     unwritten: list[list[IndexedPack]] = field(default_factory=list)
     is_complete: bool = False
 
 
-def _write_index(repository: Repository, names: Sequence[str], sizes: Mapping[str, int], *, alone: bool) -> _Rewritten:
-    """A new era: one index of the packs that stay, instead of `names`, whichever of these can be read.
+def _write_index(repository: Repository, sizes: Mapping[str, int], used: Container[str], *, alone: bool) -> _Rewritten:
+    """A new era: one index of the packs that stay, instead of all that there are, whichever of these can be read.
 
-    sizes: bytes of the packs that stay; none of them is missing or damaged; alone: as in `begin_era`.
+    sizes: bytes of the packs that stay; none of them is missing or damaged; used: those that some record names
+    alone: as in `begin_era`
     On a full disk something is left to do, once the old indexes, which no longer count, and unused packs are gone.
     Raises Conflict when another collector has begun that era.
     """
     store, keys = repository.store, repository.keys
-    era = indexes.begin_era(store, keys, names, conditional=repository.conditional, alone=alone)
-    made = _Rewritten(era, is_complete=alone)
-    stay = set(sizes)
+    before = [info.name for info in index_objects(repository)]
+    era = indexes.begin_era(store, keys, before, conditional=repository.conditional, alone=alone)
+    made = _Rewritten(era, [], is_complete=alone)
     pending: list[IndexedPack] = []
     seen: set[str] = set()
     blobs = 0
+    damaged = False
 
     def flush() -> None:
         nonlocal blobs, pending
@@ -415,27 +436,52 @@ def _write_index(repository: Repository, names: Sequence[str], sizes: Mapping[st
         if blobs >= _INDEX_BLOBS:
             flush()
 
-    damaged = False
-    for name in names:
+    def take(name: str) -> None:
+        nonlocal damaged
+        made.taken.append(name)
         try:
             packs, ids, rows = indexes.parse(keys, name, store.get(name))
+        except NotFound:  # its writer has put it together with others, into one that is listed now
+            return
         except Corrupt:
             damaged = True
-            continue
+            return
         order = np.argsort(rows["pack"], kind="stable")
         edges = np.searchsorted(rows["pack"][order], np.arange(len(packs) + 1))
         for place, (pack, size) in enumerate(packs.items()):
             if sizes.get(pack) == size and pack not in seen:
                 mine = order[edges[place] : edges[place + 1]]
                 add(pack, size, ids[mine], rows[mine])
-    for pack in sorted(stay - seen) if damaged else ():
-        with suppress(Corrupt):  # then its blobs are stored again when they are shipped
-            add(pack, sizes[pack], *read_directory(store, keys, pack, sizes[pack])[1:])
+
+    def take_new() -> bool:
+        """Take what others have listed since."""
+        known = {*made.taken}
+        fresh = [
+            info.name
+            for info in index_objects(repository)
+            if info.name not in known and (index_era(info.name) or 0) < era
+        ]
+        for name in fresh:
+            take(name)
+        return bool(fresh)
+
+    for name in before:
+        take(name)
+    for _ in range(ATTEMPTS):
+        if not take_new():
+            break
+    for pack in sorted(sizes.keys() - seen):
+        # Where an index is damaged, or did not count any more when it was written.
+        if damaged or pack in used:
+            with suppress(Corrupt):  # then its blobs are stored again when they are shipped
+                add(pack, sizes[pack], *read_directory(store, keys, pack, sizes[pack])[1:])
     flush()
     if not (made.unwritten or alone):
         with suppress(Refused):
             indexes.complete_era(store, keys, era)
             made.is_complete = True
+    if take_new():  # of who had read the era before, and knew nothing of this one
+        flush()
     return made
 
 
@@ -445,13 +491,13 @@ def _move(
     wasted: Sequence[Usage],
     done: Swept,
     check: Callable[[], None],
-    *,
-    avoid: Container[str] | None,
+    published_to: Callable[[], frozenset[str] | None],
 ) -> None:
     """Copy the blobs in use out of wasted and damaged packs, and let all records name the copies.
 
-    avoid: disks that others publish to, and which stay as they are; None: all.
+    published_to: the disks to which others may publish by now, and which stay as they are; None: all.
     """
+    avoid = published_to()
     if avoid is None:
         return
     layers = {catalogue.disk: set(catalogue.parents) - marked.unread for catalogue in marked.catalogues}
@@ -488,8 +534,12 @@ def _move(
             renamed[layer] = header.id
         packer.flush()
     for catalogue in marked.catalogues:
-        if renamed.keys() & catalogue.parents.keys():
-            _switch(repository, catalogue.disk, renamed, check)
+        if not renamed.keys() & catalogue.parents.keys():
+            continue
+        busy = published_to()
+        if busy is not None and catalogue.disk not in busy:
+            with suppress(NotFound):  # it has another name by now
+                _switch(repository, catalogue.disk, renamed, check)
 
 
 def _copied(
