@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, quantities, render
+from snapchain.cli import options, render, sources
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import heading, moment, size
@@ -19,11 +16,7 @@ from snapchain.host.terminal import counted, numbered
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.destination.protocol import Destination
     from snapchain.ops.copy import CopyPlan, CopyReport, DiskPlan, DiskReport
-
-_SOURCE = "The source"
-_ENVIRONMENT = "SNAPCHAIN_SOURCE_PASSWORD"
 
 
 @verb(
@@ -55,28 +48,11 @@ def copy(
     newer: Annotated[
         bool, typer.Option("--newer", help="Copy only points after the newest one that DEST has of the disk.")
     ] = False,
-    source_password_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--source-password-file",
-            readable=False,
-            metavar="FILE",
-            help="Read the passphrase of SRC from the first line of this file.",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
-    source_password_command: Annotated[
-        str | None,
-        typer.Option(
-            "--source-password-command",
-            metavar="COMMAND",
-            help="Run this program (no shell) and read the passphrase of SRC from the first line that it prints.",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
+    source_password_file: sources.PasswordFile = None,
+    source_password_command: sources.PasswordCommand = None,
     source_endpoint: Annotated[
         str | None,
-        typer.Option("--source-endpoint", metavar="URL", help="The S3 server of SRC.", rich_help_panel=_SOURCE),
+        typer.Option("--source-endpoint", metavar="URL", help="The S3 server of SRC.", rich_help_panel=sources.PANEL),
     ] = None,
     source_profile: Annotated[
         str | None,
@@ -84,7 +60,7 @@ def copy(
             "--source-profile",
             metavar="NAME",
             help="The profile in ~/.aws with the credentials of SRC.",
-            rich_help_panel=_SOURCE,
+            rich_help_panel=sources.PANEL,
         ),
     ] = None,
     limit_rate: options.LimitRate = None,
@@ -108,17 +84,20 @@ def copy(
     The passphrase of SRC is that of DEST, unless an option or SNAPCHAIN_SOURCE_PASSWORD gives another one. An empty
     SNAPCHAIN_SOURCE_PASSWORD is for a source without encryption.
     """
+    from snapchain.destinations import traits_of
     from snapchain.ops import copy as ops
 
     request = ops.CopyRequest(names=tuple(names or ()), newest=newest, since=since, newer=newer)
     request.check()
     for address in (source, dest):
         _check_destination(address)
-    opened = _source(
+    traits = traits_of(source)
+    if not traits.encrypts and (source_password_file is not None or source_password_command is not None):
+        raise InvalidInput(f"a {traits.kind} is not encrypted, and has no passphrase", subject=source)
+    opened = sources.opened(
         source,
         out,
-        passphrase=_passphrase(source_password_file, source_password_command, out),
-        has_passphrase=source_password_file is not None or source_password_command is not None,
+        passphrase=sources.passphrase(source_password_file, source_password_command, out),
         endpoint=source_endpoint,
         profile=source_profile,
         limit_rate=limit_rate,
@@ -142,43 +121,6 @@ def _check_destination(text: str) -> None:
             subject=text,
             hint=f"name the disk at the end: snapchain copy SRC DEST {address.disk}",
         )
-
-
-def _passphrase(file: Path | None, command: str | None, out: Output) -> Callable[[], str | None]:
-    """That of the source: by its own options or variable, else that of the destination."""
-    if file is not None or command is not None:
-        return options.given_passphrase(out, file, command, options="--source-password", variable=_ENVIRONMENT)
-    if _ENVIRONMENT in os.environ:
-        return lambda: os.environ[_ENVIRONMENT] or None
-    return options.passphrase_source(out)
-
-
-def _source(
-    url: str,
-    out: Output,
-    *,
-    passphrase: Callable[[], str | None],
-    has_passphrase: bool,
-    endpoint: str | None,
-    profile: str | None,
-    limit_rate: str | None,
-) -> Destination:
-    from snapchain.destinations import open_destination, traits_of
-    from snapchain.model.events import Notice
-
-    traits = traits_of(url)
-    if not traits.encrypts and has_passphrase:
-        raise InvalidInput(f"a {traits.kind} is not encrypted, and has no passphrase", subject=url)
-    found = open_destination(
-        url,
-        passphrase=passphrase,
-        limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
-        endpoint=endpoint,
-        profile=profile,
-    )
-    for notice in found.notices:
-        out.on_event(Notice(notice))
-    return found
 
 
 def _status(done: CopyPlan | CopyReport) -> int:

@@ -40,7 +40,10 @@ def gc(
     ] = None,
     budget_bytes: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Move at most so much, out of the most wasteful packs first: 10G."),
+        typer.Option(
+            metavar="SIZE",
+            help="Move at most so much, out of the most wasteful packs first: 10G. Damaged packs do not count.",
+        ),
     ] = None,
     limit_rate: options.LimitRate = None,
     pack_size: options.PackSize = None,
@@ -91,7 +94,7 @@ def _draw_plan(console: Console, plan: GcPlan) -> None:
         console,
         [
             ("delete", _deleted(plan)),
-            ("move", f"{size(plan.bytes_moved)} out of {counted(plan.packs_moved, 'pack')}, mostly waste"),
+            ("move", _moved(plan)),
             ("in use", size(plan.bytes_in_use)),
         ],
     )
@@ -101,6 +104,12 @@ def _draw_plan(console: Console, plan: GcPlan) -> None:
 def _deleted(done: GcPlan | GcReport) -> str:
     packs = "1 of them a pack" if done.packs_deleted == 1 else f"{done.packs_deleted} of them packs"
     return f"{counted(done.objects_deleted, 'object')}, {packs}"
+
+
+def _moved(done: GcPlan | GcReport) -> str:
+    if done.bytes_moved and not done.packs_moved:
+        return f"{size(done.bytes_moved)} out of damaged packs"
+    return f"{size(done.bytes_moved)} out of {counted(done.packs_moved, 'pack')}, mostly waste"
 
 
 def _left(report: GcReport) -> str:
@@ -116,7 +125,7 @@ def _draw_report(console: Console, report: GcReport) -> None:
         console,
         [
             ("deleted", _deleted(report)),
-            ("moved", f"{size(report.bytes_moved)} out of {counted(report.packs_moved, 'pack')}"),
+            ("moved", _moved(report)),
             ("added", f"{size(report.bytes_added)} of new records" if report.bytes_added else ""),
             ("left", _left(report)),
         ],

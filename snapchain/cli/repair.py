@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, quantities, render
+from snapchain.cli import options, quantities, render, sources
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.errors import Corrupt
@@ -34,7 +34,7 @@ _SHOWN = 20
 def repair(
     target: Annotated[str, options.address(metavar="DEST", help="A repository.")],
     *,
-    sources: Annotated[
+    places: Annotated[
         list[str] | None,
         typer.Option(
             "--from",
@@ -45,6 +45,8 @@ def repair(
     read_data: Annotated[
         bool, typer.Option("--read-data", help="Read all data first, to find damage that nobody has met yet.")
     ] = False,
+    source_password_file: sources.PasswordFile = None,
+    source_password_command: sources.PasswordCommand = None,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
@@ -56,8 +58,9 @@ def repair(
     The report names the points and guest ranges that are damaged.
 
     Content decides, not names: a source is looked through for the hashes of the lost data. An image is looked through
-    with all files below it; DEST::DISK means all points of the disk, DEST::DISK@POINT one of them. All repositories are
-    opened with the same passphrase. When the record or the map of a layer is lost, an image or a point of another
+    with all files below it; DEST::DISK means all points of the disk, DEST::DISK@POINT one of them. The repositories
+    that are named by --from are opened with the passphrase of DEST, unless an option or SNAPCHAIN_SOURCE_PASSWORD gives
+    another one for all of them. When the record or the map of a layer is lost, an image or a point of another
     repository can replace it that shows the same content.
 
     Repaired ranges are read again as a proof. No point is ever dropped. While data is lost, repair ends with exit
@@ -69,12 +72,13 @@ def repair(
 
     def open_destination(dest: str) -> ReadableDestination:
         if dest not in opened:
-            opened[dest] = options.destination(dest, out)
+            secret = sources.passphrase(source_password_file, source_password_command, out)
+            opened[dest] = sources.opened(dest, out, passphrase=secret)
         return opened[dest]
 
     place = options.destination(target, out, writing=not out.dry_run, limit_rate=limit_rate)
     with ops.opened_sources(
-        sources or (),
+        places or (),
         open_destination,
         format=options.format_of(image_format),
         image_dirs=options.image_dirs(image_dir),

@@ -24,6 +24,7 @@ class DiskSummary(Record):
     newest: the newest point that is not of the future, and the earliest of those that are (model/freshness.py)
     guest: the guest that it belongs to, None for a disk of its own
     verified: all data that it had then was read and found good at this time or later; None: not all, or not known
+    renamed: whether nothing is left of it but its new name
     trouble: why nothing else is known of it; `name` is then the best that is known
     """
 
@@ -34,6 +35,7 @@ class DiskSummary(Record):
     newest: tuple[PointSummary, ...] = ()
     guest: str | None = None
     verified: datetime | None = None
+    renamed: bool = False
     trouble: Finding | None = None
 
 

@@ -75,7 +75,7 @@ class DataCheck:
         self._marks: OrderedDict[str, Marks] = OrderedDict()
         self._marks_bytes = 0
         self._pending: dict[str, int] = {}
-        self._keeps = True
+        self._keeps = repository.takes_notes
 
     def choose(self, share: float, since: datetime | None, disk: str | None) -> None:
         """Which packs and layers to read: those that were not for longest, until they are the share of all."""

@@ -26,8 +26,9 @@ def bury(repository: Repository, lease: Lease) -> None:
     Where it is interrupted, the leases are still there, and the next collector does it again.
     """
     writers = {name: holder for name, holder in lease.dead.items() if _may_publish(name, holder)}
-    for name in writers:
-        lease.end(name)
+    for name, holder in writers.items():
+        if holder is None or not holder.is_gone:  # a process that is gone puts nothing any more
+            lease.end(name)
     for disk in _disks(repository, writers.values()):
         _take_number(repository.disk(disk), lease)
     for name in lease.dead:

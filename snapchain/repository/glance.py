@@ -66,6 +66,7 @@ def glance(keys: Keyring, name: str, data: bytes, now: datetime) -> tuple[DiskSu
         layers=len(found.parents),
         newest=tuple(PointSummary(point=each.point, time=each.time, virtual_size=each.size) for each in kept),
         guest=_guest(found.disk, has_instant=any(point.instant for point in found.points)),
+        renamed=found.is_gone,
     )
     return summary, found.generation
 

@@ -93,7 +93,14 @@ class Repair:
         self._repository, self._sources, self._read_data = repository, sources, read_data
 
     def plan(self, *, on_event: OnEvent = ignore) -> RepairPlan:
-        """What is damaged, and what of it no source has. Changes nothing, but records the damage that it meets."""
+        """What is damaged, and what of it no source has. Changes nothing."""
+        before, self._repository.takes_notes = self._repository.takes_notes, False
+        try:
+            return self._planned(on_event)
+        finally:
+            self._repository.takes_notes = before
+
+    def _planned(self, on_event: OnEvent) -> RepairPlan:
         self._read_all(on_event)
         catalogues, findings = self._catalogues()
         with self._reading(catalogues, on_event):

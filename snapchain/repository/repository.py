@@ -109,6 +109,7 @@ class Repository:
     slot_list: number of the newest list of key slots
     vouched: what that list says of the slot, None where it cannot be read
     config_text: the object `config`, to which key slots are bound
+    takes_notes: whether damage that is met, and what was verified, is kept in the store; not in a dry run
     pack_size: bytes that new packs and indexes have at most; None: the default
     compression: of the guest data that this process writes
     """
@@ -127,6 +128,7 @@ class Repository:
         self.config_text = b""
         self.pack_size = config.pack_size
         self.compression = Compression.DEFAULT
+        self.takes_notes = True
         self.blobs = BlobReader(store, keys, self._load_index)
         self._pages = PageCache(self.blobs)
 
@@ -298,7 +300,7 @@ class Repository:
 
         Costs nothing where no damage was met.
         """
-        if not self.blobs.damaged:
+        if not (self.blobs.damaged and self.takes_notes):
             return False
         fresh = self.blobs.damaged - damage.recorded(self.store, self.keys)
         if fresh:

@@ -36,16 +36,25 @@ def find_readable(
 
     is_sound: whether the pack of a place is there, reaches that far, and is not known to be damaged
     copies: the other places of the blob that an index lists
-    read: reads the blob at `where`, when nothing else shows that it is whole
+    read: reads the blob at a place, when nothing else shows that it is whole
     Raises Corrupt, as `read` does, when the blob is lost.
     """
     if is_sound(where):
         return where
-    for copy in copies(blob):
+    others = list(copies(blob))
+    for copy in others:
         if is_sound(copy):
             return copy
-    read(blob, where)
-    return where
+    first: Corrupt | None = None
+    for place in (where, *others):  # a pack that was missing or unreadable for a while is in doubt, and may be whole
+        try:
+            read(blob, place)
+        except Corrupt as error:
+            first = first or error
+        else:
+            return place
+    assert first is not None
+    raise first
 
 
 def check_present(where: Location, size: int | None) -> None:

@@ -84,14 +84,16 @@ def summaries(repository: Repository, now: datetime) -> tuple[DiskSummary, ...]:
     names = {key: _name(repository, key, lines.get(key), listed.get(key, ()), now) for key in troubles}
     broken = [DiskSummary(name=name, trouble=Finding.of(troubles[key], name, ())) for key, name in names.items()]
     states = set(repository.store.list_dirs(GUESTS))
-    return with_guests([*(line.summary(repository.keys, states) for line in found.values()), *broken])
+    return with_guests(
+        [*(line.summary(repository.keys, states) for line in found.values() if not line.is_renamed), *broken]
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
     """What one generation gives. size, modified: of its object; newest: (point, time, virtual size)
 
-    is_of_guest: whether its name or its points tell of a guest
+    is_of_guest: whether its name or its points tell of a guest; is_renamed: whether only its new name is left
     """
 
     generation: int
@@ -102,6 +104,7 @@ class _Line:
     points: int
     layers: int
     is_of_guest: bool
+    is_renamed: bool
     newest: tuple[PointSummary, ...]
 
     def is_of(self, info: ObjectInfo) -> bool:
@@ -133,6 +136,7 @@ class _Line:
             self.points,
             self.layers,
             self.is_of_guest,
+            self.is_renamed,
             newest,
         ]
 
@@ -213,6 +217,7 @@ def _line(repository: Repository, key: str, info: ObjectInfo, now: datetime) -> 
         points=found.points,
         layers=found.layers,
         is_of_guest=found.guest is not None,
+        is_renamed=found.renamed,
         newest=found.newest,
     )
 

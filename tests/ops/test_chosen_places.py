@@ -65,8 +65,12 @@ READS = (
     "log {mine}/repo",
     "verify {mine}/repo",
     "status {mine}/repo",
+    "repair {mine}/repo --from {disk} --image-dir {real}",
 )
-NO_IMAGE = {"receive", "serve-replica", "guests", "watch", "failover", "failback", "retire"}
+NO_IMAGE = {
+    "receive", "serve-replica", "guests", "watch", "failover", "failback", "retire", "key", "forget", "rename", "copy",
+    "stats",
+}  # fmt: skip
 """They make files of a replica below a directory, as `send` does, or ask a guest for its images.
 
 failback takes only images that `fence` has marked.

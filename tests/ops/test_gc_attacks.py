@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from snapchain.errors import Busy, Conflict, Unavailable
 from snapchain.model.retention import DropPoints, Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, ObjectInfo, ObjectStore, Refused, StoreWrapper, joined
-from snapchain.repository import collecting as gc, index as indexes, packs, unlisted
+from snapchain.repository import collecting as gc, damage, index as indexes, packs, unlisted
 from snapchain.repository.format import layer_name
 from snapchain.repository.index import IndexedPack
 from snapchain.repository.leases import DEAD_SECONDS, Mode
@@ -24,9 +25,10 @@ from snapchain.repository.repair import Repair
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from tests.ops.shipping import DISK, ship
-from tests.ops.test_gc_races import Path, World, _quick, files, shown, world
+from tests.ops.test_gc_races import World, _quick, files, shown, world
 from tests.repository import test_repair as repairs
 from tests.repository.synthetic import LEAF, again, drawn, repository
+from tests.repository.test_verified import DISK as WEB, noise, published
 
 __all__ = ["_quick", "files", "shown", "world"]
 
@@ -131,9 +133,9 @@ def test_a_shipment_uses_no_pack_of_a_collector_that_works_alone_and_stands_stil
 def mended(monkeypatch: pytest.MonkeyPatch) -> tuple[Repository, Callable[[], None]]:
     """A repository that has lost a pack, and what repairs it from another one, by a copy that only an index lists."""
     monkeypatch.setattr(packs, "PACK_BYTES", 2 * LEAF + 4096)
-    root = drawn(10 * LEAF, repairs.noise(*range(10)), b"")
-    repo = repairs.published(repository(MemoryStore(), block_size=LEAF), [root])
-    other = repairs.published(repository(MemoryStore()), [root], "elsewhere")
+    root = drawn(10 * LEAF, noise(*range(10)), b"")
+    repo = published(repository(MemoryStore(), block_size=LEAF), [root])
+    other = published(repository(MemoryStore()), [root], "elsewhere")
     repo.store.delete(repairs.data_packs(repo)[0])
 
     def repair() -> None:
@@ -165,8 +167,8 @@ def test_a_repair_while_gc_marks(mended: tuple[Repository, Callable[[], None]]) 
         twin = again(repo, MemoryStore())
         for info in repo.store.list(""):
             twin.store.put(info.name, repo.store.get(info.name))
-        other = [drawn(10 * LEAF, repairs.noise(*range(10)), b"")]
-        source = repairs.published(repository(MemoryStore()), other, "elsewhere")
+        other = [drawn(10 * LEAF, noise(*range(10)), b"")]
+        source = published(repository(MemoryStore()), other, "elsewhere")
 
         def mend(twin: Repository = twin, source: Repository = source) -> None:
             assert Repair(again(twin), [repairs.source(source, "elsewhere")]).run().ok
@@ -181,21 +183,35 @@ def test_a_repair_while_gc_marks(mended: tuple[Repository, Callable[[], None]]) 
     is_sound(repo)
 
 
-@pytest.mark.parametrize("disks", [[], [repairs.DISK]], ids=["any disk", "this disk"])
+def test_a_copy_that_was_in_doubt_for_a_while(mended: tuple[Repository, Callable[[], None]]) -> None:
+    """The pack that repair made was away when somebody looked, and is back."""
+    repo, repair = mended
+    before = set(repairs.data_packs(repo))
+    repair()
+    fresh = {name.rpartition("/")[2] for name in set(repairs.data_packs(repo)) - before}
+    damage.record(repo.store, repo.keys, fresh)
+    is_sound(repo)
+    for _ in range(3):
+        gc.run(again(repo))
+        is_sound(repo)
+    assert damage.recorded(repo.store, repo.keys) == frozenset()
+
+
+@pytest.mark.parametrize("disks", [[], [WEB]], ids=["any disk", "this disk"])
 @pytest.mark.parametrize("most", [None, 0])
 def test_the_only_copy_of_a_blob_lies_in_a_pack_that_is_to_go(
     disks: list[str], most: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packs, "PACK_BYTES", 2 * LEAF + 4096)
     store = MemoryStore(clock=lambda: 1e9)
-    root = drawn(10 * LEAF, repairs.noise(*range(10)), b"")
-    repo = repairs.published(repository(store, block_size=LEAF), [root])
+    root = drawn(10 * LEAF, noise(*range(10)), b"")
+    repo = published(repository(store, block_size=LEAF), [root])
     first = repairs.data_packs(repo)
     known = {info.name: store.get(info.name) for info in store.list("index/")}
     for name in known:
         store.delete(name)
     monkeypatch.setattr(unlisted, "MOST", 0)
-    repairs.published(again(repo), [root], "two")  # a writer that did not know of the first
+    published(again(repo), [root], "two")  # a writer that did not know of the first
     for name, body in known.items():
         store.put(name, body)
     RepositoryMerge(again(repo), "two", DropPoints(frozenset({1}), newest=True)).run()

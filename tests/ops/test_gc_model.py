@@ -66,6 +66,7 @@ class Gate(StoreWrapper):
                 raise Crash
             self._granted -= not self._free
             loses, self._loses = self._loses and changes, self._loses and not changes
+            self._changed.notify_all()
         result = effect()
         with self._changed:
             if self._dead:

@@ -120,3 +120,15 @@ def test_sources_that_are_not_there(files: list[Path], tmp_path: Path) -> None:
             stack.enter_context(opened_sources([f"r::{DISK}@9"], opened))
     with pytest.raises(InvalidInput, match="this command takes a repository"):
         open_destination(f"dir:{tmp_path}/replica").repairing([])
+
+
+def test_a_plan_changes_nothing(tmp_path: Path) -> None:
+    """Also where it meets damage, and reads all data."""
+    repo = repository(MemoryStore(), block_size=64 * 1024)
+    (image,) = build(tmp_path / "chain", [Layer(MiB, ["write -P 7 0 512k"])])
+    ship(image, repo)
+    lost = next(info.name for info in repo.store.list("packs/"))
+    repo.store.put(lost, repo.store.get(lost)[:-40] + bytes(40))
+    before = {info.name: repo.store.get(info.name) for info in repo.store.list("")}
+    RepositoryDestination(again(repo)).repairing((), read_data=True).plan()
+    assert {info.name: repo.store.get(info.name) for info in repo.store.list("")} == before
