@@ -455,6 +455,7 @@ def test_a_qemu_that_has_got_the_guest_and_died_is_not_given_it(
             assert guest.machine.status() == "postmigrate"
             for pid in arrived(run):
                 os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: not arrived(run))  # until then it has the disk open
         return real(move, step, **named)
 
     with monkeypatch.context() as patch:
