@@ -29,7 +29,7 @@ Keep a copy elsewhere. `snapchain key add DEST --recovery` makes a recovery key 
     snapchain init s3://bucket/prefix --password-command 'pass show backup'
     snapchain init /backup --no-encryption
     """,
-    when_interrupted="without its object `config` there is no repository yet: run init again",
+    when_interrupted="there is no repository yet: run init again",
 )
 @options.takes_output(passphrase=True)
 def init(

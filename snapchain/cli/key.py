@@ -222,7 +222,7 @@ class _Paper:
 
         if file is None and not is_at_terminal():
             raise InvalidInput(
-                "a recovery key is shown on a terminal, and standard input is none",
+                "a recovery key is shown only on a terminal, and this command does not run on one",
                 subject=dest,
                 hint="name a new file for it: --recovery-file FILE",
             )
@@ -282,7 +282,7 @@ def _draw(console: Console, report: KeyReport, *, is_done: bool) -> None:
             ("cost", "" if new is None or new.cost is None else _cost(new.cost)),
             ("removed", report.removed or ""),
             ("not deleted", ", ".join(report.not_deleted)),
-            ("left", counted(report.left, "key slot")),
+            ("slots now", str(report.left)),
         ],
     )
 

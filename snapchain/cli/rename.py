@@ -49,7 +49,9 @@ def rename(
     source, target = parse_disk_address(old), parse_disk_address(new)
     if source.dest != target.dest:
         raise InvalidInput(
-            "these are two destinations", subject=f"{source.dest}, {target.dest}", hint="a disk stays where it is"
+            "rename works inside one destination",
+            subject=f"{source.dest}, {target.dest}",
+            hint="copy brings a disk to another one: snapchain copy SRC DEST DISK",
         )
     place = options.destination(source.dest, out, writing=not out.dry_run)
     work = place.renaming(source.disk, target.disk)

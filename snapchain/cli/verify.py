@@ -12,7 +12,7 @@ from snapchain.cli.output import Output
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.host.terminal import counted
 
-_NOT_YET = "not all of it was read and found good yet"
+_NOT_YET = "not all of it was read yet, or not all of it is good"
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +109,9 @@ def _draw(console: Console, report: VerifyReport) -> None:
         of = f"{quantities.size(report.read_bytes)} of {quantities.size(report.stored_bytes)}"
         facts.append(("stored", f"{of} read{left}"))
         since = report.verified_since
-        facts.append(("whole", f"read and found good since {quantities.moment(since)}" if since else _NOT_YET))
+        facts.append(
+            ("data", f"all of it was read and found good after {quantities.moment(since)}" if since else _NOT_YET)
+        )
     render.facts(console, facts)
     _draw_findings(console, report)
 

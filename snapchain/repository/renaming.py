@@ -177,7 +177,7 @@ class DiskRename:
     def _check_free(self, source: Catalogue, target: Current | None) -> None:
         if not self._is_free(target):
             raise InvalidInput(
-                "there is a disk of this name, or was one: its numbers of points would be given twice",
+                "the name is used here, or was: a number of a point must never mean two points",
                 subject=self._new.name,
                 hint=f"choose another name for {source.disk}",
             )

@@ -150,7 +150,7 @@ def test_warnings_are_shown_and_survive_quiet(run: Run) -> None:
         (["add", "repo", "--cost", "3"], "unknown cost 3"),
         (["add", "repo", "--recovery", "--new-password-file", "x"], "are both given"),
         (["add", "repo", "--new-password-file", "x", "--new-password-command", "y"], "are both given"),
-        (["add", "repo", "--recovery"], "standard input is none"),
+        (["add", "repo", "--recovery"], "does not run on one"),
         (["add", "repo"], "no new passphrase was given"),
         (["remove", "repo", "zzzz"], "no such key slot"),
         (["list", "dir:/r"], "a replica is not encrypted, so it has no keys"),

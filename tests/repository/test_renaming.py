@@ -144,7 +144,7 @@ def test_and_back(repo: Repository, files: list[Path], shown: list[bytes]) -> No
     rename(repo)
     assert ship(files[3], repo, disk=NEW).point == 4
     ship(files[0], repo, disk="other")
-    with pytest.raises(InvalidInput, match="numbers of points would be given twice"):
+    with pytest.raises(InvalidInput, match="must never mean two points"):
         rename(repo, "other", DISK)
     rename(repo, NEW, DISK)
     assert reads(repo, DISK) == dict(enumerate(shown, 1))
@@ -164,7 +164,7 @@ def test_names_that_are_taken_or_wrong(repo: Repository, files: list[Path]) -> N
     RepositoryMerge(repo, "other", DropPoints(frozenset({1}), newest=True)).run()
     before = repo.disk(DISK).existing()
     for new, words in (
-        ("other", "there is a disk of this name, or was one"),
+        ("other", "the name is used here, or was"),
         (DISK, "the new name is the old one"),
         ("web1/.guest", "hold the records of guests"),
         ("a::b", "cannot name a disk"),
