@@ -413,21 +413,29 @@ def _make(
 
 
 def _passphrase(repository: Repository, new: NewKey, found: _Found, secret: Passphrase | None) -> str:
-    """The passphrase of the new slot. Raises InvalidInput for none, and for a new one that is the old one."""
+    """The passphrase of the new slot. Raises InvalidInput for none, and for a new one that opens a slot already."""
     if new.passphrase is None:
         same = secret() if secret is not None else None
         if not same:
             raise InvalidInput("no passphrase was given for the new key slot", subject=repository.store.url)
         return same
-    passphrase = new.passphrase()
-    slot = found.there.get(repository.slot or "")
-    if isinstance(slot, KeySlot) and slots.unwrap(
-        slot, canonical(passphrase), repository.config_text, subject=repository.store.url
-    ):
+    passphrase, url = new.passphrase(), repository.store.url
+    for name, slot in found.there.items():
+        # Who removes a slot means to lock its passphrase out: no other slot may have the same.
+        if not isinstance(slot, KeySlot) or found.now.removal(slot.salt_hex) is not None:
+            continue
+        if slots.unwrap(slot, canonical(passphrase), repository.config_text, subject=url) is None:
+            continue
+        if name == repository.slot:
+            raise InvalidInput(
+                "the new passphrase is the one that opened the repository",
+                subject=url,
+                hint="to give it another cost: snapchain key change DEST --keep-passphrase --cost N",
+            )
         raise InvalidInput(
-            "the new passphrase is the one that opened the repository",
-            subject=repository.store.url,
-            hint="to give it another cost: snapchain key change DEST --keep-passphrase --cost N",
+            f"the new passphrase opens the repository already, by the key slot {name.rpartition('/')[2]}",
+            subject=url,
+            hint="give another one, or remove that slot",
         )
     return passphrase
 

@@ -39,7 +39,7 @@ SIZE = 48 << 20
 DEAD_SECONDS = 20.0
 DIED = 66
 """Exit status of a process that died as planned."""
-FAULTS = {"fails": 0.01, "loses its reply": 0.005, "takes long": 0.01, "gives other bytes": 0.001, "dies": 0.0007}
+FAULTS = {"fails": 0.002, "loses its reply": 0.002, "takes long": 0.01, "gives other bytes": 0.0005, "dies": 0.0004}
 STORM_SECONDS, STORM_EACH = 2.0, 25.0
 Result = TypeVar("Result")
 

@@ -188,6 +188,15 @@ def test_a_new_passphrase_is_not_the_old_one() -> None:
         with pytest.raises(InvalidInput, match="is the one that opened the repository"):
             act(store, OLD)
     assert len(keys_in(store)) == 1
+    add(store, OTHER)
+    for act in (add, change):
+        with pytest.raises(
+            InvalidInput, match=f"opens the repository already, by the key slot {slot_of(store, OTHER)}"
+        ):
+            act(store, OTHER)
+    assert len(keys_in(store)) == 2
+    ops.remove(opened(store, OLD), slot_of(store, OTHER))
+    add(store, OTHER)
 
 
 @pytest.mark.parametrize("label", ["x" * 101, "a\nb", "\x1b[2J"])
