@@ -8,7 +8,7 @@ succeed, and the generations before are the history that a repair can go back to
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -215,6 +215,17 @@ class Catalogue(StoredModel):
     def latest(self) -> Point | None:
         """The newest point."""
         return self.points[-1] if self.points else None
+
+
+def needed_layers(points: Iterable[Point], parents: Mapping[str, str | None]) -> set[str]:
+    """The layers that some point needs, as far as the links lead."""
+    found: set[str] = set()
+    for point in points:
+        at: str | None = point.layer
+        while at is not None and at not in found:
+            found.add(at)
+            at = parents.get(at)
+    return found
 
 
 class Disk:

@@ -39,7 +39,7 @@ from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestChange, GuestStanding
 from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.repository import guest_states
-from snapchain.repository.catalogue import Catalogue, Disk, Point
+from snapchain.repository.catalogue import Catalogue, Disk, Point, needed_layers
 from snapchain.repository.guest_states import check_epoch
 from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import StoredLayer, bounded_ranges, leaves_shown
@@ -436,19 +436,8 @@ def _mended(
     mended = tuple(
         point.model_copy(update={"layer": fresh.get((point.size, point.content_id), point.layer)}) for point in points
     )
-    gone = _needed(points, parents) - _needed(mended, parents)
+    gone = needed_layers(points, parents) - needed_layers(mended, parents)
     return mended, {layer: below for layer, below in parents.items() if layer not in gone}
-
-
-def _needed(points: Sequence[Point], parents: dict[str, str | None]) -> set[str]:
-    """The layers that some point needs, as far as the links lead."""
-    found: set[str] = set()
-    for point in points:
-        at: str | None = point.layer
-        while at is not None and at not in found:
-            found.add(at)
-            at = parents.get(at)
-    return found
 
 
 def _check_base(catalogue: Catalogue, base: Sequence[str], links: dict[str, str | None]) -> None:

@@ -28,7 +28,7 @@ from snapchain.model.content import LEAF_BYTES
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.extents import Int64s
 from snapchain.repository import layers as records
-from snapchain.repository.catalogue import Catalogue, Point
+from snapchain.repository.catalogue import Catalogue, Point, needed_layers
 from snapchain.repository.format import PAGE_ROW, RUN_ROW, fresh_id
 from snapchain.repository.ingest import store_page_body
 from snapchain.repository.layer_writer import LayerUpload, Origin
@@ -413,8 +413,8 @@ class Repair:
             points = tuple(
                 point.model_copy(update={"layer": renamed.get(point.layer, point.layer)}) for point in current.points
             )
-            needed = _needed(points, parents)
-            was = _needed(current.points, current.parents)
+            needed = needed_layers(points, parents)
+            was = needed_layers(current.points, current.parents)
             gone = {renamed.get(layer, layer) for layer in was} - needed
             return {"points": points, "parents": {each: below for each, below in parents.items() if each not in gone}}
 
@@ -519,14 +519,3 @@ def _store(packer: Packer, blob: bytes, body: bytes, done: _Done) -> Location:
 
 def _ranges(bad: _Bad) -> tuple[LostRange, ...]:
     return tuple(each for disk in sorted(bad) for each in grouped(disk, bad[disk]))
-
-
-def _needed(points: Iterable[Point], parents: Mapping[str, str | None]) -> set[str]:
-    """The layers that some point needs, as far as the links lead."""
-    found: set[str] = set()
-    for point in points:
-        at: str | None = point.layer
-        while at is not None and at not in found:
-            found.add(at)
-            at = parents.get(at)
-    return found
