@@ -165,7 +165,10 @@ def directory_of(
         raise Corrupt("the pack is cut short", subject=name)
     check_head(read(0, FIRST_BLOB), KIND, subject=name)
     reader = PackReader(keys, pack)
-    stored, count, end = TRAILER.unpack(read(size - TRAILER.size, TRAILER.size))
+    trailer = read(size - TRAILER.size, TRAILER.size)
+    if len(trailer) != TRAILER.size:
+        raise Corrupt("the store gave a part of the pack's trailer", subject=name)
+    stored, count, end = TRAILER.unpack(trailer)
     offset = size - TRAILER.size - stored
     if end != _END or offset < FIRST_BLOB:
         raise Corrupt("the pack has no trailer: it is cut short or was altered", subject=name)

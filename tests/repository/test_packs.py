@@ -27,6 +27,7 @@ from snapchain.repository.packs import (
     packed,
     read_directory,
 )
+from snapchain.testing.faults import Fault, FaultStore, On
 from tests.repository.counting import CountingStore
 
 REPOSITORY = "00112233445566778899aabbccddeeff"
@@ -203,6 +204,17 @@ def test_hostile_trailers(trailer: bytes, stored: int, count: int) -> None:
         with pytest.raises(Corrupt) as caught:
             read_directory(store, ring, closed.pack, closed.size)
         assert (caught.value.subject or "").startswith(pack_name(closed.pack))
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_store_that_gives_less_than_was_asked_for(nth: int) -> None:
+    """Of the head, the trailer or the directory."""
+    ring = keys()
+    closed, _, store = filled(ring, [b"x" * 100])
+    faulty = FaultStore(store, [On(nth, Fault.TRUNCATED, operation="get")])
+    with pytest.raises(Corrupt) as caught:
+        read_directory(faulty, ring, closed.pack, closed.size)
+    assert (caught.value.subject or "").startswith(pack_name(closed.pack))
 
 
 def test_what_does_not_shrink_is_stored_as_it_is() -> None:
