@@ -19,32 +19,28 @@ object.  Another run finishes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
 
 from snapchain.destination.records import GcLimits
 from snapchain.errors import Corrupt, NotFound
 from snapchain.objects.exclusive import boot_time
 from snapchain.objects.store import ObjectInfo, Refused
-from snapchain.repository import condemned, index as indexes, layers as records
-from snapchain.repository.catalogue import ATTEMPTS, Catalogue
+from snapchain.repository import condemned, index as indexes
+from snapchain.repository.catalogue import ATTEMPTS
 from snapchain.repository.condemned import Condemned
 from snapchain.repository.fence import bury
-from snapchain.repository.format import PACK_BYTES, PAGE_ROW, fresh_id, index_era, layer_name, pack_name
-from snapchain.repository.index import BlobIndex, IndexedPack
-from snapchain.repository.ingest import store_page_body
-from snapchain.repository.layers import StoredLayer
+from snapchain.repository.format import PACK_BYTES, index_era, layer_name, pack_name
+from snapchain.repository.index import IndexedPack
 from snapchain.repository.leases import Holder, Lease, Mode
-from snapchain.repository.mark import Marked, Usage, look_again, mark, named_packs, unused, wasteful
-from snapchain.repository.packer import Packer
-from snapchain.repository.packs import Location, PackReader, read_directory
-from snapchain.repository.pages import Page, Rows
+from snapchain.repository.mark import Marked, Usage, look_again, mark, unused, wasteful
+from snapchain.repository.moving import move
+from snapchain.repository.packs import read_directory
+from snapchain.repository.pages import Rows
 from snapchain.repository.repository import Repository
 
 WASTE = 0.25
@@ -61,9 +57,6 @@ _INDEX_BLOBS = 500_000
 _POLL_SECONDS = 1.0
 _SKEW = 2 * 3600.0
 """By how much a host's clock may be wrong before packs of its shipments are condemned while they are under way."""
-
-Moves = dict[str, dict[int, Location]]
-"""pack -> offset in it -> where the blob lies now."""
 
 
 @dataclass(slots=True)
@@ -221,7 +214,9 @@ class _Sweep:
                 self._lease.survey()
                 return _published_to({name: at for name, at in self._lease.writers.items() if name != writing.name})
 
-            _move(repository, marked, wasted, self._done, writing.check, published_to)
+            moved_bytes, moved_packs = move(repository, marked, wasted, writing.check, published_to)
+            self._done.bytes_moved += moved_bytes
+            self._done.packs_moved += moved_packs
 
     # --- Condemning, and waiting.
 
@@ -483,160 +478,3 @@ def _write_index(repository: Repository, sizes: Mapping[str, int], used: Contain
     if take_new():  # of who had read the era before, and knew nothing of this one
         flush()
     return made
-
-
-def _move(
-    repository: Repository,
-    marked: Marked,
-    wasted: Sequence[Usage],
-    done: Swept,
-    check: Callable[[], None],
-    published_to: Callable[[], frozenset[str] | None],
-) -> None:
-    """Copy the blobs in use out of wasted and damaged packs, and let all records name the copies.
-
-    published_to: the disks to which others may publish by now, and which stay as they are; None: all.
-    """
-    avoid = published_to()
-    if avoid is None:
-        return
-    layers = {catalogue.disk: set(catalogue.parents) - marked.unread for catalogue in marked.catalogues}
-    kept = named_packs(repository, {layer for disk, some in layers.items() if disk in avoid for layer in some})
-    # Its index knows nothing, so that what is moved is stored although the old packs have it.
-    index = BlobIndex(indexes.newest(repository.store)[0])
-    with Packer(repository.store, repository.keys, index, pack_size=repository.pack_size) as packer:
-        moves: Moves = {}
-        for pack, offset in marked.movable & marked.replaced.keys():
-            moves.setdefault(pack, {})[offset] = marked.replaced[pack, offset]
-        for usage in wasted:
-            if usage.pack in kept:
-                continue
-            try:
-                moves[usage.pack] = dict(_copied(repository, usage, marked.pages, packer))
-            except Corrupt:  # it stays where it is, and is not trusted any more
-                repository.blobs.damaged.add(usage.pack)
-                continue
-            done.bytes_moved += usage.used_bytes
-            done.packs_moved += 1
-        for key in sorted(marked.movable & marked.rescued.keys() - marked.pages):
-            blob, where = marked.rescued[key]
-            moves.setdefault(where.pack, {})[where.offset] = _rescued(repository, blob, where, packer)
-            done.bytes_moved += where.stored
-        vacated = moves.keys() | {pack for pack, _ in marked.movable}
-        renamed: dict[str, str] = {}
-        for layer in {layer for disk, some in layers.items() if disk not in avoid for layer in some}:
-            table = _moved_table(repository.layer(layer), moves, vacated, packer, repository)
-            if table is None:
-                continue
-            packer.flush()
-            header = repository.layer(layer).header.model_copy(update={"id": fresh_id()})
-            records.write(repository.store, repository.keys, header, table)
-            renamed[layer] = header.id
-        packer.flush()
-    for catalogue in marked.catalogues:
-        if not renamed.keys() & catalogue.parents.keys():
-            continue
-        busy = published_to()
-        if busy is not None and catalogue.disk not in busy:
-            with suppress(NotFound):  # it has another name by now
-                _switch(repository, catalogue.disk, renamed, check)
-
-
-def _copied(
-    repository: Repository, usage: Usage, pages: Container[tuple[str, int]], packer: Packer
-) -> Iterator[tuple[int, Location]]:
-    """(old offset, new place) of each blob in use of a pack, but for pages. Reads it once, as a whole.
-
-    Pages are written when it is known where what they name has gone. Raises Corrupt.
-    """
-    store = repository.store
-    reader, ids, rows = read_directory(store, repository.keys, usage.pack, usage.size)
-    data = memoryview(store.get(pack_name(usage.pack)))
-    used = set(usage.offsets.tolist())
-    for blob, (_, offset, stored, raw) in zip(ids, rows.tolist(), strict=True):
-        if offset in used and (usage.pack, offset) not in pages:
-            text = data[offset : offset + stored]
-            yield offset, _copy(reader, bytes(blob), Location(usage.pack, offset, stored, raw), text, packer)
-
-
-def _rescued(repository: Repository, blob: bytes, where: Location, packer: Packer) -> Location:
-    """The new place of a whole blob in a damaged pack. Raises Corrupt."""
-    text = repository.store.get(pack_name(where.pack), offset=where.offset, length=where.stored)
-    return _copy(PackReader(repository.keys, where.pack), blob, where, memoryview(text), packer)
-
-
-def _copy(reader: PackReader, blob: bytes, where: Location, text: memoryview, packer: Packer) -> Location:
-    reader.blob(blob, where.offset, where.raw, text)  # what is damaged is not passed on as if it were sound
-    return packer.add(blob, reader.payload(blob, where.offset, where.raw, text), where.raw)
-
-
-def _moved_table(
-    layer: StoredLayer, moves: Moves, vacated: Container[str], packer: Packer, repository: Repository
-) -> Rows | None:
-    """The layer's page table with all moved blobs at their new places; None when nothing of it moved.
-
-    vacated: packs in which no page is to stay
-    """
-    rows: list[Rows] = []
-    changed = False
-    for row in layer.table:
-        first, stop = int(row["first"]), int(row["stop"])
-        (page,) = layer.pages(first, min(stop, layer.size))
-        moved = _moved_page(page, moves)
-        pack = bytes(row["pack"]).hex()
-        copy = moves.get(pack, {}).get(int(row["offset"]))
-        if moved is None and copy is not None:
-            row = row.copy()  # noqa: PLW2901
-            row["pack"] = np.frombuffer(bytes.fromhex(copy.pack), np.uint8)
-            row["offset"], row["stored"] = copy.offset, copy.stored
-        elif moved is not None or pack in vacated:
-            row = store_page_body(first, stop, moved or page, keys=repository.keys, packer=packer)[0]  # noqa: PLW2901
-        changed = changed or moved is not None or pack in vacated
-        rows.append(np.array([row], PAGE_ROW))
-    return np.concatenate(rows) if changed else None
-
-
-def _moved_page(page: Page, moves: Moves) -> Page | None:
-    runs = page.runs.copy()
-    table = {pack: place for place, pack in enumerate(page.packs)}
-    hit = False
-    for at in np.flatnonzero(_may_move(page, moves)).tolist():
-        new = moves[page.packs[int(runs["pack"][at])]].get(int(runs["offset"][at]))
-        if new is not None:
-            hit = True
-            runs["pack"][at] = table.setdefault(new.pack, len(table))
-            runs["offset"][at], runs["stored"][at] = new.offset, new.stored
-    if not hit:
-        return None
-    used = sorted({int(place) for place in runs["pack"][runs["stored"] != 0]})
-    names = list(table)
-    places = np.zeros(len(names), np.uint32)
-    places[used] = np.arange(len(used), dtype=np.uint32)
-    data = runs["stored"] != 0
-    runs["pack"] = places[np.where(data, runs["pack"], 0)] * data
-    return Page(runs, page.leaves, [names[place] for place in used])
-
-
-def _may_move(page: Page, moves: Moves) -> npt.NDArray[np.bool_]:
-    """Which runs are of packs out of which something is moved."""
-    places = [place for place, pack in enumerate(page.packs) if pack in moves]
-    hit: npt.NDArray[np.bool_] = np.isin(page.runs["pack"], places) & (page.runs["stored"] != 0)
-    return hit
-
-
-def _switch(repository: Repository, disk: str, renamed: Mapping[str, str], check: Callable[[], None]) -> None:
-    """Publish the catalogue's next generation, which names the new records.
-
-    Raises Conflict when others change the disk time and again.
-    """
-
-    def new(layer: str) -> str:
-        return renamed.get(layer, layer)
-
-    def fields(catalogue: Catalogue) -> dict[str, object]:
-        return {
-            "points": tuple(point.model_copy(update={"layer": new(point.layer)}) for point in catalogue.points),
-            "parents": {new(layer): below and new(below) for layer, below in catalogue.parents.items()},
-        }
-
-    repository.disk(disk).update(fields, time=datetime.now(UTC), check=check)
