@@ -28,7 +28,7 @@ from tests.ops.stacks import Layer, build, flat, write
 from tests.replica.conftest import DISK, Place, send
 from tests.replica.sending import send_persistently
 from tests.replica.test_resume import arrived
-from tests.waiting import HANG, gone, wait_until
+from tests.waiting import HANG, gone, taken, wait_until
 
 MiB = 1 << 20
 SIZE = 64 * MiB
@@ -143,7 +143,7 @@ def cut_off(host: SshHost, begin: Callable[[], ShipReport], place: Place, cut: C
 
     thread = threading.Thread(target=run)
     thread.start()
-    wait_until(lambda: any(f.stat().st_blocks > 8 * MiB // 512 for f in place.root.rglob("*") if f.is_file()))
+    wait_until(lambda: max(taken(place.root), default=0) > 8 * MiB)
     cut(sorted(set(host.sessions()) - known))
     thread.join(HANG)
     assert not thread.is_alive()
@@ -199,7 +199,7 @@ send_to_replica(ShipRequest(image=Path({str(noisy[0][1])!r}), disk="web1/vda", l
 """
     known = set(there.sessions())
     with subprocess.Popen([sys.executable, "-c", script]) as sender:
-        wait_until(lambda: any(f.stat().st_blocks > MiB // 512 for f in place.root.rglob("*") if f.is_file()))
+        wait_until(lambda: max(taken(place.root), default=0) > MiB)
         sessions = set(there.sessions()) - known
         sender.send_signal(signal.SIGKILL)
     assert sessions

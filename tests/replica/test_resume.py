@@ -22,7 +22,7 @@ from snapchain.replica.stream.frames import CHECK_BYTES, HEAD, MAGIC
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
-from tests.waiting import wait_until
+from tests.waiting import taken, wait_until
 
 SIZE = 24 * MiB
 
@@ -193,7 +193,7 @@ Place(Path(sys.argv[2])).send(Path(sys.argv[1]))
 
 def arrived(place: Place) -> int:
     """Bytes that the files of a replica take up."""
-    return sum(file.stat().st_blocks * 512 for file in place.root.rglob("*") if file.is_file())
+    return sum(taken(place.root))
 
 
 def kill_when(child: subprocess.Popen[bytes], place: Place, enough: int) -> None:
