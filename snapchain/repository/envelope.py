@@ -102,7 +102,7 @@ def _judged(errors: Iterable[Any], what: str, subject: str) -> SnapchainError:
 #
 #     0   6   "SNAPCH"
 #     6   1   kind: I index, D damage, L layer, C catalogue, E lease, G state of a guest, K list of key slots,
-#             V what was verified, X what is to be deleted; P begins a pack (packs.py)
+#             V what was verified, X what is to be deleted, S samples of indexes; P begins a pack (packs.py)
 #     7   1   format, 1
 #     8   8   zero
 #     16  32  salt
@@ -143,6 +143,7 @@ EXPANSIONS: dict[bytes, Expansion] = {
     b"X": _JSON,
     b"K": _JSON,
     b"I": Expansion(64 * _MIB, 8, _MIB // 4),
+    b"S": Expansion(64 * _MIB, 8, _MIB // 4),
     b"L": Expansion(128 * _MIB, 8, _MIB // 4),
     b"V": _JSON,
 }

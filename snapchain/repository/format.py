@@ -8,6 +8,7 @@
     index/damaged-NAME            packs that were found damaged
     index/condemned-NAME          packs and layers that are to be deleted
     index/awaited-NAME            for whose leases that waits
+    index/sampled-NAME            some ids of each index, to find the right ones by
     verified/NAME                 packs and layers that were read and found good, and when
     layers/LAYER                  one layer: its header and the table of its pages
     disks/DISK/GENERATION         the catalogue of one disk: its points and their layers
@@ -86,6 +87,7 @@ _INDEX = re.compile(r"index/([0-9]{10})-[0-9a-f]{32}")
 _DAMAGE = re.compile(r"index/damaged-[0-9a-f]{32}")
 _CONDEMNED = re.compile(r"index/condemned-[0-9a-f]{32}")
 _AWAITED = re.compile(r"index/awaited-[0-9a-f]{32}")
+_SAMPLES = re.compile(r"index/sampled-[0-9a-f]{32}")
 _VERIFIED = re.compile(r"verified/[0-9a-f]{32}")
 _HEX16 = re.compile(r"[0-9a-f]{32}")
 
@@ -144,6 +146,16 @@ def awaited_name(name: str) -> str:
 def is_awaited(name: str) -> bool:
     """Whether an object says for which leases a deletion waits."""
     return _AWAITED.fullmatch(name) is not None
+
+
+def samples_name(name: str) -> str:
+    """Object name of samples of indexes; below index/, as `damage_name`."""
+    return f"index/sampled-{name}"
+
+
+def is_samples(name: str) -> bool:
+    """Whether an object has samples of indexes."""
+    return _SAMPLES.fullmatch(name) is not None
 
 
 def verified_name(name: str) -> str:

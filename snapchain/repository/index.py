@@ -7,12 +7,8 @@ An index object (kind I) lists some packs and the blobs in them, once they are d
     blobs * 32 bytes id, ascending by their first 8 bytes
     blobs * BLOB_ROW, in the same order
 
-A collection that deletes packs begins a new era: it writes the indexes of what stays under the next number, says that
-they are complete, and deletes those before.  The highest number that is complete counts, with those above it: they are
-being written.  So an index that a writer stored who had slept through the collection, and that lists what is gone,
-misleads nobody.
-
-Only shipping needs it, to know what is there already.  Restoring does not: layer records say where their blobs are.
+Only shipping needs it, to know what is there already, and reads of large ones no more than it needs (sparse.py).
+Restoring does not: layer records say where their blobs are.
 """
 
 from __future__ import annotations
@@ -20,53 +16,48 @@ from __future__ import annotations
 import struct
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError
-from snapchain.objects.exclusive import create_exclusively
+from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository import condemned, damage
 from snapchain.repository.condemned import Condemned
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
+from snapchain.repository.eras import ALONE, BEGUN, KIND, check_one_moment, counting
 from snapchain.repository.format import (
     BLOB_ROW,
     ID_BYTES,
     PACK_BYTES,
     PACK_ID_BYTES,
     fresh_id,
-    index_era,
     index_name,
     is_damage,
 )
 from snapchain.repository.packs import Location
 
-KIND = b"I"
-ALONE = "0" * 32
-BEGUN = "0" * 31 + "1"
-COMPLETE = "0" * 31 + "2"
-"""Names of indexes of nothing. ALONE: takes the number of an era for a collector that works alone: the era counts at
-once; BEGUN: for one that works beside writers: it counts when COMPLETE is there."""
 ATTEMPTS = 8
 """How often the indexes are listed again when some of them are replaced meanwhile."""
-_LAST_ERA = 10**10 - 1
 _READERS = 8
 _AHEAD_BYTES = 64 * 1024 * 1024
 _COUNTS = struct.Struct("<II")
-_LARGEST_INDEX = 32 * 1024 * 1024
-"""Bytes, however large packs may be: half of what readers accept."""
+INDEX_BYTES = 2 * 1024 * 1024
+"""The most that an index has, unless one pack has more: 40,000 blobs. Who looks for one may have to read them all."""
 _OVERHEAD = 256
 """Bytes of head, salt, counts, tag and zstd frame."""
 _PACK_ROW = np.dtype([("pack", "u1", (PACK_ID_BYTES,)), ("size", "<u8")])
 
 Ids = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.void]
+Result = TypeVar("Result")
 
 
 class _Segment:
@@ -102,6 +93,7 @@ class BlobIndex:
     sizes: pack -> bytes of its object, as the indexes list it
     avoid: packs that nothing may rely on (damage.py); may be added to
     condemned: what is to be deleted; no blob is found there, and none anywhere while a record of that is unreadable
+    mine: packs of this session
     unreadable: what was wrong with index objects that could not be read
     unlisted: packs that are there and that no index lists, as far as the packs were looked at
     era_began: when the newest era was begun, by the store's clock, infinite where it tells no time; None: never
@@ -114,6 +106,7 @@ class BlobIndex:
         self.sizes: dict[str, int] = {}
         self.avoid: set[str] = set()
         self.condemned = Condemned()
+        self.mine: set[str] = set()
         self.unreadable: list[SnapchainError] = []
         self.unlisted: dict[str, ObjectInfo] = {}
         self.era_began: float | None = None
@@ -132,11 +125,14 @@ class BlobIndex:
         with self._lock:
             return next((where for where in self._find(blob) if self.may_use(where.pack)), None)
 
+    def prepare(self, blobs: Iterable[bytes]) -> None:
+        """These, which lie side by side on a disk, will be asked for."""
+
     def may_use(self, pack: str) -> bool:
         """Whether new records may rely on a pack that is there."""
         if pack in self.avoid or pack in self._to_go:
             return False
-        return not self.condemned.unreadable or pack not in self.sizes  # what this session stores is its own
+        return not self.condemned.unreadable or pack in self.mine
 
     def find_all(self, blob: bytes) -> list[Location]:
         """All places of the blob, those in packs that are to be avoided or deleted last."""
@@ -154,8 +150,14 @@ class BlobIndex:
         """Remember a blob of this session."""
         with self._lock:
             self._fresh[blob] = location
+            self.mine.add(location.pack)
             if len(self._fresh) >= self._FRESH:
                 self._settle()
+
+    def take(self, part: IndexPart) -> None:
+        """Take in what an index object says."""
+        self.sizes.update(part.packs)
+        self.load(part.ids, part.rows, list(part.packs))
 
     def load(self, ids: Ids, rows: Rows, packs: list[str]) -> None:
         """Take in the entries of an index object."""
@@ -212,7 +214,7 @@ def write(store: ObjectStore, keys: Keyring, listed: Sequence[IndexedPack], *, e
 
 def split(listed: Iterable[IndexedPack], limit: int | None = None) -> Iterator[list[IndexedPack]]:
     """The packs in as many groups as it takes for no index to be larger than a pack may be (limit: bytes)."""
-    most = min(PACK_BYTES if limit is None else limit, _LARGEST_INDEX) - _OVERHEAD
+    most = min(PACK_BYTES if limit is None else limit, INDEX_BYTES) - _OVERHEAD
     group: list[IndexedPack] = []
     size = 0
     for pack in listed:
@@ -225,38 +227,6 @@ def split(listed: Iterable[IndexedPack], limit: int | None = None) -> Iterator[l
         size += more
     if group:
         yield group
-
-
-def begin_era(
-    store: ObjectStore, keys: Keyring, before: Iterable[str], *, conditional: bool, alone: bool = False
-) -> int:
-    """Take the number after those of the index objects `before`, by an index of nothing; it.
-
-    conditional: as in objects/exclusive.py; alone: whether no writer is at work, so that it may count at once.
-    Raises Conflict when another collector has it: it woke up, or we did.
-    """
-    era = max((index_era(name) or 0 for name in before), default=0) + 1
-    if era > _LAST_ERA:
-        raise Corrupt("its indexes have an era that no collection can have reached", subject=store.url)
-    name = index_name(era, ALONE if alone else BEGUN)
-    if not create_exclusively(store, name, _of_nothing(keys, name), conditional=conditional):
-        raise Conflict("another snapchain collects at the same time", subject=store.url, hint="run gc again")
-    return era
-
-
-def complete_era(store: ObjectStore, keys: Keyring, era: int) -> None:
-    """Say that all that stays is listed in this era."""
-    name = index_name(era, COMPLETE)
-    store.put(name, _of_nothing(keys, name))
-
-
-def is_end_of_era(name: str) -> bool:
-    """Whether an index object says that its era counts."""
-    return name.endswith((f"-{ALONE}", f"-{COMPLETE}"))
-
-
-def _of_nothing(keys: Keyring, name: str) -> bytes:
-    return seal(keys, KIND, name, _COUNTS.pack(0, 0))
 
 
 def parse(keys: Keyring, name: str, data: bytes) -> tuple[dict[str, int], Ids, Rows]:
@@ -279,18 +249,18 @@ def parse(keys: Keyring, name: str, data: bytes) -> tuple[dict[str, int], Ids, R
     return {bytes(row["pack"]).hex(): int(row["size"]) for row in table}, ids, rows
 
 
-def newest(store: ObjectStore) -> tuple[int, list[ObjectInfo]]:
-    """The era to write in, 0 in a new repository, and the index objects that count."""
-    return _counting(store.list("index/"))
+def open_index(store: ObjectStore, keys: Keyring, index: BlobIndex, listed: Sequence[ObjectInfo]) -> list[ObjectInfo]:
+    """Let an index know all but the blobs; the index objects that count.
 
-
-def _counting(listed: Iterable[ObjectInfo]) -> tuple[int, list[ObjectInfo]]:
-    found = [(number, info) for info in listed for number in [index_era(info.name)] if number is not None]
-    ends = (index_name(number, name) for number, _ in found for name in (ALONE, COMPLETE))
-    names = {info.name for _, info in found}
-    complete = max((index_era(name) or 0 for name in ends if name in names), default=0)
-    highest = max((number for number, _ in found), default=0)
-    return highest, [info for number, info in found if number >= complete]
+    listed: all below index/. Raises NotFound when that has changed meanwhile.
+    """
+    index.era, found = counting(listed)
+    index.condemn(condemned.read(store, keys, [info.name for info in listed]))
+    began = (info.modified for info in listed if info.name.endswith((f"-{ALONE}", f"-{BEGUN}")))
+    index.era_began = max((inf if modified is None else modified for modified in began), default=None)
+    index.avoid.update(*damage.read(store, keys, [info.name for info in listed if is_damage(info.name)]).values())
+    check_one_moment(store, listed)
+    return found
 
 
 def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
@@ -298,34 +268,53 @@ def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
 
     Packs that a record of damage lists are to be avoided.
     """
-    for attempt in range(ATTEMPTS):
-        listed = list(store.list("index/"))
-        found = _counting(listed)
-        index = BlobIndex(found[0])
-        try:
-            index.condemn(condemned.read(store, keys, [info.name for info in listed]))
-            _load(store, keys, found[1], index)
-        except NotFound:  # a writer has put some of its own together, or a collector
-            if attempt == ATTEMPTS - 1:
-                raise
-            continue
-        began = (info.modified for info in listed if info.name.endswith((f"-{ALONE}", f"-{BEGUN}")))
-        index.era_began = max((inf if modified is None else modified for modified in began), default=None)
-        marks = [info.name for info in listed if is_damage(info.name)]
-        index.avoid.update(*damage.read(store, keys, marks).values())
+
+    def attempt() -> BlobIndex:
+        index = BlobIndex()
+        for part in read_all(store, keys, open_index(store, keys, index, list(store.list("index/"))), index.unreadable):
+            index.take(part)
         return index
-    raise AssertionError("the loop returns or raises")
+
+    return retried(attempt)
 
 
-def _load(store: ObjectStore, keys: Keyring, listed: Sequence[ObjectInfo], index: BlobIndex) -> None:
+def retried(attempt: Callable[[], Result]) -> Result:
+    """What `attempt` gives, called again when index objects that it has listed are gone: they were put together."""
+    for _ in range(ATTEMPTS - 1):
+        with suppress(NotFound):
+            return attempt()
+    return attempt()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IndexPart:
+    """What an index object says. packs: id -> bytes of the object, in the order of the table."""
+
+    name: str
+    packs: dict[str, int]
+    ids: Ids
+    rows: Rows
+
+    def by_pack(self) -> Iterator[IndexedPack]:
+        """Each pack with its blobs."""
+        order = np.argsort(self.rows["pack"], kind="stable")
+        edges = np.searchsorted(self.rows["pack"][order], np.arange(len(self.packs) + 1))
+        for place, (pack, size) in enumerate(self.packs.items()):
+            mine = order[edges[place] : edges[place + 1]]
+            yield IndexedPack(pack, size, self.ids[mine], self.rows[mine])
+
+
+def read_all(
+    store: ObjectStore, keys: Keyring, listed: Sequence[ObjectInfo], unreadable: list[SnapchainError]
+) -> Iterator[IndexPart]:
+    """What these objects say. What is wrong with those that are damaged is added to `unreadable`. Raises NotFound."""
     for name, data in _read_ahead(store, listed):
         try:
-            packs, ids, rows = parse(keys, name, data)
+            part = IndexPart(name, *parse(keys, name, data))
         except Corrupt as error:
-            index.unreadable.append(error)
+            unreadable.append(error)
             continue
-        index.load(ids, rows, list(packs))
-        index.sizes.update(packs)
+        yield part
 
 
 def _read_ahead(store: ObjectStore, listed: Sequence[ObjectInfo]) -> Iterator[tuple[str, bytes]]:

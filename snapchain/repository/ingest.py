@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import blake3
 import numpy as np
@@ -86,6 +86,15 @@ class _Result:
     bytes_read: int
 
 
+class _Part(NamedTuple):
+    """Guest bytes [start, stop) of a task. data: None for zeroes; blob: the id, None for those that share a blob"""
+
+    start: int
+    stop: int
+    data: memoryview | None = None
+    blob: bytes | None = None
+
+
 class Ingest:
     """Takes layers into one repository. Not thread-safe itself; uses threads inside."""
 
@@ -147,7 +156,7 @@ class Ingest:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _work(self, source: LayerSource, extents: Extents, below: Sequence[StoredLayer], task: Task) -> _Result:
-        runs = RunList(self._block, self._store)
+        parts: list[_Part] = []
         numbers: list[int] = []
         hashes: list[bytes] = []
         bytes_read = 0
@@ -155,7 +164,7 @@ class Ingest:
         read_pieces(source, [(item.start, view) for item, view in views.items()])
         for item in task:
             if not item.hot:
-                runs.zero(item.start, item.stop)
+                parts.append(_Part(item.start, item.stop))
                 continue
             view = views[item]
             bytes_read += len(view)
@@ -166,25 +175,41 @@ class Ingest:
                     hashes.append(digest)
             for begin, stop, val in pieces(extents, item, self._block):
                 if val < DATA:
-                    runs.zero(begin, stop)
+                    parts.append(_Part(begin, stop))
                     continue
                 for first, end, zero in without_zeroes(begin, stop, item, leaves):
                     data = view[first - item.start : end - item.start]
                     if zero:
-                        runs.zero(first, end)
+                        parts.append(_Part(first, end))
                     elif len(data) < SCRAP_BYTES:
-                        runs.scrap(first, end, data)
+                        parts.append(_Part(first, end, data))
                     else:
-                        runs.data(first, end, self._store(data, _piece_hashes(first, item, leaves, data)))
-        rows, packs = runs.rows()
+                        blob = self._id(data, _piece_hashes(first, item, leaves, data))
+                        parts.append(_Part(first, end, data, blob))
+        rows, packs = self._stored(parts).rows()
         fresh = np.zeros(len(numbers), LEAF_ROW)
         fresh["index"] = numbers
         fresh["hash"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
         return _Result(rows, packs, fresh, change_of(below, *spans(task), fresh), bytes_read)
 
-    def _store(self, data: memoryview, piece_hashes: bytes | None = None) -> Blob:
+    def _stored(self, parts: Sequence[_Part]) -> RunList:
+        """The runs of these parts, once their bytes are stored."""
+        self._index.prepare(part.blob for part in parts if part.blob is not None)
+        runs = RunList(self._block, lambda data: self._store(self._id(data), data))
+        for part in parts:
+            if part.data is None:
+                runs.zero(part.start, part.stop)
+            elif part.blob is None:
+                runs.scrap(part.start, part.stop, part.data)
+            else:
+                runs.data(part.start, part.stop, self._store(part.blob, part.data))
+        return runs
+
+    def _id(self, data: memoryview, piece_hashes: bytes | None = None) -> bytes:
+        return self._keys.blob_id(b"".join(_hashes(data)) if piece_hashes is None else piece_hashes)
+
+    def _store(self, blob: bytes, data: memoryview) -> Blob:
         """The location of these bytes in the repository; they are stored if they are new."""
-        blob = self._keys.blob_id(b"".join(_hashes(data)) if piece_hashes is None else piece_hashes)
         known = self._index.find(blob)
         if known is None:
             known = self._packer.add(blob, packed(self._compressor(), data), len(data))

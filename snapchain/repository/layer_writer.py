@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Literal, Self
 
+from snapchain.errors import SnapchainError
 from snapchain.model.compression import LEVELS, Compression, Effort, next_effort
 from snapchain.model.content import content_id, encode_sum
 from snapchain.model.fingerprint import Fingerprint
@@ -18,6 +20,7 @@ from snapchain.repository.ingest import Ingest, LayerSource
 from snapchain.repository.layers import LayerHeader, StoredLayer
 from snapchain.repository.packer import Packer
 from snapchain.repository.repository import Repository
+from snapchain.repository.tidying import tidy
 from snapchain.repository.unlisted import adoptable
 
 
@@ -51,12 +54,12 @@ class CompressionLevel:
 
 
 class LayerUpload:
-    """A writing session; a context manager. Loads the whole index once; index: that, and what was added since."""
+    """A writing session; a context manager. index: what it knows of the blobs, and what was added since."""
 
     def __init__(self, repository: Repository, *, on_durable: Callable[[], None] = lambda: None) -> None:
         """on_durable: called in any thread when something has become durable; what it raises ends the work."""
         self._repository = repository
-        self.index = repository.index()
+        self.index = repository.near_index()
         level = CompressionLevel(repository.compression)
         self._packer = Packer(
             repository.store,
@@ -83,6 +86,12 @@ class LayerUpload:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._packer.__exit__(kind, error, trace)
+        if error is None:
+            repository = self._repository
+            repository.blobs.damaged |= self.index.avoid & self.index.sizes.keys()
+            with suppress(SnapchainError):  # the layers are stored: what is left is for the next one
+                repository.record_damage()
+                tidy(repository.store, repository.keys, self.index, pack_size=repository.pack_size)
 
     @property
     def bytes_stored(self) -> int:

@@ -340,6 +340,12 @@ class Lease:
         return found
 
 
+def count_writers(store: ObjectStore) -> int:
+    """How many writers have a lease, those included that are dead."""
+    found = (info for info in store.list("leases/") if info.name.startswith(Mode.WRITE.prefix))
+    return sum(not (info.name.endswith(_END) or is_retired(info)) for info in found)
+
+
 # --- Which running kernel this is, and whether a process of it is the one that once was.
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snapchain.errors import Corrupt, NotFound
-from snapchain.repository import index as indexes, layers as records
+from snapchain.repository import eras, layers as records
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.format import PAGE_ROW, fresh_id, pack_name
 from snapchain.repository.index import BlobIndex
@@ -53,7 +53,7 @@ def move(
     layers = {catalogue.disk: set(catalogue.parents) - marked.unread for catalogue in marked.catalogues}
     kept = named_packs(repository, {layer for disk, some in layers.items() if disk in avoid for layer in some})
     # Its index knows nothing, so that what is moved is stored although the old packs have it.
-    index = BlobIndex(indexes.newest(repository.store)[0])
+    index = BlobIndex(eras.newest(repository.store)[0])
     with Packer(repository.store, repository.keys, index, pack_size=repository.pack_size) as packer:
         moves: Moves = {}
         for pack, offset in marked.movable & marked.replaced.keys():

@@ -16,7 +16,8 @@ from snapchain.model.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.model.holds import hold_reasons
 from snapchain.model.retention import Rules, decide_by, is_future
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue, Point
-from snapchain.repository.index import BlobIndex, newest
+from snapchain.repository.eras import newest
+from snapchain.repository.index import BlobIndex
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.merging import NotProven, merge_layers

@@ -20,7 +20,15 @@ from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.probe import probe, still_conditional
 from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.objects.store import ObjectStore, check_size
-from snapchain.repository import catalogue as catalogues, damage, index as indexes, keys as slots, layers, slot_list
+from snapchain.repository import (
+    catalogue as catalogues,
+    damage,
+    index as indexes,
+    keys as slots,
+    layers,
+    slot_list,
+    sparse,
+)
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.catalogue import Catalogue, Disk, Hold, Point
 from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
@@ -37,6 +45,7 @@ from snapchain.repository.index import BlobIndex
 from snapchain.repository.known import SeenGenerations, Vouched
 from snapchain.repository.layers import LayerHeader, PageCache, PageTable, StoredLayer
 from snapchain.repository.leases import Lease, Mode
+from snapchain.repository.sparse import SparseIndex
 from snapchain.repository.unlisted import take_in
 from snapchain.repository.vacancy import check_vacant, nothing_here
 
@@ -444,11 +453,22 @@ class Repository:
         The packs are listed after the indexes: one of an index that is missing, or has another size, is damaged.
         """
         index = indexes.load(self.store, self.keys)
+        self._compare(index)
+        self.blobs.use(index)
+        return index
+
+    def near_index(self) -> SparseIndex:
+        """What a shipment needs to know of the blobs. Of a small repository it is all, as of `index`."""
+        index = sparse.load(self.store, self.keys)
+        if index.is_whole:
+            self._compare(index)
+            self.blobs.use(index)
+        return index
+
+    def _compare(self, index: BlobIndex) -> None:
         bad, index.unlisted = damage.compare(self.store, index.sizes)
         index.avoid |= bad
         self.blobs.damaged |= index.avoid & index.sizes.keys()
-        self.blobs.use(index)
-        return index
 
     def _load_index(self) -> BlobIndex:
         """For who has met damage, and looks for copies."""

@@ -24,24 +24,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-import numpy as np
-
 from snapchain.destination.records import GcLimits
 from snapchain.errors import Corrupt, NotFound
 from snapchain.objects.exclusive import boot_time
 from snapchain.objects.store import ObjectInfo, Refused
-from snapchain.repository import condemned, index as indexes
+from snapchain.repository import condemned, eras, index as indexes, samples
 from snapchain.repository.catalogue import ATTEMPTS
 from snapchain.repository.condemned import Condemned
 from snapchain.repository.fence import bury
-from snapchain.repository.format import PACK_BYTES, index_era, layer_name, pack_name
-from snapchain.repository.index import IndexedPack
+from snapchain.repository.format import PACK_BYTES, index_era, is_samples, layer_name, pack_name
+from snapchain.repository.index import IndexedPack, IndexPart
 from snapchain.repository.leases import Holder, Lease, Mode
 from snapchain.repository.mark import Marked, Usage, look_again, mark, unused, wasteful
 from snapchain.repository.moving import move
 from snapchain.repository.packs import read_directory
-from snapchain.repository.pages import Rows
 from snapchain.repository.repository import Repository
+from snapchain.repository.samples import Samples
+from snapchain.repository.tidying import LOOSE_BYTES
 
 WASTE = 0.25
 """The share of a pack that may be waste. Below it, moving costs more requests than the space is worth."""
@@ -81,8 +80,11 @@ class Swept:
 
 
 def index_objects(repository: Repository) -> list[ObjectInfo]:
-    """The index objects that a run replaces by new ones when packs go."""
-    return [info for info in repository.store.list("index/") if index_era(info.name) is not None]
+    """The index objects that a run replaces by new ones when packs go, the oldest first; then their samples."""
+    listed = list(repository.store.list("index/"))
+    found = [info for info in listed if index_era(info.name) is not None]
+    # What was stored at one time is found again together, so it stays together.
+    return sorted(found, key=_age_of) + [info for info in listed if is_samples(info.name)]
 
 
 def estimate(marked: Marked, limits: GcLimits = ANY, indexes: Sequence[ObjectInfo] = ()) -> Swept:
@@ -294,7 +296,7 @@ class _Sweep:
         if gone or _is_scattered(repository) or _misleads(marked):
             stay = {pack: size for pack, size in there.items() if pack not in avoid}
             rewritten = _write_index(repository, stay, used, alone="" in said.packs)
-            self._delete([name for name in rewritten.taken if not indexes.is_end_of_era(name)])
+            self._delete([name for name in (*rewritten.taken, *rewritten.samples) if not eras.is_end_of_era(name)])
             lease.check()
         # Who has begun to read since the last look, and found its layers still there, keeps them.
         lease.survey()
@@ -310,8 +312,8 @@ class _Sweep:
             for group in rewritten.unwritten:
                 indexes.write(store, keys, group, era=rewritten.era)
             if not rewritten.is_complete:
-                indexes.complete_era(store, keys, rewritten.era)
-            self._delete([name for name in rewritten.taken if indexes.is_end_of_era(name)])
+                eras.complete_era(store, keys, rewritten.era)
+            self._delete([name for name in rewritten.taken if eras.is_end_of_era(name)])
         self._forget_condemned(said, ready, going - gone)
         self._done.packs_deleted = len(gone)
 
@@ -338,9 +340,9 @@ class _Sweep:
 
 def _is_scattered(repository: Repository) -> bool:
     """Whether the index objects are many more than would do, of the size that they may have, or some do not count."""
-    listed = index_objects(repository)
-    needed = 2 * sum(info.size for info in listed) // (repository.pack_size or PACK_BYTES)
-    return len(listed) > MOST_INDEXES + needed or len(listed) > len(indexes.newest(repository.store)[1])
+    listed = [info for info in index_objects(repository) if not is_samples(info.name)]
+    needed = 2 * sum(info.size for info in listed) // min(repository.pack_size or PACK_BYTES, indexes.INDEX_BYTES)
+    return len(listed) > MOST_INDEXES + needed or len(listed) > len(eras.newest(repository.store)[1])
 
 
 def _published_to(writers: Mapping[str, Holder | None]) -> frozenset[str] | None:
@@ -357,6 +359,10 @@ def _began(writers: Iterable[Holder | None]) -> float | None:
     """
     times = [0.0 if holder is None else holder.since.timestamp() - _SKEW for holder in writers]
     return min(times, default=None)
+
+
+def _age_of(info: ObjectInfo) -> float:
+    return info.modified or 0.0
 
 
 def _is_older(modified: float | None, since: float | None) -> bool:
@@ -387,12 +393,13 @@ def _stored_bytes(repository: Repository) -> int:
 
 @dataclass(slots=True)
 class _Rewritten:
-    """A new era. taken: index objects that it takes the place of; unwritten: what is still to be listed, since the disk
-    is full; is_complete: whether that was said.
+    """A new era. taken: index objects that it takes the place of; samples: of these; unwritten: what is still to be
+    listed, since the disk is full; is_complete: whether that was said.
     """
 
     era: int
     taken: list[str]
+    samples: list[str]
     unwritten: list[list[IndexedPack]] = field(default_factory=list)
     is_complete: bool = False
 
@@ -406,28 +413,33 @@ def _write_index(repository: Repository, sizes: Mapping[str, int], used: Contain
     Raises Conflict when another collector has begun that era.
     """
     store, keys = repository.store, repository.keys
-    before = [info.name for info in index_objects(repository)]
-    era = indexes.begin_era(store, keys, before, conditional=repository.conditional, alone=alone)
-    made = _Rewritten(era, [], is_complete=alone)
+    listed = [info.name for info in index_objects(repository)]
+    before = [name for name in listed if not is_samples(name)]
+    era = eras.begin_era(store, keys, before, conditional=repository.conditional, alone=alone)
+    made = _Rewritten(era, [], [name for name in listed if is_samples(name)], is_complete=alone)
+    parts: list[Samples] = []
     pending: list[IndexedPack] = []
     seen: set[str] = set()
-    blobs = 0
+    blobs = listed_bytes = 0
     damaged = False
 
     def flush() -> None:
         nonlocal blobs, pending
         for group in indexes.split(pending, repository.pack_size):
             try:
-                indexes.write(store, keys, group, era=era)
+                name = indexes.write(store, keys, group, era=era)
             except Refused:
                 made.unwritten.append(group)
+            else:
+                parts.append(samples.of({name: samples.ids_of(group)}))
         pending, blobs = [], 0
 
-    def add(pack: str, size: int, ids: indexes.Ids, rows: Rows) -> None:
-        nonlocal blobs
-        seen.add(pack)
-        pending.append(IndexedPack(pack, size, ids, rows))
-        blobs += len(rows)
+    def add(found: IndexedPack) -> None:
+        nonlocal blobs, listed_bytes
+        seen.add(found.pack)
+        pending.append(found)
+        blobs += len(found.rows)
+        listed_bytes += found.ids.nbytes + found.rows.nbytes
         if blobs >= _INDEX_BLOBS:
             flush()
 
@@ -435,18 +447,15 @@ def _write_index(repository: Repository, sizes: Mapping[str, int], used: Contain
         nonlocal damaged
         made.taken.append(name)
         try:
-            packs, ids, rows = indexes.parse(keys, name, store.get(name))
+            part = IndexPart(name, *indexes.parse(keys, name, store.get(name)))
         except NotFound:  # its writer has put it together with others, into one that is listed now
             return
         except Corrupt:
             damaged = True
             return
-        order = np.argsort(rows["pack"], kind="stable")
-        edges = np.searchsorted(rows["pack"][order], np.arange(len(packs) + 1))
-        for place, (pack, size) in enumerate(packs.items()):
-            if sizes.get(pack) == size and pack not in seen:
-                mine = order[edges[place] : edges[place + 1]]
-                add(pack, size, ids[mine], rows[mine])
+        for each in part.by_pack():
+            if sizes.get(each.pack) == each.size and each.pack not in seen:
+                add(each)
 
     def take_new() -> bool:
         """Take what others have listed since."""
@@ -454,7 +463,7 @@ def _write_index(repository: Repository, sizes: Mapping[str, int], used: Contain
         fresh = [
             info.name
             for info in index_objects(repository)
-            if info.name not in known and (index_era(info.name) or 0) < era
+            if info.name not in known and not is_samples(info.name) and (index_era(info.name) or 0) < era
         ]
         for name in fresh:
             take(name)
@@ -469,11 +478,15 @@ def _write_index(repository: Repository, sizes: Mapping[str, int], used: Contain
         # Where an index is damaged, or did not count any more when it was written.
         if damaged or pack in used:
             with suppress(Corrupt):  # then its blobs are stored again when they are shipped
-                add(pack, sizes[pack], *read_directory(store, keys, pack, sizes[pack])[1:])
+                add(IndexedPack(pack, sizes[pack], *read_directory(store, keys, pack, sizes[pack])[1:]))
     flush()
+    if listed_bytes >= LOOSE_BYTES:
+        with suppress(Refused):  # nothing depends on them
+            for some in samples.together(parts, {name for part in parts for name in part.indexes}):
+                samples.write(store, keys, some)
     if not (made.unwritten or alone):
         with suppress(Refused):
-            indexes.complete_era(store, keys, era)
+            eras.complete_era(store, keys, era)
             made.is_complete = True
     if take_new():  # of who had read the era before, and knew nothing of this one
         flush()

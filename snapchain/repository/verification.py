@@ -29,8 +29,8 @@ from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.chain import ChainView, Composed
 from snapchain.repository.damage import recorded
 from snapchain.repository.data_check import DataCheck, check_answers
+from snapchain.repository.eras import newest
 from snapchain.repository.format import is_id, layer_name, pack_name
-from snapchain.repository.index import newest
 from snapchain.repository.ingest import change_of, sum_beyond
 from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.leaf_proof import doubtful, map_of, touched

@@ -16,8 +16,8 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, Refused, StoreWrapper
 from snapchain.repository import collecting as gc, packs, sweep
 from snapchain.repository.catalogue import is_generation
+from snapchain.repository.eras import newest
 from snapchain.repository.format import pack_name
-from snapchain.repository.index import newest
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.mark import KEPT_GENERATIONS, mark, wasteful
 from snapchain.repository.points_merge import RepositoryMerge

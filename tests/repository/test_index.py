@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import Conflict, Corrupt, Unsupported
 from snapchain.objects.memory import MemoryStore
-from snapchain.repository import condemned, index as indexes
+from snapchain.repository import condemned, eras, index as indexes
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal
 from snapchain.repository.format import BLOB_ROW
@@ -145,7 +145,7 @@ def test_only_the_newest_era_counts() -> None:
     """What a writer stored that slept through a collection is not believed."""
     store = MemoryStore()
     indexes.write(store, KEYS, [listed(1, [1])], era=0)
-    era = indexes.begin_era(store, KEYS, [info.name for info in store.list("index/")], conditional=True)
+    era = eras.begin_era(store, KEYS, [info.name for info in store.list("index/")], conditional=True)
     assert era == 1
     indexes.write(store, KEYS, [listed(2, [2])], era=era)
     indexes.write(store, KEYS, [listed(3, [3])], era=0)
@@ -153,7 +153,7 @@ def test_only_the_newest_era_counts() -> None:
     index = indexes.load(store, KEYS)
     assert index.era == 1
     assert [index.find(blob(number)) is not None for number in (1, 2, 3)] == [True, True, True], "it is not complete"
-    indexes.complete_era(store, KEYS, era)
+    eras.complete_era(store, KEYS, era)
     index = indexes.load(store, KEYS)
     assert index.era == 1
     assert [index.find(blob(number)) is not None for number in (1, 2, 3)] == [False, True, False]
@@ -163,23 +163,23 @@ def test_an_era_that_was_begun_by_who_works_alone_counts_at_once() -> None:
     store = MemoryStore()
     indexes.write(store, KEYS, [listed(1, [1])], era=0)
     before = [info.name for info in store.list("index/")]
-    assert indexes.begin_era(store, KEYS, before, conditional=True, alone=True) == 1
+    assert eras.begin_era(store, KEYS, before, conditional=True, alone=True) == 1
     assert indexes.load(store, KEYS).find(blob(1)) is None
 
 
 def test_an_era_that_nobody_completed_counts_beside_the_one_before_it() -> None:
     """Its collector was killed: the next one begins another."""
     store = MemoryStore()
-    first = indexes.begin_era(store, KEYS, [], conditional=True)
+    first = eras.begin_era(store, KEYS, [], conditional=True)
     indexes.write(store, KEYS, [listed(1, [1])], era=first)
-    indexes.complete_era(store, KEYS, first)
-    second = indexes.begin_era(store, KEYS, [info.name for info in store.list("index/")], conditional=True)
-    third = indexes.begin_era(store, KEYS, [info.name for info in store.list("index/")], conditional=True)
+    eras.complete_era(store, KEYS, first)
+    second = eras.begin_era(store, KEYS, [info.name for info in store.list("index/")], conditional=True)
+    third = eras.begin_era(store, KEYS, [info.name for info in store.list("index/")], conditional=True)
     assert (first, second, third) == (1, 2, 3)
     indexes.write(store, KEYS, [listed(2, [2])], era=third)
     index = indexes.load(store, KEYS)
     assert [index.find(blob(number)) is not None for number in (1, 2)] == [True, True]
-    indexes.complete_era(store, KEYS, second)  # it wakes up, and lists nothing
+    eras.complete_era(store, KEYS, second)  # it wakes up, and lists nothing
     assert indexes.load(store, KEYS).find(blob(1)) is None
     assert indexes.load(store, KEYS).find(blob(2)) is not None
 
@@ -201,8 +201,8 @@ def test_no_blob_is_found_in_what_is_condemned() -> None:
 
 def test_an_era_is_begun_once() -> None:
     store = MemoryStore()
-    indexes.begin_era(store, KEYS, [], conditional=True)
+    eras.begin_era(store, KEYS, [], conditional=True)
     with pytest.raises(Conflict, match="another snapchain collects"):
-        indexes.begin_era(store, KEYS, [], conditional=True)
+        eras.begin_era(store, KEYS, [], conditional=True)
     with pytest.raises(Corrupt, match="no collection can have reached"):
-        indexes.begin_era(store, KEYS, [f"index/{10**10 - 1}-{'0' * 32}"], conditional=True)
+        eras.begin_era(store, KEYS, [f"index/{10**10 - 1}-{'0' * 32}"], conditional=True)
