@@ -28,7 +28,7 @@ from snapchain.destination.records import GcLimits
 from snapchain.errors import Corrupt, NotFound
 from snapchain.objects.exclusive import boot_time
 from snapchain.objects.store import ObjectInfo, Refused
-from snapchain.repository import condemned, eras, index as indexes, samples
+from snapchain.repository import condemned, eras, index as indexes, samples, tidying
 from snapchain.repository.catalogue import ATTEMPTS
 from snapchain.repository.condemned import Condemned
 from snapchain.repository.fence import bury
@@ -40,7 +40,6 @@ from snapchain.repository.moving import move
 from snapchain.repository.packs import read_directory
 from snapchain.repository.repository import Repository
 from snapchain.repository.samples import Samples
-from snapchain.repository.tidying import LOOSE_BYTES
 
 WASTE = 0.25
 """The share of a pack that may be waste. Below it, moving costs more requests than the space is worth."""
@@ -480,7 +479,7 @@ def _write_index(repository: Repository, sizes: Mapping[str, int], used: Contain
             with suppress(Corrupt):  # then its blobs are stored again when they are shipped
                 add(IndexedPack(pack, sizes[pack], *read_directory(store, keys, pack, sizes[pack])[1:]))
     flush()
-    if listed_bytes >= LOOSE_BYTES:
+    if listed_bytes >= tidying.LOOSE_BYTES:
         with suppress(Refused):  # nothing depends on them
             for some in samples.together(parts, {name for part in parts for name in part.indexes}):
                 samples.write(store, keys, some)

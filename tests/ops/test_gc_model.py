@@ -36,6 +36,7 @@ from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from snapchain.testing.faults import Crash
 from tests.exhaustive import examples
+from tests.ops.large_indexes import as_if_large
 from tests.ops.shipping import MiB, ship
 from tests.ops.stacks import Layer, build, flat
 from tests.repository.synthetic import again, repository
@@ -373,7 +374,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "datetime", Skewed)
 
 
-def test_whoever_goes_on_no_point_is_lost(files: Files) -> None:
+@pytest.mark.parametrize("indexes", ["small", "large"])
+def test_whoever_goes_on_no_point_is_lost(files: Files, indexes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if indexes == "large":
+        as_if_large(monkeypatch)
+
     class Machine(Hosts):
         pass
 
@@ -381,7 +386,7 @@ def test_whoever_goes_on_no_point_is_lost(files: Files) -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=examples(15, times=40),
+            max_examples=examples(8, times=80),
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

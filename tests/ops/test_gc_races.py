@@ -29,6 +29,7 @@ from snapchain.repository.renaming import renaming
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from tests.exhaustive import EXHAUSTIVE, some
+from tests.ops.large_indexes import as_if_large
 from tests.ops.shipping import DISK, MiB, ship
 from tests.ops.stacks import Layer, build, flat
 from tests.ops.test_crash import reads
@@ -205,6 +206,13 @@ def wear_out(repo: Repository) -> None:
     gc.run(repo)
 
 
+@pytest.fixture(params=[False, True], ids=["small", "large"])
+def _indexes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param:
+        as_if_large(monkeypatch)
+
+
+@pytest.mark.usefixtures("_indexes")
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("other", [collect, forget, forget_the_newest])
 def test_a_shipment(world: World, files: list[Path], other: Job, frozen: bool) -> None:
@@ -265,6 +273,7 @@ def test_two_collections(world: World, other: Job, frozen: bool) -> None:
         world.check(reported=2)
 
 
+@pytest.mark.usefixtures("_indexes")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_collection_during_which_somebody_ships(world: World, files: list[Path], frozen: bool) -> None:
     numbers: list[int] = []
