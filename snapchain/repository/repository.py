@@ -26,6 +26,7 @@ from snapchain.repository import (
     index as indexes,
     keys as slots,
     layers,
+    listed,
     slot_list,
     sparse,
 )
@@ -452,7 +453,7 @@ class Repository:
 
         The packs are listed after the indexes: one of an index that is missing, or has another size, is damaged.
         """
-        index = indexes.load(self.store, self.keys)
+        index = listed.load(self.store, self.keys)
         self._compare(index)
         self.blobs.use(index)
         return index

@@ -18,11 +18,12 @@ from contextlib import suppress
 
 from snapchain.errors import Corrupt, NotFound
 from snapchain.objects.store import ObjectInfo, ObjectStore
-from snapchain.repository import index as indexes, samples
+from snapchain.repository import samples
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.eras import counting
 from snapchain.repository.format import is_samples, pack_name
 from snapchain.repository.index import BlobIndex, IndexPart, open_index, read_all, retried
+from snapchain.repository.listed import ListedIndex
 from snapchain.repository.packs import Location
 from snapchain.repository.samples import Samples
 
@@ -34,7 +35,7 @@ NEIGHBOUR_BLOBS = 4_000_000
 """Of indexes that were read for a sample: 256 MB. After more, those read so far are forgotten."""
 
 
-class SparseIndex(BlobIndex):
+class SparseIndex(ListedIndex):
     """Thread-safe, as a BlobIndex is.
 
     is_whole: whether it knows all that the index objects say
@@ -45,20 +46,18 @@ class SparseIndex(BlobIndex):
 
     def __init__(self, store: ObjectStore, keys: Keyring, listed: Sequence[ObjectInfo]) -> None:
         """listed: all below index/. Raises NotFound when that has changed meanwhile."""
-        super().__init__()
-        self._store, self._keys = store, keys
+        super().__init__(store, keys)
         self.counting = {info.name: info for info in open_index(store, keys, self, listed)}
         self.newest_era = self.era
         self.is_whole = sum(info.size for info in self.counting.values()) <= WHOLE_BYTES
         self.loose: list[IndexPart] = []
         self.sampled: dict[str, Samples] = {}
-        self._reading = threading.RLock()
+        self._looking = threading.Lock()
         self._is_read = False
         self._neighbours = BlobIndex()
         self._neighbour_blobs = 0
         self._asked: set[str] = set()  # index objects that were read for a sample
         self._there: set[str] = set()  # packs that were looked at
-        self._all: BlobIndex | None = None
         if self.is_whole:
             self._read(listed)
             self._is_read = True
@@ -66,10 +65,10 @@ class SparseIndex(BlobIndex):
     def find(self, blob: bytes) -> Location | None:
         """As a BlobIndex does, except that it does not know all where `is_whole` is not set."""
         if self.is_whole:
-            return super().find(blob)
+            return BlobIndex.find(self, blob)
         self._begin()
         while True:
-            found = super().find(blob) or self._neighbours.find(blob)
+            found = BlobIndex.find(self, blob) or self._neighbours.find(blob)
             if found is None and self._read_holders([blob]):
                 continue
             if found is None or self._is_there(found.pack):
@@ -83,22 +82,14 @@ class SparseIndex(BlobIndex):
 
     def find_all(self, blob: bytes) -> list[Location]:
         """All places of the blob, those in packs that are to be avoided or deleted last."""
-        found = super().find_all(blob)
-        if self.is_whole:
-            return found
-        with self._reading:
-            if self._all is None:
-                self._all = indexes.load(self._store, self._keys)
-                self.sizes.update(self._all.sizes)
-        found += [where for where in self._all.find_all(blob) if where not in found]
-        return sorted(found, key=lambda where: not self.may_use(where.pack))
+        return BlobIndex.find_all(self, blob) if self.is_whole else super().find_all(blob)
 
     # --- Reading.
 
     def _begin(self) -> None:
         if self._is_read:
             return
-        with self._reading:
+        with self._looking:
             if not self._is_read:
                 retried(lambda: self._read(list(self._store.list("index/"))))
                 self._is_read = True
@@ -118,7 +109,7 @@ class SparseIndex(BlobIndex):
                     self.sampled[info.name] = samples.parse(self._keys, info.name, self._store.get(info.name))
         replaced = {name for part in self.sampled.values() for name in part.replaced}
         known = {name for part in self.sampled.values() for name in part.indexes}
-        wanted = [info for name, info in self.counting.items() if name not in replaced]
+        wanted = [info for name, info in self.counting.items() if name in known or name not in replaced]
         if not self.is_whole:
             wanted = list(_newest(info for info in wanted if info.name not in known))
         self.loose = []
@@ -137,7 +128,7 @@ class SparseIndex(BlobIndex):
         fresh = (holders & self.counting.keys()) - self._asked
         if not fresh:
             return False
-        with self._reading:
+        with self._looking:
             wanted = [self.counting[name] for name in sorted(fresh - self._asked)]
             if self._neighbour_blobs > NEIGHBOUR_BLOBS:
                 self._neighbours, self._neighbour_blobs, self._asked = BlobIndex(), 0, set()

@@ -342,10 +342,26 @@ class Reader:
         for path in sorted(self._root.glob("packs/??/*")):
             yield from self.keys.directory(path.name, path.read_bytes())
 
-    def indexed(self, *, strict: bool = True) -> Iterator[tuple[bytes, Location]]:
-        """Every blob that an index lists. strict: each pack must be there, with the size that is listed."""
+    def sampled(self) -> Iterator[tuple[bytes, str]]:
+        """(first 5 bytes of an id, name of an index that has it) of all samples."""
+        for path in sorted((self._root / "index").glob("sampled-*")):
+            body = self.keys.unseal(b"S", f"index/{path.name}", path.read_bytes())
+            indexes, replaced, ids = struct.unpack_from("<III", body)
+            names = [struct.unpack_from("<Q16s", body, 12 + 24 * n) for n in range(indexes)]
+            at = 12 + 24 * (indexes + replaced)
+            if len(body) != at + 8 * ids:
+                raise Damaged("samples")
+            for (key,) in struct.iter_unpack("<Q", body[at:]):
+                era, name = names[key & 0xFFFFFF]
+                yield (key >> 24).to_bytes(5, "big"), f"{era:010d}-{name.hex()}"
+
+    def indexed(self, *, strict: bool = True, only: str = "") -> Iterator[tuple[bytes, Location]]:
+        """Every blob that an index lists, or all do.
+
+        strict: each pack must be there, with the size that is listed; only: the name of one index
+        """
         found = sorted(path for path in (self._root / "index").iterdir() if re.fullmatch(INDEX_NAME, path.name))
-        for path in (path for path in found if path.name[:10] == found[-1].name[:10]):
+        for path in (path for path in found if path.name[:10] == found[-1].name[:10] and path.name.startswith(only)):
             body = self.keys.unseal(b"I", f"index/{path.name}", path.read_bytes())
             packs, blobs = struct.unpack_from("<II", body)
             table = [struct.unpack_from("<16sQ", body, 8 + 24 * n) for n in range(packs)]

@@ -19,7 +19,7 @@ from snapchain.model.extents import DATA, ZERO, Extents
 from snapchain.model.retention import Policy
 from snapchain.objects.local import LocalStore
 from snapchain.ops import keys as ops
-from snapchain.repository import collecting as gc, keys as slots
+from snapchain.repository import collecting as gc, keys as slots, tidying
 from snapchain.repository.catalogue import Point
 from snapchain.repository.crypto import AES, CHACHA, NONE, SUITES
 from snapchain.repository.envelope import unseal
@@ -186,6 +186,25 @@ def test_a_merge_in_the_middle_keeps_zeroes(tmp_path: Path) -> None:
     check(reader, disk, points=[1, 3])
     assert [len(reader.chain("d", number)) for number in (1, 3)] == [1, 2]
     assert any(run.where is None for run in reader.chain("d", 3)[-1].runs)
+
+
+def test_samples_lead_to_the_indexes_that_have_the_ids(
+    tmp_path: Path, suite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidying, "LOOSE", 2)
+    repository = make(tmp_path, suite, block_size=LEAF)
+    content = random.Random(6).randbytes(512 * LEAF)
+    for number in range(8):
+        with LayerUpload(repository) as deposit:
+            disk = Shipped(repository, deposit, f"d{number}", seed=number)
+            disk.ship(64 * LEAF, (0, 64 * LEAF, DATA), content=content[64 * number * LEAF :])
+    reader = read(tmp_path, suite)
+    found = set(reader.sampled())
+    for name in {name for _, name in found}:
+        listed = {blob[:5] for blob, _ in reader.indexed(only=name) if blob[-1] % 32 == 0}
+        assert {key for key, other in found if other == name} == listed
+    assert found  # of some 400 ids
+    assert set(reader.indexed()) == set(reader.directories())
 
 
 def test_equal_data_is_stored_once_and_found_through_index_and_directories(tmp_path: Path, suite: str) -> None:

@@ -163,8 +163,7 @@ def test_what_it_finds_is_there_and_may_be_relied_on(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse, "NEIGHBOUR_BLOBS", room)
         for number in asked:
-            start = number // BLOBS * BLOBS
-            index.find(blob(start))
+            index.prepare([blob(number // BLOBS * BLOBS), blob(number)])
             found = index.find(blob(number))
             places = {Location(pack(at), number % BLOBS * 100, 100, 200) for at in good if packs[at] == number // BLOBS}
             if number in own:

@@ -180,7 +180,7 @@ def test_nothing_is_done_when_a_collector_has_begun_another_era(monkeypatch: pyt
 
 def test_of_many_at_work_about_one_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(1)
-    monkeypatch.setattr(tidying.random, "random", draw.random)
+    monkeypatch.setattr("random.random", draw.random)
     done = 0
     for _ in range(200):
         store = MemoryStore()

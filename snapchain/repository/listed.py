@@ -1,0 +1,51 @@
+"""Which packs the indexes list; and all their blobs, once somebody asks for one.
+
+A collector, and who repairs, has to know every pack.  They look for a blob only where there is damage, so mostly they
+get by without the 5 GiB that 100 million blobs take in memory.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from snapchain.objects.store import ObjectStore
+from snapchain.repository import index as indexes
+from snapchain.repository.crypto import Keyring
+from snapchain.repository.index import BlobIndex, open_index, read_all, retried
+from snapchain.repository.packs import Location
+
+
+class ListedIndex(BlobIndex):
+    """A BlobIndex that reads the blobs of the store when one is asked for. Thread-safe."""
+
+    def __init__(self, store: ObjectStore, keys: Keyring) -> None:
+        super().__init__()
+        self._store, self._keys = store, keys
+        self._reading = threading.Lock()
+        self._all: BlobIndex | None = None
+
+    def find(self, blob: bytes) -> Location | None:
+        """See BlobIndex."""
+        return next((where for where in self.find_all(blob) if self.may_use(where.pack)), None)
+
+    def find_all(self, blob: bytes) -> list[Location]:
+        """See BlobIndex."""
+        with self._reading:
+            if self._all is None:
+                self._all = indexes.load(self._store, self._keys)
+                self.sizes = self._all.sizes | self.sizes
+        found = super().find_all(blob)
+        found += [where for where in self._all.find_all(blob) if where not in found]
+        return sorted(found, key=lambda where: not self.may_use(where.pack))
+
+
+def load(store: ObjectStore, keys: Keyring) -> ListedIndex:
+    """What all indexes list. An index object that cannot be read is left out: see `unreadable`."""
+
+    def attempt() -> ListedIndex:
+        index = ListedIndex(store, keys)
+        for part in read_all(store, keys, open_index(store, keys, index, list(store.list("index/"))), index.unreadable):
+            index.sizes.update(part.packs)
+        return index
+
+    return retried(attempt)
