@@ -4,7 +4,8 @@ A shipment lists its packs now and then (packer.py), and one that is killed leav
 collector leaves packs out of its new index that are to go, and that stay for now.  Each pack has a directory of its
 own, so what they hold can be told all the same:
 
-- the next shipment uses what a killed one had sent, and lists it (`adoptable`);
+- the next shipment uses what a killed one had sent, and lists it (`adoptable`), unless the indexes are so large that it
+  does not know all that they list (sparse.py);
 - who looks for a copy of a damaged blob looks here, too (`take_in`).
 
 A shipment must not rely on what a collector is about to delete.  One that works beside writers condemned it before, and

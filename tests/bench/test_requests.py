@@ -75,4 +75,5 @@ def test_a_nightly_shipment_into_a_million_blobs(tmp_path: Path, after: str, mon
         bare[cache] = sum(each.size for each in store.asked)
         told = ", ".join(f"{count} {verb} {kind}" for (verb, kind), count in sorted(asked.items()))
         print(f"  after {after}, {cache} cache: {len(store.asked)} requests, {bare[cache] / MiB:.1f} MiB: {told}")
+    assert bare["cold"] < 8 * MiB, "what others have shipped is known by samples"
     assert bare["warm"] < MiB, "what costs by the repository is fetched once"
