@@ -22,6 +22,7 @@ from tests.ops.shipping import DISK, MiB, same_bytes, ship
 from tests.ops.stacks import Layer, build, flat
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import again, repository
+from tests.waiting import HANG
 
 GAP, MOST = 8, 100
 BLOBS = st.lists(
@@ -153,7 +154,7 @@ def test_the_end_waits_for_no_slow_store() -> None:
     slow = threading.Event()
 
     def read(_pack: str, _offset: int, _length: int) -> bytes:
-        slow.wait(60)
+        slow.wait(HANG)
         return b""
 
     with ReadAhead(read) as ahead:
