@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import stat
 import sys
 import threading
@@ -68,6 +70,12 @@ def stuck(*threads: threading.Thread) -> bool:
             return False
         time.sleep(0.005)
     return True
+
+
+def kill_process(pid: int) -> None:
+    """Kill a process that may have ended by itself since it was seen."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def gone(pid: int) -> bool:

@@ -49,7 +49,7 @@ from tests.guest.counting_guest import Counting, arrived, check_numbers, counts_
 from tests.guest.machine import Monitor
 from tests.guest.spy import DROP, KILL, Fault, Place, Spy, call, changing
 from tests.pages import GUIDE, section
-from tests.waiting import HANG, wait_until
+from tests.waiting import HANG, kill_process, wait_until
 
 PATIENT = ("--max-downtime", "60")
 """A busy machine may need longer for each step than a guest would like."""
@@ -257,7 +257,7 @@ def test_qemu_dies_at_the_destination(guest: Counting, run: Path, tmp_path: Path
 
     def kill() -> None:
         for pid in arrived(run):
-            os.kill(pid, signal.SIGKILL)
+            kill_process(pid)
 
     with Spy(tmp_path / "spy", guest.machine.qmp, Fault(number, place, call(kill)), counts=changing) as spy:
         status = os.waitstatus_to_exitcode(migrating(spy.path, tmp_path / "b"))
@@ -454,7 +454,7 @@ def test_a_qemu_that_has_got_the_guest_and_died_is_not_given_it(
         if step is MoveStep.GIVE_AND_RUN:
             assert guest.machine.status() == "postmigrate"
             for pid in arrived(run):
-                os.kill(pid, signal.SIGKILL)
+                kill_process(pid)
             wait_until(lambda: not arrived(run))  # until then it has the disk open
         return real(move, step, **named)
 
@@ -474,7 +474,7 @@ def test_a_qemu_that_dies_before_it_runs_the_guest_that_it_was_given(
 
     def killing(*arguments: Any, **named: Any) -> Any:
         for pid in arrived(run):
-            os.kill(pid, signal.SIGKILL)
+            kill_process(pid)
         wait_until(lambda: not arrived(run))
         return real(*arguments, **named)
 
