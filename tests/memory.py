@@ -14,7 +14,7 @@ from tests.exhaustive import EXHAUSTIVE
 
 MEMORY = Path("/dev/shm")
 ROOM = 4 << 30
-"""Bytes that must be free there and in memory; a run takes an eighth of it at once."""
+"""Bytes that must be free there and in memory; a run takes a quarter of it at once."""
 
 
 def use_memory() -> None:
