@@ -13,9 +13,12 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
+import botocore.loaders
+import botocore.session
 import pytest
 from hypothesis import HealthCheck, settings
 from pydantic import Field
@@ -24,6 +27,7 @@ from snapchain.host import records as state_key
 from snapchain.repository import keys
 from tests.exhaustive import EXHAUSTIVE
 from tests.host.others import open_host as open_host  # noqa: PLC0414 - a fixture
+from tests.memory import use_memory
 
 IN_CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
 
@@ -96,6 +100,14 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_description_of_s3() -> Iterator[None]:
+    """A worker reads boto3's description of S3 once, and not for each client, which takes 60 ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", cache(botocore.loaders.create_loader))
+        yield
+
+
 class _CheapSlot(keys.KeySlot):
     """Takes a millisecond where a real one takes a fifth of a second and 64 MiB."""
 
@@ -128,6 +140,11 @@ def _one_at_a_time(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
 
 def pytest_configure() -> None:
+    use_memory()
+    _let_children_be_interrupted()
+
+
+def _let_children_be_interrupted() -> None:
     """Children must be able to be interrupted, also where this was started by `nohup` or as `make test &`.
 
     A shell without job control lets its background jobs ignore SIGINT, and what is ignored stays so in children.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import HANG
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "snapchain"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -217,7 +219,7 @@ def test_help_starts_without_the_heavy_imports(arguments: list[str]) -> None:
         f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)\n"
         "sys.exit(status)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip() == "[]"
 
@@ -233,7 +235,7 @@ def test_inspect_of_an_image_loads_what_it_uses(tmp_path: Path) -> None:
         "print(*sys.modules, file=sys.stderr)\n"
         "sys.exit(status)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stderr.split())
     parts = {name.split(".")[1] for name in loaded if name.startswith("snapchain.")}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import stat
 import sys
 import threading
@@ -70,9 +73,31 @@ def stuck(*threads: threading.Thread) -> bool:
     return True
 
 
+def kill_process(pid: int) -> None:
+    """Kill a process that may have ended by itself since it was seen, and wait until it has closed its files."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    assert _ended(pid, HANG), f"process {pid} does not end"
+
+
 def gone(pid: int) -> bool:
     """Whether there is no such process, or only its zombie."""
+    return _ended(pid, 0)
+
+
+def _ended(pid: int, seconds: float) -> bool:
+    """Whether no thread of a process is left within so many seconds.
+
+    /proc tells it too early: the command line is empty while files are still open, and where the first thread is a
+    zombie others may live.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
         return True
+    try:
+        ended = select.poll()
+        ended.register(fd, select.POLLIN)
+        return bool(ended.poll(seconds * 1000))
+    finally:
+        os.close(fd)

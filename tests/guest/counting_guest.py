@@ -9,7 +9,6 @@ one number ahead of the one after it.  A write that was lost, or came twice from
 from __future__ import annotations
 
 import os
-import signal
 import struct
 import subprocess
 import tempfile
@@ -18,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.guest.machine import Machine, Monitor
-from tests.waiting import wait_until
+from tests.waiting import kill_process, wait_until
 
 RING, FIRST = 1024, 8
 _SECTOR = 512
@@ -115,9 +114,7 @@ def run_directory() -> Iterator[Path]:
             yield Path(folder)
         finally:
             for pid in arrived(Path(folder)):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: not arrived(Path(folder)))
+                kill_process(pid)
             if before is None:
                 del os.environ["XDG_RUNTIME_DIR"]
             else:

@@ -184,7 +184,7 @@ class Machine:
         """As an operator ends it: images are closed and flushed."""
         if self.process.poll() is None:
             self.monitor._socket.sendall(b'{"execute": "quit"}\n')
-            self.process.wait(120)
+            self.process.wait(HANG)
 
     def kill(self) -> None:
         """As a crash of QEMU; what it had not flushed is in the kernel's cache all the same."""

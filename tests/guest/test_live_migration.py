@@ -49,7 +49,7 @@ from tests.guest.counting_guest import Counting, arrived, check_numbers, counts_
 from tests.guest.machine import Monitor
 from tests.guest.spy import DROP, KILL, Fault, Place, Spy, call, changing
 from tests.pages import GUIDE, section
-from tests.waiting import wait_until
+from tests.waiting import HANG, kill_process, wait_until
 
 PATIENT = ("--max-downtime", "60")
 """A busy machine may need longer for each step than a guest would like."""
@@ -106,7 +106,7 @@ def test_a_guest_moves_there_and_back(guest: Counting, run: Path, tmp_path: Path
         assert report["pause_within"], report
         assert [disk["epoch"] for disk in report["disks"]] == [turn + 2] * 3
         if turn == 0:
-            assert guest.machine.process.wait(60) == 0
+            assert guest.machine.process.wait(HANG) == 0
         assert len(arrived(run)) == 1
         assert not any(Path(path).stat().st_mode & 0o222 for disk in report["disks"] for path in disk["fenced"])
         tops, qmp = images(report), Path(report["qmp"])
@@ -204,7 +204,7 @@ def check_here(guest: Counting, run: Path, replica: Path) -> None:
 
 def check_there(guest: Counting, run: Path, replica: Path) -> None:
     """The guest runs there, and nothing here can write its disks."""
-    assert guest.machine.process.wait(60) is not None
+    assert guest.machine.process.wait(HANG) is not None
     assert not any(path.stat().st_mode & 0o222 for path in guest.folder.glob("images/*.qcow2"))
     (qmp,) = run.glob("snapchain/web1-*/qmp")
     monitor = Monitor(qmp)
@@ -257,7 +257,7 @@ def test_qemu_dies_at_the_destination(guest: Counting, run: Path, tmp_path: Path
 
     def kill() -> None:
         for pid in arrived(run):
-            os.kill(pid, signal.SIGKILL)
+            kill_process(pid)
 
     with Spy(tmp_path / "spy", guest.machine.qmp, Fault(number, place, call(kill)), counts=changing) as spy:
         status = os.waitstatus_to_exitcode(migrating(spy.path, tmp_path / "b"))
@@ -265,7 +265,7 @@ def test_qemu_dies_at_the_destination(guest: Counting, run: Path, tmp_path: Path
         assert (status == 0) == (number >= LAST)
         wait_until(lambda: number >= LAST or not unfinished())
         if number >= LAST:  # it ran at the destination, and crashed there: its disks are whole
-            assert guest.machine.process.wait(60) is not None
+            assert guest.machine.process.wait(HANG) is not None
             check_numbers(sorted((tmp_path / "b").glob("*/active/*.qcow2")))
             return
         assert check_settled(guest, run, tmp_path / "b") == "here"
@@ -454,8 +454,7 @@ def test_a_qemu_that_has_got_the_guest_and_died_is_not_given_it(
         if step is MoveStep.GIVE_AND_RUN:
             assert guest.machine.status() == "postmigrate"
             for pid in arrived(run):
-                os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: not arrived(run))  # until then it has the disk open
+                kill_process(pid)  # until it has ended it has the disk open
         return real(move, step, **named)
 
     with monkeypatch.context() as patch:
@@ -474,15 +473,14 @@ def test_a_qemu_that_dies_before_it_runs_the_guest_that_it_was_given(
 
     def killing(*arguments: Any, **named: Any) -> Any:
         for pid in arrived(run):
-            os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not arrived(run))
+            kill_process(pid)
         return real(*arguments, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(place, name, killing)
         assert os.waitstatus_to_exitcode(migrating(guest.machine.qmp, tmp_path / "b")) != 0
     if when == "running":  # it may have run there
-        assert guest.machine.process.wait(60) is not None
+        assert guest.machine.process.wait(HANG) is not None
         assert not any(path.stat().st_mode & 0o222 for path in guest.folder.glob("images/*.qcow2"))
         check_numbers(sorted((tmp_path / "b").glob("*/active/*.qcow2")))
         return
@@ -521,7 +519,7 @@ def test_memory_that_is_lost_on_both_hosts_leaves_the_disks_here(
     with monkeypatch.context() as patch:
         patch.setattr(Outgoing, "end_mirrors", dying)
         assert os.WTERMSIG(migrating(guest.machine.qmp, tmp_path / "b")) == signal.SIGKILL
-    guest.machine.process.wait(60)
+    guest.machine.process.wait(HANG)
     done = snapchain("migrate", "--qmp", guest.machine.qmp, "--abort", "--json")
     assert [each["moved"] for each in json.loads(done.stdout)["settled"]] == [False], done.stdout
     assert arrived(run) == []

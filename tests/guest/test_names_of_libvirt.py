@@ -11,7 +11,7 @@ import pytest
 from tests.guest.counting_guest import arrived, check_numbers, counts_on, make_disks, run_directory
 from tests.guest.machine import Machine, Monitor
 from tests.guest.test_live_migration import PATIENT, snapchain
-from tests.waiting import wait_until
+from tests.waiting import gone, wait_until
 
 
 @pytest.fixture
@@ -45,6 +45,7 @@ def test_each_command(words: tuple[str, ...], guest: Machine, tmp_path: Path) ->
         (qmp,) = run.rglob("qmp")
         monitor = Monitor(qmp)
         assert counts_on(monitor)
+        (qemu,) = arrived(run)
         monitor.quit()
-        wait_until(lambda: not arrived(run))
+        wait_until(lambda: gone(qemu))
         check_numbers(list((tmp_path / "replica").rglob("active/*.qcow2")))

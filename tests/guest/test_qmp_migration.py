@@ -17,6 +17,7 @@ from snapchain.guest.qmp_migration import Incoming, Outgoing, look_at_memory, me
 from tests.guest.counting_guest import Counting, check_numbers, counts_on
 from tests.guest.machine import Machine
 from tests.guest.spy import Spy, changing
+from tests.waiting import HANG
 
 TOKEN = "5f3a9c01" * 4
 
@@ -53,7 +54,7 @@ class Pair:
 
     def check_moved(self) -> None:
         """It runs on there, with all that it wrote here; its QEMU here was told to quit."""
-        self.guest.machine.process.wait(60)
+        self.guest.machine.process.wait(HANG)
         self.incoming.run()
         assert counts_on(self.there.monitor)
         self.there.quit()

@@ -26,9 +26,21 @@ from tests.waiting import HANG, gone, wait_until
 
 SERVER = textwrap.dedent("""
     import os
+    import time
+    from types import SimpleNamespace
     from snapchain.host import lanes
     from snapchain.host.channel import stdio_channel
-    lanes.JOIN_SECONDS = float(os.environ.get("JOIN_SECONDS", "60"))
+    came, coming, taken_over = 1, int(os.environ.get("COMING", "99")), lanes._taken_over
+    def counted(*visitor):
+        global came
+        lane = taken_over(*visitor)
+        came += lane is not None
+        return lane
+    def clock():  # time is up once all have come that do, and no sooner
+        return time.monotonic() + (came >= coming) * lanes.JOIN_SECONDS
+    lanes.JOIN_SECONDS = 120
+    lanes._taken_over = counted
+    lanes.time = SimpleNamespace(monotonic=clock, sleep=time.sleep)
     channel = lanes.accept_lanes(stdio_channel(patience=120))
     if channel is not None:
         with channel:
@@ -47,14 +59,15 @@ def _as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "JOIN_SECONDS", HANG)
 
 
-def server(*argv: str, patience: float = HANG) -> ProcessChannel:
+def server(*argv: str, coming: int = 99, patience: float = HANG) -> ProcessChannel:
+    """coming: how many are waited for, where not all come"""
     argv = argv or (sys.executable, "-c", SERVER)
-    env = {**os.environ, "JOIN_SECONDS": str(lanes.JOIN_SECONDS)}
+    env = {**os.environ, "COMING": str(coming)}
     return ProcessChannel(argv, peer="there", diagnose=ended, env=env, patience=patience)
 
 
 def joined(count: int, *others: ProcessChannel) -> Channel:
-    return join_lanes([*(server() for _ in range(count)), *others], peer="there", patience=HANG)
+    return join_lanes([*(server(coming=count) for _ in range(count)), *others], peer="there", patience=HANG)
 
 
 def exchanged(channel: Channel, sent: bytes, sizes: Sequence[int] = (70_000,)) -> bytes:
@@ -138,8 +151,7 @@ def test_what_comes_with_the_answer_is_kept() -> None:
             assert near.read(100) == b"and more"
 
 
-def test_a_connection_that_does_not_come_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "JOIN_SECONDS", 4.0)
+def test_a_connection_that_does_not_come_is_done_without() -> None:
     sent = os.urandom(1_000_000)
     with joined(2, server("sleep", "1000"), server("false")) as channel:
         assert isinstance(channel, Lanes)
@@ -185,24 +197,34 @@ def test_a_wrong_answer(answer: str) -> None:
         join_lanes([server("sh", "-c", f"{answer}; cat >/dev/null", patience=0.5)], peer="there")
 
 
-def test_a_stranger_is_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "JOIN_SECONDS", 0.5)
+def test_a_stranger_is_no_lane() -> None:
+    """And keeps no place from the one that comes."""
     secret = b"s" * 16
     here, there = (end.detach() for end in socket.socketpair())
+    own, handed_over = socket.socketpair()
     with (
         Channel(here, here, peer="far", patience=HANG) as near,
         Channel(there, there, peer="near", patience=HANG) as far,
+        own,
     ):
-        near.write(lanes._PREFACE.pack(MAGIC, secret, 0, 3))
-        with ThreadPoolExecutor(1) as other:
+        near.write(lanes._PREFACE.pack(MAGIC, secret, 0, 2))
+        with ThreadPoolExecutor(1) as other, handed_over:
             accepted = other.submit(accept_lanes, far)
-            for message in (lanes._JOIN.pack(b"x" * 16, 1), b"x", lanes._JOIN.pack(secret, 9)):
-                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-                    lanes._connect(stranger, lanes._name(secret), "")
-                    socket.send_fds(stranger, [message], [here, here])
-            joined_by = accepted.result()
+            for message, given in (
+                (lanes._JOIN.pack(b"x" * 16, 1), here),
+                (b"x", here),
+                (lanes._JOIN.pack(secret, 9), here),
+                (lanes._JOIN.pack(secret, 1), handed_over.fileno()),
+            ):
+                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as visitor:
+                    lanes._connect(visitor, lanes._name(secret), "")
+                    socket.send_fds(visitor, [message], [given, given])
+            joined_by = accepted.result(HANG)
         assert isinstance(joined_by, Lanes)
-        assert len(joined_by.lanes) == 1
+        _, lane = joined_by.lanes
+        with lane:
+            own.sendall(b"ours")
+            assert lane.read(4) == b"ours"
 
 
 @pytest.mark.parametrize("count", [0, 17])
@@ -211,8 +233,7 @@ def test_how_many(count: int) -> None:
         join_lanes([None] * count, peer="there")  # type: ignore[list-item]
 
 
-def test_no_descriptor_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "JOIN_SECONDS", 4.0)
+def test_no_descriptor_is_left_open() -> None:
     before = set(Path("/proc/self/fd").iterdir())
     with joined(3, server("false")) as channel:
         channel.write(b"a")

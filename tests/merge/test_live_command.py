@@ -32,7 +32,7 @@ from tests.guest.live_chain import MIB, Chain, K, fill, layer, names, patterns_h
 from tests.guest.machine import Machine
 from tests.ops.shipping import restore, ship
 from tests.repository.synthetic import repository
-from tests.waiting import wait_until
+from tests.waiting import HANG, wait_until
 
 
 def snapchain(*words: object) -> list[str]:
@@ -112,7 +112,7 @@ def test_ctrl_c_leaves_the_chain_as_it_was(command: Command, tmp_path: Path, cha
             process = subprocess.Popen(snapchain("merge", "--qmp", machine.qmp, *words), stderr=subprocess.PIPE)
             wait_until(lambda: any(job["status"] == "running" for job in machine.ask("query-jobs")))
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
+            process.communicate(timeout=HANG)
             assert process.returncode == 130
             assert machine.ask("query-jobs") == []
             assert names(chain.active) == [f"{number}.qcow2" for number in range(5)]

@@ -26,6 +26,7 @@ from socket import AF_INET, AddressFamily, SocketKind, socket
 import pytest
 
 from tests.servers import DIE_WITH_PARENT
+from tests.waiting import HANG
 
 NAME = re.compile(r"sctest([0-9]+)(near|far)")
 NEAR, FAR = "198.18.0.1", "198.18.0.2"  # RFC 2544: for measurements between hosts, routed nowhere
@@ -160,5 +161,5 @@ def _plugged(near: Host, far: Host, mtu: int, settings: dict[str, float]) -> Ite
 
 
 def _ip(*words: str) -> str:
-    done = subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=HANG)
     return done.stdout

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.servers import DIE_WITH_PARENT, PATIENCE, free_port
+from tests.waiting import HANG
 
 SSHD = "/usr/sbin/sshd"  # it starts itself anew for each connection, and wants to know where it is
 
@@ -50,7 +51,7 @@ class SshHost:
     def run(self, *words: str, **more: object) -> subprocess.CompletedProcess[str]:
         """A command over there, by its login shell."""
         argv = [*self.ssh, self.alias, *words]
-        return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True, **more)  # type: ignore[call-overload,no-any-return]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=HANG, check=True, **more)  # type: ignore[call-overload,no-any-return]
 
     def sessions(self) -> list[int]:
         """Process ids of the server's connections."""

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from tests.net.warm import warm
 from tests.ops.stacks import Layer, build, flat, names, same
 from tests.ops.test_destinations import FILES, ReplicaSite
 from tests.replica.conftest import Place
-from tests.waiting import wait_until
+from tests.waiting import kill_process, wait_until
 
 MiB = 1 << 20
 
@@ -84,7 +83,7 @@ def test_on_the_command_line_and_after_a_kill(there: SshHost, place: Place, tmp_
                 restore.kill()
             else:
                 for session in set(there.sessions()) - known:
-                    os.kill(session, signal.SIGKILL)
+                    kill_process(session)
             said, _ = restore.communicate()
         assert not out.exists()
         if victim == "there":

@@ -312,6 +312,15 @@ def serving(side: Side) -> list[int]:
     return found
 
 
+def named(name: str, pids: list[int]) -> list[int]:
+    found = []
+    for pid in pids:
+        with suppress(OSError):  # it has ended meanwhile
+            if Path(f"/proc/{pid}/comm").read_text() == f"{name}\n":
+                found.append(pid)
+    return found
+
+
 def strike(who: str, hosts: Hosts, migrating: int) -> None:
     """Kill it. migrating: pid of the snapchain that moves the guest"""
     near, far, cable = hosts
@@ -321,7 +330,7 @@ def strike(who: str, hosts: Hosts, migrating: int) -> None:
     pids = {
         "snapchain": lambda: [migrating],
         "virsh": lambda: with_words(children(migrating), b"migrate"),
-        "ssh": lambda: [pid for pid in children(migrating) if Path(f"/proc/{pid}/comm").read_text() == "ssh\n"],
+        "ssh": lambda: named("ssh", children(migrating)),
         "snapchain there": lambda: serving(far),
         "libvirtd": lambda: [near.host.pid],
         "libvirtd there": lambda: [far.host.pid],

@@ -28,6 +28,7 @@ from tests.net.sites import Sites, two_sites
 from tests.ops.guest_points import DOMAIN
 from tests.ops.stacks import qemu_img
 from tests.ops.test_failover import program
+from tests.waiting import HANG
 
 pytestmark = [pytest.mark.root, pytest.mark.soak]
 DISKS = ("vda", "vdb")
@@ -138,7 +139,7 @@ def test_all_files_up_to_the_point(pair: Sites, tmp_path: Path, how: str, kind: 
     with world(pair, tmp_path, kind) as found:
         lose(found, how)
         report = taken_over(found, tmp_path)
-        assert found.guest.process.wait(60) == -signal.SIGKILL
+        assert found.guest.process.wait(HANG) == -signal.SIGKILL
         assert (tmp_path / "fenced").read_text().splitlines() == ["kvm1 1", "kvm1 2"]
         assert (report["state"], report["epoch"], report["master"], report["former"]) == ("active", 2, "kvm2", "kvm1")
         assert report["guest_point"] == found.point["guest_point"]

@@ -86,7 +86,7 @@ def echo_times(hosts: Hosts, count: int, *, wait: float = 20) -> list[float]:
             times.append(time.monotonic() - start)
         with far.open_socket(socket.SOCK_DGRAM) as last:
             last.sendto(b"", (far.address, 7))
-        thread.join(5)
+        thread.join(HANG)
     return times
 
 
@@ -114,7 +114,7 @@ def tcp_rate(hosts: Hosts, seconds: float) -> float:
         while time.monotonic() < until:
             client.sendall(bytes(64 * KiB))
         client.close()
-        thread.join(30)
+        thread.join(HANG)
     return got[0]
 
 

@@ -22,7 +22,7 @@ from tests.net.commands import reported, started
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
 from tests.net.test_replica_over_ssh import remote
-from tests.waiting import wait_until
+from tests.waiting import HANG, gone, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -74,7 +74,7 @@ def test_there_through_ssh(moving: Moving, guest: Counting, run: Path, tmp_path:
     status, report = moving.go(guest.machine.qmp)
     assert status == 0, report
     assert report["pause_within"], report
-    assert guest.machine.process.wait(60) == 0
+    assert guest.machine.process.wait(HANG) == 0
     assert list(run.glob("near/snapchain/*")) == []
     monitor = Monitor(Path(report["qmp"]))
     assert counts_on(monitor)
@@ -177,7 +177,7 @@ def test_a_linux_with_files_goes_there_and_back(moving: Moving, run: Path, tmp_p
         )
         status, report = moving.go(linux.qmp)
         assert status == 0, report
-        assert linux.process.wait(60) == 0
+        assert linux.process.wait(HANG) == 0
     status, report = moving.go(Path(report["qmp"]), "a")
     assert status == 0, report
     console = Console()
@@ -185,8 +185,9 @@ def test_a_linux_with_files_goes_there_and_back(moving: Moving, run: Path, tmp_p
     console.sh("touch /mnt/vda/stop; sleep 1; sync; umount /mnt/vda /mnt/vdb")
     console.close()
     monitor = Monitor(Path(report["qmp"]))
+    (qemu,) = arrived(run)
     monitor._socket.sendall(b'{"execute": "quit"}\n')
-    wait_until(lambda: not arrived(run))
+    wait_until(lambda: gone(qemu))
     monitor.close()
     for disk in report["disks"]:
         raw = tmp_path / "disk.raw"

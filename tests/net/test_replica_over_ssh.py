@@ -28,7 +28,7 @@ from tests.ops.stacks import Layer, build, flat, write
 from tests.replica.conftest import DISK, Place, send
 from tests.replica.sending import send_persistently
 from tests.replica.test_resume import arrived
-from tests.waiting import HANG, gone, taken, wait_until
+from tests.waiting import HANG, gone, kill_process, taken, wait_until
 
 MiB = 1 << 20
 SIZE = 64 * MiB
@@ -98,7 +98,7 @@ def test_after_a_lost_connection_it_goes_on_by_itself(
     with command(there, noisy[0][1], place, "--limit-rate", "5M", "--json") as sender:
         wait_until(lambda: arrived(place) > 8 * MiB)
         for session in set(there.sessions()) - known:
-            os.kill(session, signal.SIGKILL)
+            kill_process(session)
         out, err = sender.communicate()
     assert sender.returncode == 0, err
     assert "the connection was lost: Connection to 127.0.0.1 closed by remote host; trying again in" in err
@@ -162,7 +162,7 @@ def test_a_connection_that_breaks_goes_on(
 
     def kill(sessions: list[int]) -> None:
         for session in sessions:
-            os.kill(session, signal.SIGKILL)
+            kill_process(session)
 
     cut_off(there, lambda: send(paths[1], to, DISK, limit_rate=8 * MiB), place, kill)
     again = retried(lambda: send(paths[1], to, DISK))

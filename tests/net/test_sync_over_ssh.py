@@ -18,7 +18,7 @@ from tests.net.test_replica_over_ssh import SIZE, MiB, remote
 from tests.ops.stacks import Layer, build, clean, flat, same, write
 from tests.replica.conftest import DISK, Place
 from tests.replica.test_resume import arrived
-from tests.waiting import wait_until
+from tests.waiting import kill_process, wait_until
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_after_a_lost_connection_it_goes_on_by_itself(
     with command(there, chain[-1], place, "--limit-rate", "5M") as process:
         wait_until(lambda: arrived(place) > 6 * MiB)
         for session in set(there.sessions()) - known:
-            os.kill(session, signal.SIGKILL)
+            kill_process(session)
         out, err = process.communicate()
     assert process.returncode == 0, err
     assert "trying again" in err

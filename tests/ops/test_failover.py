@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from snapchain.ops.failover.several import run_all
 from snapchain.testing.history import identical
 from tests.ops.guest_points import GUEST, Guest, Open, instant, opened
 from tests.ops.stacks import write
+from tests.waiting import kill_process
 
 WORD = Vouched(how="person", who="root@kvm2", words="it burnt down")
 
@@ -259,7 +259,7 @@ def ended() -> Iterator[list[Path]]:
             except OSError:
                 continue
             if any(os.fsencode(script.parent) in words for script in scripts) and b"qemu-system" in words:
-                os.kill(int(process.name), signal.SIGKILL)
+                kill_process(int(process.name))
 
 
 def argv(folder: Path) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from tests.ops.test_gc_races import World, _quick, files, shown, world
 from tests.repository import test_repair as repairs
 from tests.repository.synthetic import LEAF, again, drawn, repository
 from tests.repository.test_verified import DISK as WEB, noise, published
+from tests.waiting import HANG
 
 __all__ = ["_quick", "files", "shown", "world"]
 
@@ -377,7 +378,7 @@ def test_a_shipment_that_begins_while_gc_moves(world: World, files: list[Path]) 
     def shipping() -> None:
         def wait() -> None:
             begun.set()
-            assert may_end.wait(60)
+            assert may_end.wait(HANG)
 
         try:
             ended.append(ship(files[2], world.open(), store=Hook(world.store, publishes, wait), disk="other").point)
@@ -388,7 +389,7 @@ def test_a_shipment_that_begins_while_gc_moves(world: World, files: list[Path]) 
 
     def begin() -> None:
         thread.start()
-        assert begun.wait(60)
+        assert begun.wait(HANG)
 
     store = Hook(world.store, lambda how, name: how == "put" and name.startswith("packs/"), begin)
     try:

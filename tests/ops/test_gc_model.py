@@ -40,6 +40,7 @@ from tests.ops.large_indexes import as_if_large
 from tests.ops.shipping import MiB, ship
 from tests.ops.stacks import Layer, build, flat
 from tests.repository.synthetic import again, repository
+from tests.waiting import HANG
 
 pytestmark = pytest.mark.sampled
 
@@ -283,7 +284,7 @@ class Hosts(RuleBasedStateMachine):
     def goes_to_its_end(self, data: st.DataObject) -> None:
         actor = data.draw(st.sampled_from(self.actors))
         actor.gate.open()
-        actor.thread.join(60)
+        actor.thread.join(HANG)
         self._judge(actor)
 
     @precondition(lambda self: self.actors)
@@ -305,7 +306,7 @@ class Hosts(RuleBasedStateMachine):
 
     def _judge(self, actor: Actor) -> None:
         """What an actor that has ended may have ended with."""
-        actor.thread.join(60)
+        actor.thread.join(HANG)
         assert not actor.thread.is_alive()
         self.actors.remove(actor)
         for disk, points in actor.dropped.items():

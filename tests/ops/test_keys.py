@@ -26,6 +26,7 @@ from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from snapchain.testing.faults import Fault, FaultStore, On, Operation, crash_points
 from tests.exhaustive import some
+from tests.waiting import HANG
 
 OLD, NEW, OTHER, THIRD = "the old one", "the new one", "another one", "a third one"
 
@@ -359,7 +360,7 @@ class Turns:
 
     def call(self, actor: int, effect: Callable[[], object]) -> object:
         with self._changed:
-            assert self._changed.wait_for(lambda: self._whose() == actor, timeout=60)
+            assert self._changed.wait_for(lambda: self._whose() == actor, timeout=HANG)
             self._phases[0][1] -= 1
             try:
                 return effect()

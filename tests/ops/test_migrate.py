@@ -30,6 +30,7 @@ from snapchain.replica.stream.messages import Active
 from snapchain.source import sealing as snapshot
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import epoch_of
+from tests.exhaustive import some
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, same, write
 from tests.replica.conftest import BentEndpoint, Place, send
@@ -443,7 +444,7 @@ def test_killed_at_every_step(host: Host, tmp_path: Path, then: str) -> None:
     for name in ("a", "b", "replica"):
         subprocess.run(["cp", "-a", host.directory / name, saved / name], check=True)
     seen = set()
-    for step in killed_at_every_step(host.migrate, each=3 if then == "again" else 4):
+    for step in killed_at_every_step(host.migrate, each=5 if then == "again" else 6):
         masters = host.masters()
         for disk in (VDA, VDB):
             assert not {f"{disk} here", f"{disk} there"} <= masters, step
@@ -474,7 +475,7 @@ def test_a_take_back_that_is_killed_is_done_again(host: Host, tmp_path: Path) ->
     host.migrate()
     for name in ("a", "b", "replica"):
         subprocess.run(["cp", "-a", host.directory / name, saved / name], check=True)
-    for step in killed_at_every_step(host.take_back, each=3):
+    for step in killed_at_every_step(host.take_back, each=5):
         masters = host.masters()
         for disk in (VDA, VDB):
             assert not {f"{disk} here", f"{disk} there"} <= masters, step
@@ -485,12 +486,13 @@ def test_a_take_back_that_is_killed_is_done_again(host: Host, tmp_path: Path) ->
         _restore(host, saved)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", ["question", "answer"])
 def test_a_line_that_is_cut_in_the_handover(host: Host, way: str) -> None:
     """Whether the question or its answer was lost nobody knows here: nothing here writes until that is known."""
     host.migrate()
     host.take_back()
-    for at in (0, 40, 200, 300, 600, 1200):
+    for at in some((0, 40, 200, 300, 600, 1200), each=2):
         bent = _cut_when_giving(host, way, at)
         try:
             report = host.migrate(bent)

@@ -225,6 +225,9 @@ def device_with_data_in_the_middle(scene: Scene) -> None:
 
 def link_to_an_empty_device(scene: Scene) -> None:
     device(scene)
+    # Not in /dev/shm, where pytest's directory may be: what lies below /dev is taken for the device's own name.
+    scene.place = Path(scene.stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp")), "d")
+    scene.place.mkdir()
     there, scene.out = scene.out, scene.place / "disk"
     scene.out.symlink_to(there)
 

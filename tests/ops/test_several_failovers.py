@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from snapchain.ops.failover.several import groups_of, guests_from
 from tests.ops.guest_points import Guest, Open, opened
 from tests.ops.stacks import qemu_img
 from tests.ops.test_failover import argv, program
+from tests.waiting import kill_process
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def stored(place: Open, tmp_path: Path, name: str, *, host: str = "kvm1", broken
 def clean(tmp_path: Path) -> Iterator[None]:
     yield
     for process in running(tmp_path):
-        os.kill(process.pid, signal.SIGKILL)
+        kill_process(process.pid)
 
 
 def running(tmp_path: Path) -> list[QemuProcess]:

@@ -24,6 +24,7 @@ from tests.ops.shipping import DISK, MiB
 from tests.ops.stacks import Layer, build, flat
 from tests.repository.second_reader import Reader
 from tests.repository.synthetic import repository
+from tests.waiting import HANG
 
 KiB = 1 << 10
 
@@ -58,7 +59,7 @@ def test_auto_hears_that_the_store_is_slow(monkeypatch: pytest.MonkeyPatch) -> N
 
     class Slow(MemoryStore):
         def put(self, name: str, data: Data) -> None:
-            assert gate.wait(60)
+            assert gate.wait(HANG)
             super().put(name, data)
 
     repo = repository(MemoryStore(), block_size=64 * KiB)
@@ -79,7 +80,7 @@ def test_auto_hears_that_the_store_is_slow(monkeypatch: pytest.MonkeyPatch) -> N
 
         filler = threading.Thread(target=fill)
         filler.start()
-        assert waiting.wait(60)
+        assert waiting.wait(HANG)
         assert len(waits) == UPLOADS + 1
         gate.set()
         filler.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import given, strategies as st
 from snapchain.errors import NotFound, Unavailable
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.restore.run import Restoration
-from snapchain.repository import replay
+from snapchain.repository import ingest, replay
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.packs import Location
 from snapchain.repository.read_ahead import Range, ReadAhead, coalesced, within
@@ -22,6 +23,7 @@ from tests.ops.shipping import DISK, MiB, same_bytes, ship
 from tests.ops.stacks import Layer, build, flat
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import again, repository
+from tests.waiting import HANG
 
 GAP, MOST = 8, 100
 BLOBS = st.lists(
@@ -153,7 +155,7 @@ def test_the_end_waits_for_no_slow_store() -> None:
     slow = threading.Event()
 
     def read(_pack: str, _offset: int, _length: int) -> bytes:
-        slow.wait(60)
+        slow.wait(HANG)
         return b""
 
     with ReadAhead(read) as ahead:
@@ -166,6 +168,8 @@ def test_the_end_waits_for_no_slow_store() -> None:
 def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[CountingStore, Path, Path]:
     """A disk of 40 MiB of which half is noise, in blobs of 64 KiB, restored in batches of 8 MiB."""
     monkeypatch.setattr(replay, "BATCH_BYTES", 8 * MiB)
+    # One thread of the shipment: of several, one that has to wait puts its blobs into a later pack than its neighbours.
+    monkeypatch.setattr(ingest, "ThreadPoolExecutor", lambda _workers, name: ThreadPoolExecutor(1, name))
     noise = tmp_path / "noise"
     noise.write_bytes(random.Random(5).randbytes(20 * MiB))
     (image,) = build(tmp_path / "c", [Layer(40 * MiB, [f"write -s {noise} 0 20M", "write -P 7 30M 4M"])])

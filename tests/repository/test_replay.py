@@ -21,6 +21,7 @@ from snapchain.repository.packer import Packer
 from snapchain.repository.pages import Page, Rows
 from snapchain.repository.replay import Replay
 from tests.repository.synthetic import LEAF, Run, Shipped, again, drawn, nothing, ship
+from tests.waiting import HANG
 
 
 def forged(shipped: Shipped, change: Callable[[Page], Page]) -> StoredLayer:
@@ -100,7 +101,7 @@ class Waiting(ChainView):
     def read_pieces(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
         if not pieces[0][0]:
             raise Corrupt("damaged", subject="x")
-        assert self.go_on.wait(20)
+        assert self.go_on.wait(HANG)
         super().read_pieces(pieces)
 
 
@@ -117,5 +118,5 @@ def test_nothing_is_written_after_an_error_was_raised(monkeypatch: pytest.Monkey
     workers = set(threading.enumerate()) - before
     assert workers
     for worker in workers:
-        worker.join(20)
+        worker.join(HANG)
     assert written == []

@@ -9,6 +9,7 @@ import pytest
 
 from snapchain.image.scan import MAX_DEPTH
 from snapchain.ops.nightly.run import Descriptors, needed
+from tests.waiting import HANG
 
 
 @pytest.mark.parametrize(("limit", "together"), [(64 + 100, 1), (64 + 299, 2), (64 + 800, 8), (10, 1)])
@@ -24,7 +25,7 @@ def test_as_many_disks_at_once_as_there_is_room_for(limit: int, together: int) -
             with lock:
                 at_work += 1
                 most = max(most, at_work)
-            all_there.wait(30)
+            all_there.wait(HANG)
             with lock:
                 at_work -= 1
 
