@@ -51,7 +51,8 @@ _FIELDS_OF_A_HOLD = 3
 _INSTANT = b',"instant":"'
 _BEFORE_NUMBER, _BEFORE_TIME = len('{"point":'), len(',"time":"')
 _TIME = np.frombuffer(b"0000-00-00T00:00:00.000000Z", np.uint8)
-_FIGURES = _TIME == ord("0")
+_SPANS = np.where(_TIME == ord("0"), 9, 0).astype(np.uint8)
+"""How far a byte of a time may be above that of _TIME."""
 _SECONDS = len("0000-00-00T00:00:00")
 _ZERO, _BRACE, _END, _COMMA, _QUOTE, _COLON, _ZULU, _P, _T = b'0{},":Zpt'
 _LONGEST_HEAD = 8192
@@ -135,7 +136,7 @@ class _Points:
             return
         text = np.frombuffer(body, np.uint8)
         within = text[first:stop]
-        opened = np.flatnonzero(within == _BRACE) + first
+        opened = _places(within, _BRACE) + first
         kinds = text[opened + 2]
         self._begins = opened[kinds == _P]
         self.count = len(self._begins)
@@ -193,24 +194,19 @@ def _numbers(body: bytes, begins: Int64s, most: int) -> tuple[Int64s, Int64s]:
     """The numbers that begin there, of at most so many digits and a comma, and where each ends."""
     if not 0 < most <= _LONGEST_NUMBER:
         raise _NotPlain
-    found = _cut(body, begins, most + 1)
-    digits = (found == _COMMA).argmax(axis=1)
-    column = np.arange(most + 1)
-    is_number = column < digits[:, None]
-    figures = found - _ZERO
-    if not digits.all() or (figures[is_number] > 9).any():
+    digits = (_cut(body, begins, most + 1) == _COMMA).argmax(axis=1)
+    figures = _cut(body, begins + digits - most, most) - _ZERO
+    figures[np.arange(most) < most - digits[:, None]] = 0  # what is before a shorter number
+    if not digits.all() or (figures > 9).any():
         raise _NotPlain
-    numbers = np.zeros(len(begins), np.int64)
-    for figure, counts in zip(figures.T, is_number.T, strict=True):
-        numbers = np.where(counts, numbers * 10 + figure, numbers)
-    return numbers, begins + digits
+    return figures @ 10 ** np.arange(most - 1, -1, -1), begins + digits
 
 
 def _times(body: bytes, begins: Int64s) -> list[bytes]:
     """The times in UTC that begin there, all with six digits after the second, so that they compare as text."""
     found = _cut(body, begins, len(_TIME))
     found[found[:, _SECONDS] == _ZULU, _SECONDS:] = _TIME[_SECONDS:]
-    if (found[:, _FIGURES] - _ZERO > 9).any() or (found[:, ~_FIGURES] != _TIME[~_FIGURES]).any():
+    if (found - _TIME > _SPANS).any():
         raise _NotPlain
     texts: list[bytes] = found.view(f"S{len(_TIME)}")[:, 0].tolist()
     return texts
@@ -220,3 +216,13 @@ def _cut(body: bytes, begins: Int64s, length: int) -> _Bytes:
     """uint8[begins, length]: the bytes that begin there. Raises IndexError beyond the end."""
     windows: npt.NDArray[np.bytes_] = np.ndarray((len(body) - length + 1,), f"S{length}", body, strides=(1,))
     return windows[begins].view(np.uint8).reshape(-1, length)
+
+
+def _places(text: _Bytes, byte: int) -> Int64s:
+    """Where a rare byte is. Eight bytes at a time, which takes a quarter of the time of np.flatnonzero."""
+    is_it = np.zeros(-(-len(text) // 8) * 8, np.bool_)
+    np.equal(text, byte, out=is_it[: len(text)])
+    lots = is_it.reshape(-1, 8)
+    some = np.flatnonzero(lots.view(np.uint64))
+    lot, place = np.nonzero(lots[some])
+    return some[lot] * 8 + place
