@@ -51,7 +51,7 @@ _FIELDS_OF_A_HOLD = 3
 _INSTANT = b',"instant":"'
 _BEFORE_NUMBER, _BEFORE_TIME = len('{"point":'), len(',"time":"')
 _TIME = np.frombuffer(b"0000-00-00T00:00:00.000000Z", np.uint8)
-_SPANS = np.where(_TIME == ord("0"), 9, 0).astype(np.uint8)
+_SPANS = np.where(ord("0") == _TIME, 9, 0).astype(np.uint8)
 """How far a byte of a time may be above that of _TIME."""
 _SECONDS = len("0000-00-00T00:00:00")
 _ZERO, _BRACE, _END, _COMMA, _QUOTE, _COLON, _ZULU, _P, _T = b'0{},":Zpt'
