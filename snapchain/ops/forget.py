@@ -383,8 +383,8 @@ def _listed(destination: ReadableDestination, request: ForgetRequest) -> Sequenc
     for name in dict.fromkeys(name for name, _ in request.targets):
         try:
             found += destination.disks(name)
-        except NotFound as missing:
-            guests[name] = missing
+        except NotFound as error:
+            guests[name] = error
     of_guests = {guest for disk in found if (guest := possible_guest(disk.name)) is not None and _is_of_guest(disk)}
     if not guests and not of_guests:
         return found
