@@ -1,4 +1,4 @@
-"""A catalogue at a glance: the disk's name, how many points, and the newest ones, in a tenth of the time of `parse`.
+"""A catalogue at a glance: the disk's name, how many points, and the newest ones, in a seventh of the time of `parse`.
 
 `parse` validates each point. For 10,000 disks of 365 points that takes 22 s of processor. Here all points are looked at
 at once, as an array of bytes:
