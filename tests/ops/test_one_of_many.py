@@ -1,7 +1,6 @@
 """What is done with one disk or one guest costs the same requests whatever else a repository holds.
 
 Counted, never timed: the calls of the store by operation and kind of object, beside few other disks and beside many.
-`tests/bench/test_one_of_many.py` prints seconds.
 """
 
 from __future__ import annotations
