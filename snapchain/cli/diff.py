@@ -56,7 +56,7 @@ def diff(
     from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.ops import diff as ops
     from snapchain.ops.guest_diff import diff_guests
-    from snapchain.ops.guest_points import guest_named
+    from snapchain.ops.guest_points import find_guest
 
     with ExitStack() as stack:
         sides: list[PointLeaves] = []
@@ -79,7 +79,7 @@ def diff(
                 side = place.leaves(address.disk, address.point, on_event=out.on_event)
                 sides.append(stack.enter_context(side))
             except NotFound:
-                view = guest_named(place.disks(), address.disk)
+                view = find_guest(place, address.disk)
                 if view is None:
                     raise
                 guests.append((place, view, address.point))

@@ -65,7 +65,7 @@ def hold(
     from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.errors import InvalidInput, NotFound
     from snapchain.ops import hold as ops
-    from snapchain.ops.guest_points import is_guest
+    from snapchain.ops.guest_points import find_guest
 
     if listed:
         _list(target, tag, reason, out)
@@ -92,7 +92,7 @@ def hold(
                 on_event=out.on_event,
             )
         except NotFound:
-            if not is_guest(place, address.disk):
+            if find_guest(place, address.disk) is None:
                 raise
             report = ops.hold_guest(
                 place,
@@ -163,7 +163,7 @@ def release(
     from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.errors import NotFound
     from snapchain.ops import hold as ops
-    from snapchain.ops.guest_points import is_guest
+    from snapchain.ops.guest_points import find_guest
 
     address = parse_address(target)
     if isinstance(address, ImageAddress):
@@ -179,7 +179,7 @@ def release(
                 place, address.disk, tag, point=address.point, dry_run=out.dry_run, on_event=out.on_event
             )
         except NotFound:
-            if not is_guest(place, address.disk):
+            if find_guest(place, address.disk) is None:
                 raise
             report = ops.release_guest(
                 place, address.disk, tag, point=address.point, dry_run=out.dry_run, on_event=out.on_event

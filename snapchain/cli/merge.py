@@ -255,7 +255,7 @@ def merge(
             for given in (first, last, at, remove, max_layers, budget_bytes, budget_seconds, strategy, cluster_size)
         ),
     )
-    from snapchain.ops.guest_points import is_guest
+    from snapchain.ops.guest_points import find_guest
 
     disk = parse_disk_address(target).disk
     place = options.destination(address.dest, out, writing=not out.dry_run)
@@ -266,7 +266,7 @@ def merge(
             return
         done = work.run(on_event=out.on_event)
     except NotFound:
-        if not is_guest(place, disk):
+        if find_guest(place, disk) is None:
             raise
         _merge_guest_points(place, disk, policy, zone, out)
         return

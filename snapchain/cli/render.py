@@ -40,6 +40,8 @@ _CELLS = {
     ".": ("·", ".", "dim"),
 }
 _GUTTERS = (3, 2)
+_PRINTED_AT_ONCE = 1000
+"""Lines of a table: each call costs more than a line."""
 _INDENT = 2
 _LEAST_PROSE = 20
 """Columns: narrower prose is no reading."""
@@ -135,8 +137,8 @@ def table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]
     head, body = layout(columns, [list(row) for row in rows], console.width)
     for text in head:
         console.print(text, style="bold", markup=False, soft_wrap=True)
-    for text in body:
-        console.print(text, markup=False, soft_wrap=True)
+    for at in range(0, len(body), _PRINTED_AT_ONCE):
+        console.print("\n".join(body[at : at + _PRINTED_AT_ONCE]), markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)

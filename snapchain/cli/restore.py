@@ -152,7 +152,7 @@ def restore(
     """
     from snapchain.destination.address import parse_point_address
     from snapchain.host.files import UNCHANGED, standing_of
-    from snapchain.ops.guest_points import guest_named
+    from snapchain.ops.guest_points import find_guest, guest_named, records_of
     from snapchain.ops.restore.run import Restoration
 
     standing = standing_of(owner, mode)
@@ -194,7 +194,7 @@ def restore(
     view: GuestView | None = None
     for_guests = defines or connect is not None or new_name is not None or new_identity
     if for_guests or _is_directory(out_path):
-        view = guest_named(place.disks(), address.disk)
+        view = find_guest(place, address.disk)
         if view is not None:
             as_guest(view)
             return
@@ -222,7 +222,7 @@ def restore(
         # Asked only now, so that a restore of a disk costs no request more. A directory's name has no suffix, for one.
         view, is_disk = None, True
         with suppress(SnapchainError):
-            disks = place.disks()
+            disks = records_of(place, [address.disk])
             view, is_disk = guest_named(disks, address.disk), any(each.name == address.disk for each in disks)
         if view is not None:
             as_guest(view)

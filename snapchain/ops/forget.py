@@ -21,13 +21,14 @@ from typing import TypeVar
 from snapchain.destination.address import in_full
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import DiskRecord, Finding, PointRecord, PointsMergePlan, PointsMergeReport, Record
+from snapchain.destination.summary import possible_guest
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.host.terminal import shell_word
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.points import LATEST, chosen_point
 from snapchain.model.retention import DropAll, DropPoints, GuestRules, Policy
 from snapchain.ops import guest_points_merge
-from snapchain.ops.guest_points import GuestPoint, GuestView, guest_named, guests_of
+from snapchain.ops.guest_points import GuestPoint, GuestView, guest_named, guests_of, records_of
 from snapchain.ops.guest_points_merge import FailedDisk, GuestPointsMergePlan, GuestPointsMergeReport
 
 P = TypeVar("P", PointRecord, GuestPoint)
@@ -101,7 +102,7 @@ class ForgetReport(Record):
 def choose(url: str, disks: Sequence[DiskRecord], request: ForgetRequest) -> tuple[Chosen, ...]:
     """Which points of which disks and guests go, by name. Pure.
 
-    disks: all of the destination, or at least those that are named, none of them with points of a guest
+    disks: all of the destination, or at least those that are named, with all disks of their guests
     Raises InvalidInput for a request that says too little or too much, or would tear a guest point apart; NotFound for
     what is not there; Conflict for a held point that was named.
     """
@@ -374,17 +375,25 @@ def _forget(
 
 
 def _listed(destination: ReadableDestination, request: ForgetRequest) -> Sequence[DiskRecord]:
-    """All disks; the named ones alone where these are disks, and no guest's."""
+    """All disks; of named ones and of guests these alone, with all disks of their guests, perhaps among others."""
     if not request.targets:
         return destination.disks()
     found: list[DiskRecord] = []
+    guests: dict[str, NotFound] = {}
     for name in dict.fromkeys(name for name, _ in request.targets):
         try:
             found += destination.disks(name)
-        except NotFound:
-            disks = destination.disks()
-            if not any(disk.name.startswith(f"{name}/") for disk in disks):
-                raise  # it says more: that the disk was renamed
-            return disks
-    of_guests = any(disk.record_of or any(point.instant for point in disk.points) for disk in found)
-    return destination.disks() if of_guests else found
+        except NotFound as error:
+            guests[name] = error
+    of_guests = {guest for disk in found if (guest := possible_guest(disk.name)) is not None and _is_of_guest(disk)}
+    if not guests and not of_guests:
+        return found
+    members = records_of(destination, {*guests, *of_guests})
+    for name, missing in guests.items():
+        if not any(disk.name.startswith(f"{name}/") for disk in members):
+            raise missing  # it says more: that the disk was renamed
+    return sorted({disk.name: disk for disk in (*found, *members)}.values(), key=lambda disk: disk.name)
+
+
+def _is_of_guest(disk: DiskRecord) -> bool:
+    return disk.record_of is not None or any(point.instant for point in disk.points)

@@ -12,13 +12,14 @@ destination only the record tells: `fault_of`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from snapchain.destination.guest_record import RecordedDisk, guest_of, record_disk
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import DiskRecord, HoldRecord, PointRecord
+from snapchain.destination.summary import possible_guest
 from snapchain.errors import Corrupt, NotFound
 from snapchain.model.consistency import Consistency
 from snapchain.model.points import chosen_point
@@ -122,9 +123,24 @@ def guest_named(disks: Sequence[DiskRecord], name: str) -> GuestView | None:
     return next((view for view in guests_of(disks) if view.name == name), None)
 
 
-def is_guest(destination: ReadableDestination, name: str) -> bool:
-    """Whether a destination has a guest of that name, and no disk of it."""
-    return guest_named(destination.disks(), name) is not None
+def find_guest(destination: ReadableDestination, name: str) -> GuestView | None:
+    """As `guest_named`, of what a destination has. Raises as `records_of`."""
+    return guest_named(records_of(destination, [name]), name)
+
+
+def records_of(destination: ReadableDestination, guests: Collection[str]) -> tuple[DiskRecord, ...]:
+    """The disks of these guests and those that have the very name of one, by name, perhaps among others.
+
+    Whole records are read of these disks alone: a repository may have 10,000 others. A replica answers for all at once.
+    Raises what keeps a disk from being read, whichever it is: it may be one of them.
+    """
+    if destination.traits.streams:
+        return destination.disks()
+    there = destination.summaries()
+    if any(disk.trouble for disk in there):
+        return destination.disks()
+    names = [disk.name for disk in there if disk.name in guests or possible_guest(disk.name) in guests]
+    return tuple(record for name in names for record in destination.disks(name))
 
 
 def fault_of(point: GuestPoint, disk: RecordedDisk, *, subject: object) -> NotFound | Corrupt | None:

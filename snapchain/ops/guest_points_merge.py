@@ -43,7 +43,7 @@ from snapchain.model.retention import (
     decide_by,
     is_future,
 )
-from snapchain.ops.guest_points import GuestPoint, GuestView, guest_named
+from snapchain.ops.guest_points import GuestPoint, GuestView, guest_named, records_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ def guest_hold_reasons(point: GuestPoint) -> Sequence[str]:
 
 def guest_at(destination: ReadableDestination, name: str) -> GuestView:
     """The guest of this name at a destination. Raises NotFound, also where a disk has the very name."""
-    return guest_in(destination.url, destination.disks(), name)
+    return guest_in(destination.url, records_of(destination, [name]), name)
 
 
 def guest_in(url: str, disks: Sequence[DiskRecord], name: str) -> GuestView:
@@ -295,7 +295,7 @@ def _decided(
 ) -> tuple[GuestView, GuestDecision]:
     if isinstance(rules, Policy) and rules.is_empty:
         raise InvalidInput("no rule says which points to keep", subject=guest, hint="such as --keep-last 7")
-    disks = destination.disks()
+    disks = records_of(destination, [guest])
     view = guest_in(destination.url, disks, guest)
     names = {*view.disks, view.record_disk}
     own = [disk for disk in disks if disk.name in names]

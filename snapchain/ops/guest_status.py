@@ -123,15 +123,20 @@ class _Records:
     """The records of the disks of guests, read as they are asked for; no others, where each can be read by itself."""
 
     def __init__(self, place: Destination, disks: Sequence[DiskSummary]) -> None:
-        self._place, self._disks = place, disks
+        self._place = place
+        self._members: dict[str | None, list[str]] = {}
+        for disk in disks:
+            self._members.setdefault(possible_guest(disk.name), []).append(disk.name)
+        self._names = {disk.name for disk in disks}
+        self._has_trouble = any(disk.trouble for disk in disks)
         self._all: tuple[DiskRecord, ...] | None = None
 
     def view(self, guest: str) -> GuestView | None:
         """As `guest_named`. Raises what keeps a disk of the guest from being read."""
-        members = [disk.name for disk in self._disks if possible_guest(disk.name) == guest]
-        if any(disk.name == guest for disk in self._disks):
+        members = self._members.get(guest, [])
+        if guest in self._names:
             return None
-        if self._place.traits.streams and not any(disk.trouble for disk in self._disks):
+        if self._place.traits.streams and not self._has_trouble:
             # One answer is cheaper than a connection for each disk.
             self._all = self._all if self._all is not None else self._place.disks()
             found = [each for each in self._all if each.name in members]

@@ -12,7 +12,7 @@ from snapchain.host.terminal import counted
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.guest_checks import CheckKind
 from snapchain.ops import guest_checks
-from snapchain.ops.guest_points import GuestPoint, GuestView, fault_of, guest_named, guests_of
+from snapchain.ops.guest_points import GuestPoint, GuestView, fault_of, find_guest, guests_of
 from snapchain.ops.guest_records import read_record
 
 _FEW = 10
@@ -41,7 +41,7 @@ def verify(
     try:
         return destination.verify(name, share=share, since=since, on_event=on_event)
     except NotFound:
-        view = guest_named(destination.disks(), name)
+        view = find_guest(destination, name)
         if view is None:
             raise
     names = [*view.disks, *([view.record_disk] if view.points else [])]

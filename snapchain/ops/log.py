@@ -11,7 +11,7 @@ from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import DiskRecord, HoldRecord
 from snapchain.errors import NotFound
 from snapchain.model.consistency import Consistency
-from snapchain.ops.guest_points import GuestPoint, GuestView, Leftover, guest_named, guests_of
+from snapchain.ops.guest_points import GuestPoint, GuestView, Leftover, guest_named, guests_of, records_of
 
 
 class _Shown(BaseModel):
@@ -71,7 +71,7 @@ def log(destination: ReadableDestination, disk: str | None = None) -> LogReport:
     try:
         return _report(destination, destination.disks(disk), ())
     except NotFound as missing:
-        disks = _all(destination, missing)
+        disks = _of_guest(destination, disk, missing)
         view = guest_named(disks, disk)
         if view is None:
             raise
@@ -79,10 +79,10 @@ def log(destination: ReadableDestination, disk: str | None = None) -> LogReport:
         return _report(destination, members, [view], guest=disk)
 
 
-def _all(destination: ReadableDestination, missing: NotFound) -> tuple[DiskRecord, ...]:
+def _of_guest(destination: ReadableDestination, guest: str, missing: NotFound) -> tuple[DiskRecord, ...]:
     """Raises `missing` where not even the destination is there."""
     try:
-        return destination.disks()
+        return records_of(destination, [guest])
     except NotFound:
         raise missing from None
 

@@ -99,9 +99,9 @@ class RepositoryDestination(RepositoryWriting):
 
     def disks(self, disk: str | None = None) -> tuple[DiskRecord, ...]:
         """All disks by name, or one, with their points. Raises NotFound."""
-        repository = self.repository
-        found = repository.catalogues() if disk is None else [repository.catalogue(disk)]
-        return tuple(map(_disk_record, found))
+        if disk is not None:
+            return (_disk_record(self.repository.catalogue(disk)),)
+        return tuple(sorted(map(_disk_record, self.repository.each_catalogue()), key=lambda each: each.name))
 
     def summaries(self, disk: str | None = None, *, now: datetime | None = None) -> tuple[DiskSummary, ...]:
         """As `summaries.summaries`, with what verify has kept."""

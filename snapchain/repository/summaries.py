@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 
 import zstandard
 
@@ -36,6 +37,10 @@ from snapchain.repository.repository import Repository
 GUESTS = "guests/"
 """Where the states of guests are (guest_states.py)."""
 _THREADS = 16
+_THREADS_HERE = 2
+"""For a local directory: while one unpacks, or waits for the disk, the other one parses."""
+_LOT = 16
+"""Catalogues that such a thread reads before it takes others: to hand out each by itself would cost time."""
 _SHARES = "0123456789abcdef"
 """First digits of a disk's folder: a remote store with more than _MANY disks is listed in as many shares at once."""
 _MANY = 200
@@ -188,11 +193,13 @@ def _each(
         except SnapchainError as error:
             return error.detached()
 
-    if not repository.store.properties.is_remote:
-        yield from map(one, keys)
-        return
-    with ThreadPoolExecutor(_THREADS, "catalogues") as pool:
-        yield from pool.map(one, keys)
+    def some(keys: Sequence[str]) -> list[_Line | SnapchainError]:
+        return list(map(one, keys))
+
+    threads, lot = (_THREADS, 1) if repository.store.properties.is_remote else (_THREADS_HERE, _LOT)
+    with ThreadPoolExecutor(threads, "catalogues") as pool:
+        lots = (keys[at : at + lot] for at in range(0, len(keys), lot))
+        yield from chain.from_iterable(pool.map(some, lots))
 
 
 def _line(repository: Repository, key: str, info: ObjectInfo, now: datetime) -> _Line:

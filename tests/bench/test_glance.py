@@ -59,7 +59,7 @@ def build(root: Path) -> None:
         key = repo.keys.disk_key(disk)
         name = generation_name(key, POINTS)
         (root / name).parent.mkdir(parents=True)
-        (root / name).write_bytes(seal(repo.keys, KIND, name, catalogue.model_dump_json().encode()))
+        (root / name).write_bytes(seal(repo.keys, KIND, name, catalogue.encode()))
         for older in range(POINTS - GENERATIONS + 1, POINTS):
             (root / generation_name(key, older)).write_bytes(b"?")
 

@@ -94,6 +94,26 @@ def test_what_snapchain_writes_needs_no_whole_parse(monkeypatch: pytest.MonkeyPa
     assert glance(KEYS, NAME, sealed(packed(older)), NOW)[0].points == 3
 
 
+def test_numbers_of_all_lengths_and_times_with_and_without_fractions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glances, "parse_stored", None)
+    whole = catalogue([])
+    points = tuple(
+        Point(
+            point=number,
+            time=NOW - timedelta(days=abs(number - 1003), microseconds=number % 3),
+            labels=("weekly",) if number % 7 == 0 else (),
+            layer=LAYERS[0],
+            size=number << 20,
+            content_id="c" * 64,
+            holds=(Hold(tag="a", since=NOW),) if number % 5 == 0 else (),
+        )
+        for number in range(3, 1100)
+    )
+    found, _ = glance(KEYS, NAME, sealed(whole.model_copy(update={"points": points, "next_point": 2000}).encode()), NOW)
+    assert found.points == len(points)
+    assert [(each.point, each.virtual_size >> 20) for each in found.newest] == [(1003, 1003)]
+
+
 def test_another_writer_may_space_it_otherwise() -> None:
     text = json.dumps(plain(), indent=1).encode()
     assert glance(KEYS, NAME, sealed(text), NOW) == glance(KEYS, NAME, sealed(packed(plain())), NOW)

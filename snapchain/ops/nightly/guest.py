@@ -23,7 +23,7 @@ from snapchain.merge.request import At, MergeRequest
 from snapchain.model.events import Notice
 from snapchain.ops import guest_points_merge
 from snapchain.ops.guest_chain_merge import plan_disk, run_disk
-from snapchain.ops.guest_points import guest_named
+from snapchain.ops.guest_points import find_guest
 from snapchain.ops.guest_points_merge import GuestPointsMergeReport
 from snapchain.ops.guest_seal import MovedError, as_named_now, epoch_of, seal
 from snapchain.ops.merge import held_at
@@ -147,7 +147,7 @@ class GuestRun(Turn[GuestReport, _Captured]):
                 labels=self._settings.labels,
             )
             report = ship.run(guest, request, destination, on_event=self._while_there_is_time)
-        view = guest_named(destination.disks(), self._guest.name)
+        view = find_guest(destination, self._guest.name)
         reached = GuestReached(
             captured=taken.time,
             consistency=taken.consistency,

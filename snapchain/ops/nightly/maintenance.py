@@ -14,7 +14,7 @@ from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.host.terminal import counted
 from snapchain.model.events import Event, Notice, OnEvent, Progress
 from snapchain.ops import guest_verify
-from snapchain.ops.guest_points import guest_named, guests_of
+from snapchain.ops.guest_points import find_guest, guests_of, records_of
 from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import order
 from snapchain.ops.nightly.report import DestinationReport, Outcome, VerifyResult
@@ -168,7 +168,7 @@ def _of_some_size(destination: Destination, disk: str, share: float) -> float:
 
 def _disks_of(destination: Destination, guest: str) -> Sequence[str]:
     """The disks of a guest there, at least one name."""
-    view = guest_named(destination.disks(), guest)
+    view = find_guest(destination, guest)
     return view.disks if view is not None and view.disks else [guest]
 
 
@@ -177,7 +177,7 @@ def _guests_there(destination: Destination, guests: Sequence[str]) -> list[str]:
     if not guests:
         return []
     try:
-        known = {view.name for view in guests_of(destination.disks()) if view.points}
+        known = {view.name for view in guests_of(records_of(destination, guests)) if view.points}
     except NotFound:
         return []
     except SnapchainError:  # the check of each reports it
@@ -187,6 +187,8 @@ def _guests_there(destination: Destination, guests: Sequence[str]) -> list[str]:
 
 def _disks_there(destination: Destination, disks: Sequence[str]) -> list[str]:
     """Those of the disks that have a record there. One whose record is damaged counts: its check reports it."""
+    if not destination.traits.streams:  # it may have 10,000 others
+        return [disk for disk in disks if _is_there(destination, disk)]
     try:
         known = {each.name for each in destination.disks()}
         return [disk for disk in disks if disk in known]
