@@ -236,6 +236,29 @@ def was_retried(error: Exception) -> bool:
     return bool(response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
 
 
+_SLOW_DOWN = frozenset({"SlowDown", "ServiceUnavailable", "Throttling", "ThrottlingException", "TooManyRequests"})
+
+
+def is_slow_down(answer: dict[str, Any]) -> bool:
+    """Whether a parsed response says that the server wants fewer requests. The one to a HEAD has no code."""
+    code = str(answer.get("Error", {}).get("Code", ""))
+    return code in _SLOW_DOWN or int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) in {429, 503}
+
+
+def refuses_pace(error: BaseException | None) -> bool:
+    """As `is_slow_down`, of an error."""
+    response = getattr(error, "response", None)
+    return isinstance(response, dict) and is_slow_down(response)
+
+
+def note_retries(error: Exception, retries: int) -> None:
+    """Add to the retries that `was_retried` looks for."""
+    response = getattr(error, "response", None)
+    if retries and isinstance(response, dict):
+        metadata = response.setdefault("ResponseMetadata", {})
+        metadata["RetryAttempts"] = metadata.get("RetryAttempts", 0) + retries
+
+
 def _answer_means(response: dict[str, dict[str, Any]], operation: str) -> tuple[Meaning, str]:
     error, metadata = response.get("Error", {}), response.get("ResponseMetadata", {})
     headers: dict[str, str] = metadata.get("HTTPHeaders") or {}
