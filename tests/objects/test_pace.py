@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, strategies as st
 
 from snapchain.errors import Unavailable
-from snapchain.objects import pace
 from snapchain.objects.pace import ATTEMPTS, BUDGET, Pace
 from snapchain.objects.s3 import S3Store
 from snapchain.objects.s3_client import CONNECTIONS
@@ -31,7 +30,7 @@ def is_slow(error: Exception) -> bool:
 
 
 def refuse() -> None:
-    raise Slow
+    raise Slow("slow down")
 
 
 def answer() -> None:
@@ -65,7 +64,7 @@ def test_of_requests_that_were_under_way_together_one_counts() -> None:
         if not getattr(refused, "once", False):
             refused.once = True
             together.wait(HANG)
-            raise Slow
+            raise Slow("slow down")
 
     with ThreadPoolExecutor(8) as pool:
         for each in [pool.submit(paced.ask, request, is_refusal=is_slow) for _ in range(8)]:
@@ -82,8 +81,13 @@ def test_other_errors_change_nothing() -> None:
 
 def test_waits_double_and_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     bounds: list[float] = []
-    monkeypatch.setattr(pace.random, "uniform", lambda _, most: bounds.append(most) or most)
-    with pytest.raises(Slow):
+
+    def longest(_: float, most: float) -> float:
+        bounds.append(most)
+        return most
+
+    monkeypatch.setattr("random.uniform", longest)
+    with pytest.raises(Slow, match="slow down"):
         Pace(4, sleep=lambda _: None).ask(refuse, is_refusal=is_slow)
     assert bounds == [0.5, 1, 2, 4, 8, 16, 20]
 
@@ -95,17 +99,17 @@ def test_repetitions_come_out_of_one_budget() -> None:
     def refused() -> None:
         nonlocal tries
         tries += 1
-        raise Slow
+        raise Slow("slow down")
 
     requests = 2 * BUDGET
     for _ in range(requests):
-        with pytest.raises(Slow):
+        with pytest.raises(Slow, match="slow down"):
             paced.ask(refused, is_refusal=is_slow)
     assert tries == requests + BUDGET, "when it is used up, nothing is repeated"
     for _ in range(3):
         paced.ask(answer, is_refusal=is_slow)
     tries = 0
-    with pytest.raises(Slow):
+    with pytest.raises(Slow, match="slow down"):
         paced.ask(refused, is_refusal=is_slow)
     assert tries == 1 + 3, "an answer gives one back"
 
@@ -214,9 +218,13 @@ def _delete_all(store: S3Store, count: int) -> int:
 
 
 def test_a_crowded_server_gets_fewer_requests_and_the_work_ends() -> None:
-    waits: Callable[[float], object] = threading.Event().wait
+    never = threading.Event()
+
+    def wait(seconds: float) -> None:
+        never.wait(seconds / 50)
+
     with crowded_server(limit=3) as crowd:
-        store = S3Store("bucket", client=shared_client(crowd.endpoint), sleep=lambda seconds: waits(seconds / 50))
+        store = S3Store("bucket", client=shared_client(crowd.endpoint), sleep=wait)
         count = 600
         assert _delete_all(store, count) == 0
     refused = sum(crowd.refused)

@@ -654,8 +654,13 @@ def test_passing_errors_are_outlasted(store: S3Store, script: Script) -> None:
 
 def test_a_server_that_stays_busy_is_unavailable(store: S3Store, script: Script) -> None:
     script.says(BUSY)
-    calls: list[Callable[[], object]] = [lambda: store.put("a", BODY), lambda: list(store.list(""))]
-    for call in (*calls, lambda: store.delete("a"), lambda: store.get("a")):
+    calls: list[Callable[[], object]] = [
+        lambda: store.put("a", BODY),
+        lambda: list(store.list("")),
+        lambda: store.delete("a"),
+        lambda: store.get("a"),
+    ]
+    for call in calls:
         script.requests.clear()
         with pytest.raises(Unavailable, match="SlowDown: said the server") as caught:
             call()
