@@ -7,12 +7,13 @@ Nothing of botocore leaves snapchain.objects.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.objects.store import Refused
+from snapchain.objects.store import Archived, Refused
 
 
 class Meaning(NamedTuple):
@@ -37,7 +38,7 @@ _REDIRECTED = Meaning(
 _NO_BUCKET = Meaning(NotFound, "there is no such bucket", "create the bucket first; snapchain never does")
 _DAMAGED = Meaning(Unavailable, "the bytes were damaged on their way to the server", "run the command again")
 _FULL = Meaning(Refused, "the server has no room", "free space or raise the quota, then run the command again")
-_ARCHIVED = Meaning(Refused, "the object is in an archive tier", "restore it from the archive tier first")
+_ARCHIVED = Meaning(Archived, "the object is in an archive tier; it is not damaged")
 _NOT_THERE = Meaning(NotFound, "no such object")
 _CHANGED = Meaning(Conflict, "a condition of the request did not hold")
 _NOT_DONE = Meaning(Unsupported, "the server does not implement this request")
@@ -204,12 +205,23 @@ def from_s3_error(error: Exception, subject: str, *, sent: int | None = None) ->
         meaning = next((EXCEPTIONS[name] for name in names if name in EXCEPTIONS), fallback)
         words = " ".join(str(error).split())
     message = meaning.message
+    if meaning is _ARCHIVED:
+        meaning = meaning._replace(hint=_how_to_restore(subject))
     if sent is not None and meaning is _TOO_LARGE:
         message = f"an object of {sent} bytes: {message}"
     elif sent is not None and sent > _LARGE and meaning is _BROKEN_OFF:
         meaning = meaning._replace(hint=f"run it again; if only large objects fail, a proxy limits them: {_SMALLER}")
     message = f"{message} ({words[:300]})" if words else message
     return meaning.error(message, subject=subject, hint=meaning.hint)
+
+
+def _how_to_restore(subject: str) -> str:
+    bucket, _, key = subject.removeprefix("s3://").partition("/")
+    words = shlex.join(["aws", "s3api", "restore-object", "--bucket", bucket, "--key", key])
+    return (
+        "let no lifecycle rule archive this bucket; restore this object and others of that tier, wait until they are "
+        f"there, and run the command again: {words} --restore-request Days=14"
+    )
 
 
 def malformed(subject: str, words: str) -> SnapchainError:

@@ -65,6 +65,10 @@ class Refused(Unavailable):
     """The store answered, and said no: permission, space, credentials.  Useless to retry until somebody acts."""
 
 
+class Archived(Refused):
+    """The object is whole, and in a tier from which it has to be restored before it can be read: never damage."""
+
+
 class ObjectStore(Protocol):
     """Object storage.  All methods may be called from many threads at once.
 
