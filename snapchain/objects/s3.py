@@ -15,7 +15,7 @@ import time
 from array import array
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -124,6 +124,7 @@ class S3Store:
         self._page = PAGE
         self._bucket_seen = False
         self._expects = True
+        self._has_lock: bool | None = None
         self._etags_are_md5 = False
         """Whether this server has ever given the MD5 of a whole object as its ETag."""
         self.endpoint = self._client.meta.endpoint_url
@@ -256,6 +257,45 @@ class S3Store:
             if "bucket" in error.message:
                 raise
 
+    def locked_until(self, name: str) -> datetime | None:
+        """As objects/store.py `Locks`. A bucket without Object Lock is asked once."""
+        from botocore.exceptions import ClientError
+
+        valid_name(name)
+        if not self._can_lock():
+            return None
+        with s3_errors(self._subject(name)):
+            try:
+                head = self._ask(name, lambda _: self._client.head_object(Bucket=self._bucket, Key=self._key(name)))
+            except ClientError as error:
+                if status_of(error) == 404:
+                    return None
+                raise
+        if head.get("ObjectLockLegalHoldStatus") == "ON":
+            return datetime.max.replace(tzinfo=UTC)
+        until: datetime | None = head.get("ObjectLockRetainUntilDate")
+        if until is None and "ObjectLockRetainUntilDate" in self._settings.of(name, datetime.now(UTC)):
+            # Without s3:GetObjectRetention S3 does not tell: then what was written with our settings counts as locked.
+            until = head["LastModified"] + timedelta(days=self._settings.lock_days)
+        return until if until is not None and until > datetime.now(UTC) else None
+
+    def _can_lock(self) -> bool:
+        """Whether the bucket has Object Lock; where that is not told, whether we are to lock."""
+        from botocore.exceptions import ClientError
+
+        if self._has_lock is None:
+            with s3_errors(self.url):
+                try:
+                    answer = self._ask("", lambda _: self._client.get_object_lock_configuration(Bucket=self._bucket))
+                except ClientError as error:
+                    code = str(error.response.get("Error", {}).get("Code", ""))
+                    has_none = code == "ObjectLockConfigurationNotFoundError"
+                    self._has_lock = not has_none and self._settings.lock_mode is not None
+                else:
+                    found = answer.get("ObjectLockConfiguration", {})
+                    self._has_lock = found.get("ObjectLockEnabled") == "Enabled"
+        return self._has_lock
+
     def close(self) -> None:
         self._client.close()
 
@@ -339,7 +379,7 @@ class S3Store:
 
         def request(watch: Watch) -> PutObjectOutputTypeDef:
             sent = WatchedBody(body, watch)
-            kept: dict[str, Any] = {**more, **self._settings.of(name)}
+            kept: dict[str, Any] = {**more, **self._settings.of(name, datetime.now(UTC))}
             return self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=sent, **kept)
 
         expected = self._expects

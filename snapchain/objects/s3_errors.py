@@ -39,6 +39,9 @@ _NO_BUCKET = Meaning(NotFound, "there is no such bucket", "create the bucket fir
 _DAMAGED = Meaning(Unavailable, "the bytes were damaged on their way to the server", "run the command again")
 _FULL = Meaning(Refused, "the server has no room", "free space or raise the quota, then run the command again")
 _ARCHIVED = Meaning(Archived, "the object is in an archive tier; it is not damaged")
+_NO_LOCK = Meaning(
+    InvalidInput, "the bucket has no Object Lock", "enable it for the bucket, or unset SNAPCHAIN_S3_LOCK_MODE"
+)
 _NOT_THERE = Meaning(NotFound, "no such object")
 _CHANGED = Meaning(Conflict, "a condition of the request did not hold")
 _NOT_DONE = Meaning(Unsupported, "the server does not implement this request")
@@ -279,6 +282,8 @@ def _answer_means(response: dict[str, dict[str, Any]], operation: str) -> tuple[
     is_s3 = bool(code) and not code.isdigit()
     words = ": ".join(part for part in (code if is_s3 else f"HTTP {status}", error.get("Message")) if part)
     meaning = CODES.get(code) or STATUSES.get(status)
+    if code == "InvalidRequest" and "Object Lock" in str(error.get("Message", "")):
+        meaning = _NO_LOCK
     if meaning is None and code.startswith("KMS."):
         meaning = Meaning(Refused, "the server's key service refuses", "look at the bucket's KMS key and its policy")
     if meaning is None:
