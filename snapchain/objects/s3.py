@@ -288,6 +288,8 @@ class S3Store:
                 try:
                     answer = self._ask("", lambda _: self._client.get_object_lock_configuration(Bucket=self._bucket))
                 except ClientError as error:
+                    if status_of(error) >= 500 and status_of(error) != 501:
+                        raise
                     code = str(error.response.get("Error", {}).get("Code", ""))
                     has_none = code == "ObjectLockConfigurationNotFoundError"
                     self._has_lock = not has_none and self._settings.lock_mode is not None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
-from snapchain.errors import InvalidInput
+from snapchain.errors import InvalidInput, Unavailable
 from snapchain.objects import open_store
 from snapchain.objects.s3 import S3Store
 from snapchain.objects.s3_settings import KMS_KEY, LOCK_DAYS, LOCK_MODE, SSE, STORAGE_CLASS, S3Settings, settings_of
 from snapchain.objects.store import Refused
-from tests.objects.scripted import error, scripted_server, stored
+from tests.objects.scripted import Reply, error, scripted_server, stored
 from tests.objects.test_s3_faults import shared_client
 from tests.servers import S3Server, admin_client
 
@@ -24,6 +25,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in S3Server("", "none", None).environment.items():  # type: ignore[arg-type]
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda _: None))
 
 
 def test_only_packs_have_a_storage_class_and_everything_is_encrypted() -> None:
@@ -119,3 +121,36 @@ def test_a_server_keeps_it_so(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -
     }
     assert [head.get("StorageClass") for head in heads.values()] == ["STANDARD_IA", None]
     assert [head.get("ServerSideEncryption") for head in heads.values()] == ["AES256"] * 2
+
+
+def test_where_the_server_does_not_tell_what_we_lock_counts_as_locked() -> None:
+    written = datetime.now(UTC) - timedelta(days=10)
+    head = Reply(200, b"", {"Last-Modified": written.strftime("%a, %d %b %Y %H:%M:%S GMT"), "ETag": '"x"'})
+    denied = error(403, "AccessDenied")
+    with scripted_server() as script:
+
+        def asked(days: int, *replies: Reply) -> datetime | None:
+            lock = S3Settings(lock_mode="GOVERNANCE", lock_days=days) if days else S3Settings()
+            script.says(*replies)
+            return S3Store("bucket", client=shared_client(script.endpoint), settings=lock).locked_until(PACK)
+
+        until = asked(30, denied, head)
+        assert until is not None
+        assert abs(until - written - timedelta(days=30)) < timedelta(seconds=2)
+        assert asked(5, denied, head) is None, "the lock has ended"
+        assert asked(0, denied, head) is None, "nobody locks anything"
+        assert asked(30, error(404, "ObjectLockConfigurationNotFoundError"), head) is None
+        assert script.methods == ["GET"]
+        with pytest.raises(Unavailable, match="overloaded or has a fault"):
+            asked(0, error(500, "InternalError"))
+
+
+def test_a_bucket_that_cannot_lock_is_named() -> None:
+    with scripted_server() as script:
+        lock = S3Settings(lock_mode="GOVERNANCE", lock_days=30)
+        store = S3Store("bucket", client=shared_client(script.endpoint), settings=lock)
+        script.says(error(400, "InvalidRequest", "Bucket is missing Object Lock Configuration"))
+        with pytest.raises(InvalidInput, match="the bucket has no Object Lock") as caught:
+            store.put(PACK, b"pack")
+    assert caught.value.hint is not None
+    assert "SNAPCHAIN_S3_LOCK_MODE" in caught.value.hint
