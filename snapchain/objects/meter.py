@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from snapchain.model.traffic import Traffic
 from snapchain.objects.store import ObjectStore, innermost
+
+if TYPE_CHECKING:
+    from snapchain.model.traffic import Traffic
 
 _FIELDS = {
     "PutObject": "puts",
@@ -50,6 +52,8 @@ class Meter:
     @property
     def traffic(self) -> Traffic:
         """All so far."""
+        from snapchain.model.traffic import Traffic
+
         with self._lock:
             return Traffic(**self._counts)
 

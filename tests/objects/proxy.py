@@ -38,19 +38,24 @@ def counting_proxy(upstream: str, *, latency: float = 0.0) -> Iterator[Proxy]:
     """A proxy before the server at `upstream`. latency: seconds that each request waits"""
     proxy = Proxy()
     parts = urlsplit(upstream)
-    connections = threading.local()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         wbufsize = -1
 
+        def setup(self) -> None:
+            super().setup()
+            self.upstream = http.client.HTTPConnection(parts.hostname or "", parts.port)
+
+        def finish(self) -> None:
+            self.upstream.close()
+            super().finish()
+
         def pass_on(self) -> None:
             sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if latency:
                 time.sleep(latency)
-            if not hasattr(connections, "one"):
-                connections.one = http.client.HTTPConnection(parts.hostname or "", parts.port)
-            one: http.client.HTTPConnection = connections.one
+            one = self.upstream
             headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
             one.request(self.command, self.path, body=sent or None, headers=headers)
             answer = one.getresponse()
