@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "model": BOTTOM,
     "host": BOTTOM,
-    "objects": BOTTOM | {"host"},
+    "objects": FLOOR,
     "image": FLOOR,
     # The protocol that every kind of destination implements, and its records.
     "destination": FLOOR | {"image"},

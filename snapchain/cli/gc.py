@@ -9,7 +9,7 @@ import typer
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.quantities import size
+from snapchain.cli.quantities import moment, size
 from snapchain.errors import Corrupt
 from snapchain.host.terminal import counted
 
@@ -95,6 +95,7 @@ def _draw_plan(console: Console, plan: GcPlan) -> None:
         [
             ("delete", _deleted(plan)),
             ("move", _moved(plan)),
+            ("locked", _locked(plan)),
             ("in use", size(plan.bytes_in_use)),
         ],
     )
@@ -110,6 +111,13 @@ def _moved(done: GcPlan | GcReport) -> str:
     if done.bytes_moved and not done.packs_moved:
         return f"{size(done.bytes_moved)} out of damaged packs"
     return f"{size(done.bytes_moved)} out of {counted(done.packs_moved, 'pack')}, mostly waste"
+
+
+def _locked(done: GcPlan | GcReport) -> str:
+    if not done.objects_locked:
+        return ""
+    until = "someone releases them" if done.locked_until is None else moment(done.locked_until, zone=True)
+    return f"{size(done.bytes_locked)} in {counted(done.objects_locked, 'object')}, until {until}"
 
 
 def _left(report: GcReport) -> str:
@@ -128,6 +136,7 @@ def _draw_report(console: Console, report: GcReport) -> None:
             ("moved", _moved(report)),
             ("added", f"{size(report.bytes_added)} of new records" if report.bytes_added else ""),
             ("left", _left(report)),
+            ("locked", _locked(report)),
         ],
     )
     render.findings(console, report.findings)

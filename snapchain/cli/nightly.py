@@ -223,6 +223,8 @@ def _draw_report(console: Console, report: NightlyReport, *, points: bool) -> No
         facts += [f"verified {size(result.checked_bytes)} of {result.disk}" for result in each.verified]
         words = ", ".join(facts)
         render.line(console, f"{each.destination}: {each.outcome.value}{f', {words}' if words else ''}", indent=2)
+        if each.traffic is not None:
+            render.line(console, f"requests: {render.asked(each.traffic)}", indent=4)
     for test in report.tests:
         if test.booted:
             took = duration(test.boot_seconds or 0.0)

@@ -242,6 +242,7 @@ def destination(
         connections=connections,
         accept=accept,
     )
+    out.counts(found)
     for notice in found.notices:
         out.on_event(Notice(notice))
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,13 +19,16 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import typer
 
-from snapchain.cli import streams
+from snapchain.cli import render, streams
 from snapchain.cli.progress import Mode, Reporter
 from snapchain.cli.render import UNBOUNDED
 from snapchain.errors import OutputFailed
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from snapchain.destination.protocol import Destination
+    from snapchain.model.traffic import Bill, Prices
 
 T = TypeVar("T")
 Draw = Callable[["Console", T], None]
@@ -49,6 +53,8 @@ class Output:
         self.password_command = password_command
         self._quiet = quiet
         self.on_event = Reporter(progress, quiet=quiet)
+        self.prices: Prices | None = None
+        self._places: list[Destination] = []
 
     def __enter__(self) -> Self:
         self.on_event.__enter__()
@@ -57,27 +63,45 @@ class Output:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.on_event.__exit__(kind, error, tb)
 
+    def counts(self, place: Destination) -> None:
+        """Say in the result what was asked of this destination, where it counts that. Raises as `prices_of`."""
+        if place.traffic is None:
+            return
+        from snapchain.ops.prices import prices_of
+
+        self.prices = prices_of(os.environ)
+        self._places.append(place)
+
     def plan(self, plan: T, draw: Draw[T], *, problems: Draw[T] | None = None, status: int = 0) -> bool:
         """Show what would be done when the user asked for no more; True when that is so. Else as `show`."""
         if self.dry_run:
-            self._write({"dry_run": True, "plan": plain(plan)}, plan, draw, problems)
+            self._write({"dry_run": True, "plan": plain(plan)}, plan, draw, problems, self._bills())
             self._end(status)
         return self.dry_run
 
-    def show(self, found: T, draw: Draw[T], *, problems: Draw[T] | None = None, status: int = 0) -> None:
+    def show(
+        self,
+        found: T,
+        draw: Draw[T],
+        *,
+        problems: Draw[T] | None = None,
+        status: int = 0,
+        draws_traffic: bool = False,
+    ) -> None:
         """Show what was found by a command that changes nothing.
 
         problems: draws what is wrong in it, on stderr, even with --quiet
         status: the exit code, not 0 for a result with problems
+        draws_traffic: whether a person, too, is told what was asked of the destination
         Raises OutputFailed.
         """
-        self._write(plain(found), found, draw, problems)
+        self._write(plain(found), found, draw, problems, self._bills(), draws_traffic=draws_traffic)
         self._end(status)
 
     def report(self, report: T, draw: Draw[T], *, problems: Draw[T] | None = None, status: int = 0) -> None:
         """Show what was done; as `show`. Raises OutputFailed, with the fact that the work is done."""
         try:
-            self._write(plain(report), report, draw, problems)
+            self._write(plain(report), report, draw, problems, self._bills(), draws_traffic=True)
         except OutputFailed as error:
             failed = OutputFailed(
                 f"the work is done; only its report is lost: {error.message}",
@@ -92,9 +116,26 @@ class Output:
         """Show one of several results of a command that goes on: with --json one object a line. Raises OutputFailed."""
         self._write(plain(value), value, draw, None)
 
-    def _write(self, row: Any, value: T, draw: Draw[T], problems: Draw[T] | None) -> None:
+    def _bills(self) -> list[Bill]:
+        from snapchain.model.traffic import Bill
+
+        counted = [(place.url, place.traffic) for place in self._places]
+        return [Bill.of(url, traffic, self.prices) for url, traffic in counted if traffic is not None]
+
+    def _write(
+        self,
+        row: Any,
+        value: T,
+        draw: Draw[T],
+        problems: Draw[T] | None,
+        bills: Sequence[Bill] = (),
+        *,
+        draws_traffic: bool = False,
+    ) -> None:
         self.on_event.__exit__(None, None, None)
         if self.as_json:
+            if isinstance(row, dict) and bills:
+                row.setdefault("traffic", plain(bills))
             if isinstance(row, dict) and self.on_event.notes:
                 row.setdefault("notices", list(self.on_event.notes))
             sys.stdout.write(json.dumps(row) + "\n")
@@ -103,6 +144,8 @@ class Output:
         try:
             if not self._quiet:
                 draw(console(), value)
+                if draws_traffic:
+                    render.traffic(console(), bills)
                 sys.stdout.flush()
         finally:
             # Also where the report is lost. If stdout and stderr are one place, the report has it already.

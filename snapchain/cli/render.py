@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from snapchain.destination.records import Finding
     from snapchain.model.lease import Lease
+    from snapchain.model.traffic import Bill
 
 UNBOUNDED = 10_000
 """Columns of a file or a pipe, where lines have no end."""
@@ -88,6 +89,27 @@ def facts(console: Console, rows: Iterable[tuple[str, str]]) -> None:
         console.print(f"{'':{_INDENT}}{name:<{width}}  {first}", markup=False, soft_wrap=True)
         for part in rest:
             console.print(f"{'':{width + 2 * _INDENT}}{part}", markup=False, soft_wrap=True)
+
+
+def traffic(console: Console, bills: Iterable[Bill]) -> None:
+    """What was asked of destinations, and what it costs."""
+    shown = list(bills)
+    facts(
+        console,
+        [("requests" if len(shown) == 1 else f"requests to {place(each.destination)}", asked(each)) for each in shown],
+    )
+
+
+def asked(bill: Bill) -> str:
+    """'12 (3 PUT, 1 LIST, 8 GET), 2 repeated (1 after SlowDown), 16.0 MiB up, 1.2 KiB down, 0.0021 USD'"""
+    kinds = {"PUT": bill.puts, "LIST": bill.lists, "GET": bill.gets, "HEAD": bill.heads, "DELETE": bill.deletes}
+    words = [f"{bill.requests} ({', '.join(f'{count} {kind}' for kind, count in kinds.items() if count)})"]
+    if bill.retries:
+        words.append(f"{bill.retries} repeated" + (f" ({bill.refused} after SlowDown)" if bill.refused else ""))
+    words += [f"{quantities.size(bill.bytes_up)} up", f"{quantities.size(bill.bytes_down)} down"]
+    if bill.cost is not None:
+        words.append(f"{bill.cost:.4f} {bill.currency}" if bill.cost >= 0.0001 else f"under 0.0001 {bill.currency}")
+    return ", ".join(words)
 
 
 def folded(text: str, width: int, *, hanging: int = 0) -> list[str]:

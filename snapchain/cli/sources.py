@@ -76,6 +76,7 @@ def opened(
             (error.hint or "").replace("SNAPCHAIN_PASSWORD", ENVIRONMENT).replace("--password-", "--source-password-")
         )
         raise InvalidInput(error.message, subject=error.subject, hint=hint or None) from error
+    out.counts(found)
     for notice in found.notices:
         out.on_event(Notice(notice))
     return found

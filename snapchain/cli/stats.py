@@ -38,6 +38,8 @@ def stats(
     Of a disk: `stored` is all that its points need; `own` is the part that no other disk needs, which dropping the disk
     and a gc would free. `newest` is what the newest point added, and `30 days` all points of the last 30 days.
 
+    With a table of prices (SNAPCHAIN_PRICES), what is stored at an S3 server has a price for a month.
+
     The records of all layers are read, as gc reads them, and no guest data. Of a replica the files are measured.
 
     Damaged records are left out of the counts, and named; then stats ends with exit code 5.
@@ -47,6 +49,9 @@ def stats(
     address = parse_destination(target)
     disk = options.disk_of(address)
     found = options.destination(address.dest, out).usage(disk, on_event=out.on_event)
+    if out.prices is not None:
+        cost = round(out.prices.month(found.stored_bytes), 6)
+        found = found.model_copy(update={"month_cost": cost, "currency": out.prices.currency})
     status = Corrupt.exit_code if found.findings else 0
     out.show(found, partial(_draw, disk=disk), problems=_draw_problems, status=status)
 
@@ -75,6 +80,7 @@ def _draw_all(console: Console, found: StoredUsage) -> None:
             ("compressed", _with_ratio(found.blob_bytes, found.compression)),
             ("maps", size(found.map_bytes) if found.map_bytes else ""),
             ("unreferenced", size(found.unreferenced_bytes) if found.unreferenced_bytes else ""),
+            ("a month", "" if found.month_cost is None else f"{found.month_cost:.2f} {found.currency}"),
         ],
     )
     if found.disks:

@@ -95,7 +95,8 @@ def verify(
         )
     place = options.destination(address.dest, out, limit_rate=limit_rate)
     report = ops.verify(place, options.disk_of(address), share=share, since=since, on_event=out.on_event)
-    out.show(report, _draw, problems=_draw_findings, status=0 if report.ok else Corrupt.exit_code)
+    status = 0 if report.ok else Corrupt.exit_code
+    out.show(report, _draw, problems=_draw_findings, status=status, draws_traffic=True)
 
 
 def _draw(console: Console, report: VerifyReport) -> None:

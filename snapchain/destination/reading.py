@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from snapchain.destination.summary import DiskSummary
     from snapchain.destination.usage import StoredUsage
     from snapchain.model.retention import Rules
+    from snapchain.model.traffic import Traffic
 
 PlanT_co = TypeVar("PlanT_co", covariant=True)
 ReportT_co = TypeVar("ReportT_co", covariant=True)
@@ -214,6 +215,11 @@ class ReadableDestination(Protocol):
 
     @property
     def encryption(self) -> str: ...
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What was asked of its store so far, None where that is not counted: a directory, a replica."""
+        ...
 
     @property
     def id(self) -> str | None: ...

@@ -295,7 +295,10 @@ class GcLimits(Record):
 
 
 class GcPlan(Record):
-    """What a collection would do, in stored bytes, without the few bytes that new records need."""
+    """What a collection would do, in stored bytes, without the few bytes that new records need.
+
+    bytes_locked, objects_locked, locked_until: as of GcReport
+    """
 
     destination: str
     bytes_freed: int
@@ -304,6 +307,9 @@ class GcPlan(Record):
     packs_deleted: int
     packs_moved: int
     bytes_in_use: int
+    bytes_locked: int = 0
+    objects_locked: int = 0
+    locked_until: datetime | None = None
     findings: tuple[Finding, ...] = ()
 
 
@@ -315,6 +321,8 @@ class GcReport(Record):
     bytes_moved: copied out of wasteful or damaged packs
     bytes_left: unused so far, and left for a later collection, since somebody at work may still have a use for it
     waits_for: who that is, for people
+    bytes_locked, objects_locked: unused objects that the store has locked, and that a later collection deletes
+    locked_until: when the last of their locks ends; None also for one that somebody has to release
     findings: damage; all that the damaged points may need was kept
     """
 
@@ -327,4 +335,7 @@ class GcReport(Record):
     packs_moved: int
     bytes_left: int = 0
     waits_for: tuple[str, ...] = ()
+    bytes_locked: int = 0
+    objects_locked: int = 0
+    locked_until: datetime | None = None
     findings: tuple[Finding, ...] = ()

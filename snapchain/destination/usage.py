@@ -89,6 +89,7 @@ class StoredUsage(Record):
     blob_bytes: what these take, compressed and encrypted; map_bytes: what the maps of layers take
     All three are 0 where repetitions are not found and nothing is compressed.
     unreferenced_bytes: of packs, that no record names: `gc` frees them, or most of them
+    month_cost: of all objects, in `currency`; None without a table of prices, and where no requests are counted
     findings: damage for which something is not counted
     """
 
@@ -100,6 +101,8 @@ class StoredUsage(Record):
     blob_bytes: int = 0
     map_bytes: int = 0
     unreferenced_bytes: int = 0
+    month_cost: float | None = None
+    currency: str | None = None
     findings: tuple[Finding, ...] = ()
 
     @computed_field  # type: ignore[prop-decorator]

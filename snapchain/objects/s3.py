@@ -15,13 +15,16 @@ import time
 from array import array
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
+from snapchain.objects.meter import Meter
+from snapchain.objects.pace import Pace
 from snapchain.objects.s3_client import (
     ANSWER_WITHIN,
+    CONNECTIONS,
     Patience,
     Watch,
     WatchedBody,
@@ -31,7 +34,16 @@ from snapchain.objects.s3_client import (
     new_client,
     warnings_about,
 )
-from snapchain.objects.s3_errors import from_s3_error, malformed, page_error, s3_errors, status_of, was_retried
+from snapchain.objects.s3_errors import (
+    from_s3_error,
+    malformed,
+    note_retries,
+    page_error,
+    refuses_pace,
+    s3_errors,
+    status_of,
+    was_retried,
+)
 from snapchain.objects.s3_settings import AS_THE_BUCKET, S3Settings
 from snapchain.objects.store import (
     LARGEST_LISTED_SIZE,
@@ -112,10 +124,13 @@ class S3Store:
         self._page = PAGE
         self._bucket_seen = False
         self._expects = True
+        self._has_lock: bool | None = None
         self._etags_are_md5 = False
         """Whether this server has ever given the MD5 of a whole object as its ETag."""
         self.endpoint = self._client.meta.endpoint_url
-        self._patience = Patience(urlsplit(self.endpoint).netloc, limit=answer_within)
+        self.meter = Meter()
+        self._patience = Patience(urlsplit(self.endpoint).netloc, limit=answer_within, meter=self.meter)
+        self._pace = Pace(CONNECTIONS, sleep=sleep)
         self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
         self.place = f"bucket {bucket} at {canonical(self.endpoint)}"
         self.properties = Properties(
@@ -177,7 +192,8 @@ class S3Store:
                 timeouts += _is_timeout(error)
                 if timeouts == MOST_TIMEOUTS:
                     self._patience.give_up()
-                if attempt == READ_ATTEMPTS or type(error) is not Unavailable or self._patience.is_closed:
+                is_last = attempt == READ_ATTEMPTS or refuses_pace(error.__cause__)
+                if is_last or type(error) is not Unavailable or self._patience.is_closed:
                     raise
             else:
                 # When both come the same again, then this server's ETag is no MD5; unless it has been one before:
@@ -241,6 +257,47 @@ class S3Store:
             if "bucket" in error.message:
                 raise
 
+    def locked_until(self, name: str) -> datetime | None:
+        """As objects/store.py `Locks`. A bucket without Object Lock is asked once."""
+        from botocore.exceptions import ClientError
+
+        valid_name(name)
+        if not self._can_lock():
+            return None
+        with s3_errors(self._subject(name)):
+            try:
+                head = self._ask(name, lambda _: self._client.head_object(Bucket=self._bucket, Key=self._key(name)))
+            except ClientError as error:
+                if status_of(error) == 404:
+                    return None
+                raise
+        if head.get("ObjectLockLegalHoldStatus") == "ON":
+            return datetime.max.replace(tzinfo=UTC)
+        until: datetime | None = head.get("ObjectLockRetainUntilDate")
+        if until is None and "ObjectLockRetainUntilDate" in self._settings.of(name, datetime.now(UTC)):
+            # Without s3:GetObjectRetention S3 does not tell: then what was written with our settings counts as locked.
+            until = head["LastModified"] + timedelta(days=self._settings.lock_days)
+        return until if until is not None and until > datetime.now(UTC) else None
+
+    def _can_lock(self) -> bool:
+        """Whether the bucket has Object Lock; where that is not told, whether we are to lock."""
+        from botocore.exceptions import ClientError
+
+        if self._has_lock is None:
+            with s3_errors(self.url):
+                try:
+                    answer = self._ask("", lambda _: self._client.get_object_lock_configuration(Bucket=self._bucket))
+                except ClientError as error:
+                    if status_of(error) >= 500 and status_of(error) != 501:
+                        raise
+                    code = str(error.response.get("Error", {}).get("Code", ""))
+                    has_none = code == "ObjectLockConfigurationNotFoundError"
+                    self._has_lock = not has_none and self._settings.lock_mode is not None
+                else:
+                    found = answer.get("ObjectLockConfiguration", {})
+                    self._has_lock = found.get("ObjectLockEnabled") == "Enabled"
+        return self._has_lock
+
     def close(self) -> None:
         self._client.close()
 
@@ -267,7 +324,11 @@ class S3Store:
         return f"{self.url}/{name}"
 
     def _ask(self, name: str, request: Callable[[Watch], Result]) -> Result:
-        """What the request returns. Raises botocore's errors, Silent when no answer comes, Unsupported for nonsense."""
+        """What the request returns, made at the store's pace.
+
+        Raises botocore's errors, Silent when no answer comes, Unsupported for nonsense.
+        """
+        tries = 0
 
         def parsed(watch: Watch) -> Result:
             try:
@@ -277,7 +338,24 @@ class S3Store:
             except _NONSENSE as error:  # botocore's parser, about a number, a time or a tag that is none
                 raise malformed(self._subject(name), f"{type(error).__name__}: {error}") from error
 
-        answer = self._patience.within(parsed, subject=self._subject(name))
+        def tried() -> Result:
+            nonlocal tries
+            tries += 1
+            if tries > 1:
+                self.meter.repeated()
+            return self._patience.within(parsed, subject=self._subject(name))
+
+        def is_refusal(error: Exception) -> bool:
+            if not refuses_pace(error):
+                return False
+            self.meter.refused()
+            return True
+
+        try:
+            answer = self._pace.ask(tried, is_refusal=is_refusal)
+        except Exception as error:
+            note_retries(error, tries - 1)
+            raise
         self._bucket_seen = True
         return answer
 
@@ -303,7 +381,7 @@ class S3Store:
 
         def request(watch: Watch) -> PutObjectOutputTypeDef:
             sent = WatchedBody(body, watch)
-            kept: dict[str, Any] = {**more, **self._settings.of(name)}
+            kept: dict[str, Any] = {**more, **self._settings.of(name, datetime.now(UTC))}
             return self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=sent, **kept)
 
         expected = self._expects
@@ -358,6 +436,7 @@ class S3Store:
                 body = io.BytesIO()  # whose value is not copied
                 seen = 0
                 for part in stream.iter_chunks(_PART):
+                    self.meter.received(len(part))
                     body.write(part[max(0, begin - seen) : None if stop is None else max(0, stop - seen)])
                     seen += len(part)
                     check_size(name, seen if begin else body.tell(), subject=subject)

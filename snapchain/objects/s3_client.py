@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from snapchain.errors import InvalidInput, Unavailable
-from snapchain.objects.s3_errors import is_region, malformed, s3_errors
+from snapchain.objects.meter import Meter
+from snapchain.objects.s3_errors import is_region, is_slow_down, malformed, s3_errors
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -30,7 +31,7 @@ LARGEST_ANSWER = 4 * 1024 * 1024
 """Bytes of a response that is no object. A page of 1000 keys of 1024 bytes, each of them escaped, has 3.5 MB."""
 LARGEST_ERROR = 256 * 1024
 CONNECTIONS = 16
-"""Requests in flight at once; more threads than this wait for a connection."""
+"""Requests in flight at once; more threads than this wait for their turn (pace.py)."""
 
 
 def new_client(
@@ -79,7 +80,7 @@ def new_client(
     endpoint_of: Any = made
     endpoint_of._endpoint.http_session = _BoundedSession(endpoint_of._endpoint.http_session)  # noqa: SLF001
     made.meta.events.register("before-send.s3", _begin_attempt)
-    made.meta.events.register_first("needs-retry.s3", _refuse_redirect)
+    made.meta.events.register_first("needs-retry.s3", _judge)
     return made
 
 
@@ -92,15 +93,40 @@ def _without_expect(params: dict[str, Any], **_: object) -> None:
     params["headers"].pop("Expect", None)
 
 
-def _begin_attempt(request: Any, **_: object) -> None:
+def _begin_attempt(request: Any, event_name: str = "", **_: object) -> None:
     watch: Watch | None = getattr(_THIS_THREAD, "watch", None)
     if watch is not None and watch.given_up:
         raise Silent("the request was given up, and is not repeated", subject=urlsplit(request.url).netloc)
     if isinstance(request.body, WatchedBody):
         request.body.begin_attempt()
+    if watch is not None:
+        watch.meter.sent(event_name.rpartition(".")[2], int(request.headers.get("Content-Length") or 0))
 
 
-def _refuse_redirect(response: tuple[Any, dict[str, Any]] | None, operation: Any, **_: object) -> None:
+def _judge(response: tuple[Any, dict[str, Any]] | None, operation: Any, attempts: int, **_: object) -> None:
+    """Count one response, or the lack of one, and raise those of which botocore must not repeat the request."""
+    watch: Watch | None = getattr(_THIS_THREAD, "watch", None)
+    if watch is not None:
+        if attempts > 1:
+            watch.meter.repeated()
+        if response is not None and operation.name != "GetObject":  # whose body is read later, and counted there
+            watch.meter.received(len(response[0].content))
+    if response is not None:
+        _refuse_redirect(response, operation)
+        _refuse_slow_down(response, operation, attempts)
+
+
+def _refuse_slow_down(response: tuple[Any, dict[str, Any]], operation: Any, attempts: int) -> None:
+    """Raise what says that the server wants fewer requests: here it would be repeated at the same pace (pace.py)."""
+    from botocore.exceptions import ClientError
+
+    answer = response[1]
+    if is_slow_down(answer):
+        answer.setdefault("ResponseMetadata", {})["RetryAttempts"] = attempts - 1
+        raise ClientError(answer, operation.name)  # type: ignore[arg-type]
+
+
+def _refuse_redirect(response: tuple[Any, dict[str, Any]], operation: Any) -> None:
     """Raise what redirects, but for AWS that names another region of its own.
 
     Elsewhere botocore would send the request to an address that the server has chosen, or ask for the bucket's region
@@ -108,7 +134,7 @@ def _refuse_redirect(response: tuple[Any, dict[str, Any]] | None, operation: Any
     """
     from botocore.exceptions import ClientError
 
-    if response is None or response[0].status_code not in {301, 302, 303, 307, 308}:
+    if response[0].status_code not in {301, 302, 303, 307, 308}:
         return
     answer = response[1]
     headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
@@ -264,10 +290,11 @@ class Silent(Unavailable):
 
 
 class Watch:
-    """The time of a request's last progress. given_up: nobody waits for the response any more."""
+    """The time of a request's last progress. given_up: nobody waits for the response any more; meter: counts it."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], meter: Meter) -> None:
         self._clock = clock
+        self.meter = meter
         self.moved = clock()
         self.given_up = False
 
@@ -277,10 +304,18 @@ class Watch:
 
 
 class Patience:
-    """One server's. host: named in errors; limit: seconds without progress. Thread-safe."""
+    """One server's. host: named in errors; limit: seconds without progress; meter: counts requests. Thread-safe."""
 
-    def __init__(self, host: str, *, limit: float = ANSWER_WITHIN, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        host: str,
+        *,
+        limit: float = ANSWER_WITHIN,
+        clock: Callable[[], float] = time.monotonic,
+        meter: Meter | None = None,
+    ) -> None:
         self._host = host
+        self._meter = meter or Meter()
         self._limit = limit
         self._clock = clock
         self._closed_until = -1.0
@@ -292,7 +327,7 @@ class Patience:
         """
         if self.is_closed:
             raise self._silent("did not answer a moment ago, and is not asked again yet", subject)
-        watch = Watch(self._clock)
+        watch = Watch(self._clock, self._meter)
         running = _Running(request, watch)
         while not running.done.wait(max(0.0, watch.moved + self._limit - self._clock())):
             if self._clock() >= watch.moved + self._limit:

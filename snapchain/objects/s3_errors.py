@@ -7,12 +7,13 @@ Nothing of botocore leaves snapchain.objects.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.objects.store import Refused
+from snapchain.objects.store import Archived, Refused
 
 
 class Meaning(NamedTuple):
@@ -37,7 +38,10 @@ _REDIRECTED = Meaning(
 _NO_BUCKET = Meaning(NotFound, "there is no such bucket", "create the bucket first; snapchain never does")
 _DAMAGED = Meaning(Unavailable, "the bytes were damaged on their way to the server", "run the command again")
 _FULL = Meaning(Refused, "the server has no room", "free space or raise the quota, then run the command again")
-_ARCHIVED = Meaning(Refused, "the object is in an archive tier", "restore it from the archive tier first")
+_ARCHIVED = Meaning(Archived, "the object is in an archive tier; it is not damaged")
+_NO_LOCK = Meaning(
+    InvalidInput, "the bucket has no Object Lock", "enable it for the bucket, or unset SNAPCHAIN_S3_LOCK_MODE"
+)
 _NOT_THERE = Meaning(NotFound, "no such object")
 _CHANGED = Meaning(Conflict, "a condition of the request did not hold")
 _NOT_DONE = Meaning(Unsupported, "the server does not implement this request")
@@ -204,12 +208,23 @@ def from_s3_error(error: Exception, subject: str, *, sent: int | None = None) ->
         meaning = next((EXCEPTIONS[name] for name in names if name in EXCEPTIONS), fallback)
         words = " ".join(str(error).split())
     message = meaning.message
+    if meaning is _ARCHIVED:
+        meaning = meaning._replace(hint=_how_to_restore(subject))
     if sent is not None and meaning is _TOO_LARGE:
         message = f"an object of {sent} bytes: {message}"
     elif sent is not None and sent > _LARGE and meaning is _BROKEN_OFF:
         meaning = meaning._replace(hint=f"run it again; if only large objects fail, a proxy limits them: {_SMALLER}")
     message = f"{message} ({words[:300]})" if words else message
     return meaning.error(message, subject=subject, hint=meaning.hint)
+
+
+def _how_to_restore(subject: str) -> str:
+    bucket, _, key = subject.removeprefix("s3://").partition("/")
+    words = shlex.join(["aws", "s3api", "restore-object", "--bucket", bucket, "--key", key])
+    return (
+        "let no lifecycle rule archive this bucket; restore this object and others of that tier, wait until they are "
+        f"there, and run the command again: {words} --restore-request Days=14"
+    )
 
 
 def malformed(subject: str, words: str) -> SnapchainError:
@@ -236,6 +251,29 @@ def was_retried(error: Exception) -> bool:
     return bool(response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
 
 
+_SLOW_DOWN = frozenset({"SlowDown", "ServiceUnavailable", "Throttling", "ThrottlingException", "TooManyRequests"})
+
+
+def is_slow_down(answer: dict[str, Any]) -> bool:
+    """Whether a parsed response says that the server wants fewer requests. The one to a HEAD has no code."""
+    code = str(answer.get("Error", {}).get("Code", ""))
+    return code in _SLOW_DOWN or int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) in {429, 503}
+
+
+def refuses_pace(error: BaseException | None) -> bool:
+    """As `is_slow_down`, of an error."""
+    response = getattr(error, "response", None)
+    return isinstance(response, dict) and is_slow_down(response)
+
+
+def note_retries(error: Exception, retries: int) -> None:
+    """Add to the retries that `was_retried` looks for."""
+    response = getattr(error, "response", None)
+    if retries and isinstance(response, dict):
+        metadata = response.setdefault("ResponseMetadata", {})
+        metadata["RetryAttempts"] = metadata.get("RetryAttempts", 0) + retries
+
+
 def _answer_means(response: dict[str, dict[str, Any]], operation: str) -> tuple[Meaning, str]:
     error, metadata = response.get("Error", {}), response.get("ResponseMetadata", {})
     headers: dict[str, str] = metadata.get("HTTPHeaders") or {}
@@ -244,6 +282,8 @@ def _answer_means(response: dict[str, dict[str, Any]], operation: str) -> tuple[
     is_s3 = bool(code) and not code.isdigit()
     words = ": ".join(part for part in (code if is_s3 else f"HTTP {status}", error.get("Message")) if part)
     meaning = CODES.get(code) or STATUSES.get(status)
+    if code == "InvalidRequest" and "Object Lock" in str(error.get("Message", "")):
+        meaning = _NO_LOCK
     if meaning is None and code.startswith("KMS."):
         meaning = Meaning(Refused, "the server's key service refuses", "look at the bucket's KMS key and its policy")
     if meaning is None:

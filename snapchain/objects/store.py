@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from snapchain.errors import Corrupt, InvalidInput, Unavailable
@@ -63,6 +64,10 @@ class Properties:
 
 class Refused(Unavailable):
     """The store answered, and said no: permission, space, credentials.  Useless to retry until somebody acts."""
+
+
+class Archived(Refused):
+    """The object is whole, and in a tier from which it has to be restored before it can be read: never damage."""
 
 
 class ObjectStore(Protocol):
@@ -325,6 +330,18 @@ def settle(store: ObjectStore, name: str) -> None:
     bottom = innermost(store)
     if isinstance(bottom, Settles):
         bottom.settle(name)
+
+
+@runtime_checkable
+class Locks(Protocol):
+    """A store that can keep objects from being deleted until a time."""
+
+    def locked_until(self, name: str) -> datetime | None:
+        """Until when the object cannot be deleted, in UTC; None when it can, or is not there.
+
+        `datetime.max` where somebody has to release it first.
+        """
+        ...
 
 
 def innermost(store: ObjectStore) -> ObjectStore:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from snapchain.destination.summary import DiskSummary
     from snapchain.destination.usage import StoredUsage
     from snapchain.model.retention import Rules
+    from snapchain.model.traffic import Traffic
     from snapchain.replica.stream.messages import BriefDisk
 
 NOT_ENCRYPTED = "none"
@@ -201,6 +202,7 @@ class ReplicaDestination(ReplicaWriting):
     traits: Traits = REPLICA
     id: str | None = None
     encryption = NOT_ENCRYPTED
+    traffic: Traffic | None = None
 
     def __init__(self, endpoint: Endpoint, *, limit_rate: int | None = None) -> None:
         super().__init__(endpoint, policy=RetryPolicy(), limit_rate=limit_rate)

@@ -7,9 +7,10 @@ from snapchain.model.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.objects.store import ObjectStore, Refused
 from snapchain.repository.format import fresh_id
 from snapchain.repository.leases import Mode
+from snapchain.repository.locked import Locked
 from snapchain.repository.mark import Marked, mark
 from snapchain.repository.repository import Repository
-from snapchain.repository.sweep import ANY, estimate, index_objects, sweep
+from snapchain.repository.sweep import ANY, deletable, estimate, index_objects, sweep
 from snapchain.repository.verification import points_on
 
 PATIENCE = 60.0
@@ -19,7 +20,8 @@ PATIENCE = 60.0
 def plan(repository: Repository, limits: GcLimits = ANY) -> GcPlan:
     """Look, and delete nothing. Raises Corrupt when the catalogue of a disk is unsound."""
     marked = mark(repository)
-    would = estimate(marked, limits, index_objects(repository))
+    locked = Locked(repository.store).among(deletable(marked, limits))
+    would = estimate(marked, limits, index_objects(repository), locked)
     return GcPlan(
         destination=repository.store.url,
         bytes_freed=would.bytes_freed,
@@ -28,6 +30,9 @@ def plan(repository: Repository, limits: GcLimits = ANY) -> GcPlan:
         packs_deleted=would.packs_deleted,
         packs_moved=would.packs_moved,
         bytes_in_use=sum(pack.used_bytes for pack in marked.usage),
+        bytes_locked=would.bytes_locked,
+        objects_locked=would.objects_locked,
+        locked_until=would.locked_until,
         findings=_findings(marked),
     )
 
@@ -61,6 +66,9 @@ def run(repository: Repository, limits: GcLimits = ANY, *, on_event: OnEvent = i
         packs_moved=done.packs_moved,
         bytes_left=done.bytes_left,
         waits_for=done.waits_for,
+        bytes_locked=done.bytes_locked,
+        objects_locked=done.objects_locked,
+        locked_until=done.locked_until,
         findings=_findings(done.marked) if done.marked else (),
     )
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from snapchain.errors import SnapchainError
-from snapchain.objects.store import ObjectInfo, ObjectStore
+from snapchain.objects.store import Archived, ObjectInfo, ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 from snapchain.repository.format import damage_name, fresh_id, is_damage, is_id, pack_name
@@ -48,6 +48,8 @@ def read(store: ObjectStore, keys: Keyring, names: Iterable[str]) -> dict[str, f
         try:
             body = unseal(keys, KIND, name, store.get(name))
             packs = parse_stored(DamageRecord, body, what="the record of damage", subject=name).packs
+        except Archived:
+            raise
         except SnapchainError:
             packs = ()
         found[name] = frozenset(pack for pack in packs if is_id(pack))

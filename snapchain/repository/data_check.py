@@ -19,6 +19,7 @@ import numpy as np
 from snapchain.errors import SnapchainError, Unavailable
 from snapchain.model.events import Notice, OnEvent, counting
 from snapchain.model.extents import Int64s
+from snapchain.objects.store import Archived
 from snapchain.repository import verified
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.leaf_proof import Flags
@@ -295,7 +296,10 @@ class DataCheck:
 def check_answers(repository: Repository, error: SnapchainError) -> None:
     """Raises Unavailable when the store no longer answers. What it does not give of one object is a finding about that.
 
-    error: of some call; others than Unavailable tell nothing of the store
+    error: of some call; others than Unavailable tell nothing of the store. One about an object in an archive tier is
+    raised: such an object is no finding
     """
+    if isinstance(error, Archived):
+        raise error
     if isinstance(error, Unavailable):
         repository.store.size(CONFIG)

@@ -27,6 +27,7 @@ from snapchain.destination.summary import DiskSummary, summary_of
 from snapchain.destination.traits import REPOSITORY, Traits
 from snapchain.model import holds
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.objects.meter import traffic_of
 from snapchain.repository.catalogue import Catalogue, Hold, Point, find_point
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.disk_writer import RepositoryWriting
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from snapchain.destination.copying import CopyReader
     from snapchain.destination.usage import StoredUsage
     from snapchain.model.retention import Rules
+    from snapchain.model.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,10 @@ class RepositoryDestination(RepositoryWriting):
     @property
     def encryption(self) -> str:
         return self.repository.config.encryption
+
+    @property
+    def traffic(self) -> Traffic | None:
+        return traffic_of(self.repository.store)
 
     @property
     def id(self) -> str:

@@ -221,7 +221,10 @@ class Chains:
             return []
         chain = [self.layer(each) for each in self.names(layer)]
         view = ChainView(chain, self._repository.blobs, self._composed.of(chain))
-        return joined(Replay(view, map_of(view.size, lost.ranges)).find_bad())
+        bad = joined(Replay(view, map_of(view.size, lost.ranges)).find_bad())
+        for each in bad:
+            check_answers(self._repository, each.error)
+        return bad
 
 
 def _unmapped(layer: str, size: int, lost: Lost) -> list[Bad]:

@@ -29,6 +29,7 @@ from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.extents import Int64s
 from snapchain.repository import layers as records
 from snapchain.repository.catalogue import Catalogue, Point, needed_layers
+from snapchain.repository.data_check import check_answers
 from snapchain.repository.format import PAGE_ROW, RUN_ROW, fresh_id
 from snapchain.repository.ingest import store_page_body
 from snapchain.repository.layer_writer import LayerUpload, Origin
@@ -166,6 +167,7 @@ class Repair:
             try:
                 catalogue = self._repository.catalogue_of(key)
             except SnapchainError as error:
+                check_answers(self._repository, error)
                 findings.append(Finding.of(error, None, ()))
                 continue
             if catalogue is not None:

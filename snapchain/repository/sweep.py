@@ -11,6 +11,7 @@
     sweep    old generations; one new index for all old ones; layers; packs
 
 What is to go was unused at the last look, and nobody can name it any more: deletions may be delayed for any time.
+What the store has locked (locked.py) is left, and stays condemned: a run after the end of the lock deletes it.
 
 Deletion runs in the reverse order of writing: wherever a run is interrupted, nothing that is left names a deleted
 object.  Another run finishes.
@@ -19,9 +20,10 @@ object.  Another run finishes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import accumulate
 
 from snapchain.destination.records import GcLimits
@@ -35,6 +37,7 @@ from snapchain.repository.fence import bury
 from snapchain.repository.format import PACK_BYTES, index_era, is_samples, layer_name, pack_name
 from snapchain.repository.index import IndexedPack, IndexPart
 from snapchain.repository.leases import Holder, Lease, Mode
+from snapchain.repository.locked import Locked, last_of
 from snapchain.repository.mark import Marked, Usage, look_again, mark, unused, wasteful
 from snapchain.repository.moving import move
 from snapchain.repository.packs import read_directory
@@ -64,6 +67,7 @@ class Swept:
     bytes_freed: less than before, new records counted; bytes_added: more than before, where these cost more than what
     was deleted; bytes_moved: blobs copied into new packs
     bytes_left: unused packs that stay for now, since somebody at work may have a use for them; waits_for: who
+    bytes_locked, objects_locked: unused objects that the store has locked; locked_until: the end of the last lock
     marked: what was in use at the end, and what of it is lost
     """
 
@@ -75,6 +79,9 @@ class Swept:
     packs_moved: int = 0
     bytes_left: int = 0
     waits_for: tuple[str, ...] = ()
+    bytes_locked: int = 0
+    objects_locked: int = 0
+    locked_until: datetime | None = None
     marked: Marked | None = None
 
 
@@ -86,14 +93,27 @@ def index_objects(repository: Repository) -> list[ObjectInfo]:
     return sorted(found, key=_age_of) + [info for info in listed if is_samples(info.name)]
 
 
-def estimate(marked: Marked, limits: GcLimits = ANY, indexes: Sequence[ObjectInfo] = ()) -> Swept:
-    """What `sweep` would do, without the new records that moving costs. indexes: see `index_objects`."""
-    wasted, empty = _wasteful(marked, limits), _unused(marked)
+def estimate(
+    marked: Marked,
+    limits: GcLimits = ANY,
+    indexes: Sequence[ObjectInfo] = (),
+    locked: Mapping[str, datetime] | None = None,
+) -> Swept:
+    """What `sweep` would do, without the new records that moving costs.
+
+    indexes: see `index_objects`; locked: those of the objects in `deletable` that the store has locked
+    """
+    stay = locked or {}
+    wasted = [pack for pack in _wasteful(marked, limits) if pack_name(pack.pack) not in stay]
+    empty = [pack for pack in _unused(marked) if pack_name(pack.pack) not in stay]
     rescued = sum(where.stored for key, (_, where) in marked.rescued.items() if key in marked.movable)
     moved = sum(pack.used_bytes for pack in wasted) + rescued
     freed = sum(pack.size for pack in (*wasted, *empty)) - moved
     dead_layers = {name: info.size for name, info in marked.dead_layers.items()}
-    records_gone = marked.dead_generations | marked.dead_claims | dead_layers | marked.stale
+    records = marked.dead_generations | marked.dead_claims | dead_layers | marked.stale
+    records_gone = {name: size for name, size in records.items() if name not in stay}
+    unused = deletable(marked)
+    kept = {name: until for name, until in stay.items() if name in unused}
     goes = [*wasted, *empty]
     replaced = indexes if goes else ()
     # The new index is smaller by what it no longer lists: about as much as its packs are of all.
@@ -104,7 +124,17 @@ def estimate(marked: Marked, limits: GcLimits = ANY, indexes: Sequence[ObjectInf
         objects_deleted=len(records_gone) + len(wasted) + len(empty) + len(replaced),
         packs_deleted=len(wasted) + len(empty),
         packs_moved=len(wasted),
+        bytes_locked=sum(unused[name] for name in kept),
+        objects_locked=len(kept),
+        locked_until=last_of(kept),
     )
+
+
+def deletable(marked: Marked, wasteful_by: GcLimits | None = None) -> dict[str, int]:
+    """Unused objects that a store may have locked -> bytes. wasteful_by: also packs that would be moved from."""
+    wasted = () if wasteful_by is None else _wasteful(marked, wasteful_by)
+    packs = {pack_name(pack.pack): pack.size for pack in (*wasted, *_unused(marked))}
+    return packs | marked.dead_generations | {name: info.size for name, info in marked.dead_layers.items()}
 
 
 def _wasteful(marked: Marked, limits: GcLimits) -> list[Usage]:
@@ -163,6 +193,8 @@ class _Sweep:
         self._repository, self._lease, self._limits, self._patience = repository, lease, limits, patience
         self._on_object, self._on_wait = on_object, on_wait
         self._done = Swept()
+        self._locked = Locked(repository.store)
+        self._kept: dict[str, datetime] = {}
 
     def run(self) -> Swept:
         """As `sweep`."""
@@ -174,13 +206,13 @@ class _Sweep:
         if not self._is_work(marked):
             _note_damage(repository, marked)
             return done
-        wasted = _wasteful(marked, self._limits)
+        wasted = self._movable(marked)
         if (wasted or marked.movable) and not lease.is_alone:
             self._move(marked, wasted)
             done.marked = marked = self._marked()
         _note_damage(repository, marked)
         lease.check()
-        self._delete(marked.dead_generations)
+        self._let_go(marked.dead_generations)
         self._delete(marked.dead_claims)
         said = self._condemn(marked)
         at_work = self._wait(said)
@@ -203,6 +235,13 @@ class _Sweep:
         return bool(said.packs or said.awaits or said.unreadable) or _is_scattered(self._repository)
 
     # --- Moving, as a writer.
+
+    def _movable(self, marked: Marked) -> list[Usage]:
+        """The wasteful packs that can be deleted afterwards; all of those that are condemned."""
+        found = _wasteful(marked, self._limits)
+        emptied = marked.index.condemned.all_packs
+        locked = self._locked.among(pack_name(pack.pack) for pack in found if pack.pack not in emptied)
+        return [pack for pack in found if pack_name(pack.pack) not in locked]
 
     def _move(self, marked: Marked, wasted: Sequence[Usage]) -> None:
         repository = self._repository
@@ -290,6 +329,7 @@ class _Sweep:
         gone = frozenset[str]() if marked.unread or lease.hides_layers else going - in_use
         layers = frozenset[str]().union(*(said.layers[name] for name in ready)) - marked.alive
         avoid = marked.suspect | marked.index.avoid | said.all_packs
+        gone -= self._locked_packs(gone, there)
         lease.check()
         rewritten: _Rewritten | None = None
         if gone or _is_scattered(repository) or _misleads(marked):
@@ -303,8 +343,9 @@ class _Sweep:
         layers = frozenset[str]() if lease.hides_layers else layers - marked.alive
         if marked.unread:
             gone = frozenset[str]()
-        listed = {info.name for info in store.list("layers/")}
-        self._delete(sorted(listed & {layer_name(layer) for layer in layers}))
+        listed = {info.name: info.size for info in store.list("layers/")}
+        due = sorted(listed.keys() & set(map(layer_name, layers)))
+        left = self._let_go({name: listed[name] for name in due})
         self._delete(map(pack_name, sorted(gone)))
         self._delete(marked.stale)
         if rewritten is not None:
@@ -313,22 +354,44 @@ class _Sweep:
             if not rewritten.is_complete:
                 eras.complete_era(store, keys, rewritten.era)
             self._delete([name for name in rewritten.taken if eras.is_end_of_era(name)])
-        self._forget_condemned(said, ready, going - gone)
+        self._forget_condemned(said, ready, going - gone, frozenset(name.rpartition("/")[2] for name in left))
         self._done.packs_deleted = len(gone)
 
-    def _forget_condemned(self, said: Condemned, ready: Sequence[str], stay: frozenset[str]) -> None:
-        """Delete the records of which all is gone, once another says what stays condemned. stay: its packs."""
+    def _forget_condemned(
+        self, said: Condemned, ready: Sequence[str], packs: frozenset[str], layers: frozenset[str]
+    ) -> None:
+        """Delete the records of which all is gone, once another says what stays condemned: these packs and layers."""
         store, keys = self._repository.store, self._repository.keys
         over = [name for name in ready if name]
-        if len(over) == 1 and said.packs[over[0]] == stay and not said.layers[over[0]]:
+        if len(over) == 1 and said.packs[over[0]] == packs and said.layers[over[0]] == layers:
             over = []  # it says what it would say again
         with suppress(Refused):  # then they stay, and say too much
-            if stay and over:
-                condemned.condemn(store, keys, stay, ())
+            if (packs or layers) and over:
+                condemned.condemn(store, keys, packs, layers)
             # What a damaged one lists is condemned anew, but for what may be of those at work.
             unreadable = () if self._lease.writers else said.unreadable
             for name in (*over, *filter(None, said.over(over)), *unreadable):
                 store.delete(name)
+
+    def _locked_packs(self, packs: Collection[str], sizes: Mapping[str, int]) -> frozenset[str]:
+        """Those of these packs that the store has locked."""
+        names = {pack_name(pack): pack for pack in sorted(packs)}
+        locked = self._note_locked({name: sizes[pack] for name, pack in names.items()})
+        return frozenset(names[name] for name in locked)
+
+    def _let_go(self, objects: Mapping[str, int]) -> Collection[str]:
+        """Delete those that the store has not locked; the names of the others. objects: name -> bytes"""
+        locked = self._note_locked(objects)
+        self._delete(name for name in objects if name not in locked)
+        return locked
+
+    def _note_locked(self, objects: Mapping[str, int]) -> Collection[str]:
+        locked = self._locked.among(objects)
+        self._kept |= locked
+        self._done.objects_locked += len(locked)
+        self._done.bytes_locked += sum(objects[name] for name in locked)
+        self._done.locked_until = last_of(self._kept)
+        return locked.keys()
 
     def _delete(self, objects: Iterable[str]) -> None:
         for name in objects:

@@ -24,6 +24,7 @@ from snapchain.guest.snapshot import Quiesce
 from snapchain.model.compression import Compression
 from snapchain.model.points import check_label
 from snapchain.model.retention import Policy
+from snapchain.model.traffic import Prices
 from snapchain.ops.nightly.values import Bytes, Seconds, Share, Window, check_guest_template, check_template
 from snapchain.repository.format import MAX_PACK_BYTES, MIN_PACK_BYTES
 
@@ -190,6 +191,7 @@ class Destination(_Part):
     pack_size: largest object in bytes, instead of the repository's own limit; compression: of what is written to a
     repository; concurrency: disks that ship to it at
     once; keep: instead of the common one; gc: only where the destination needs collecting
+    prices: of an S3 server, for the cost of a run
     """
 
     name: Text
@@ -200,6 +202,7 @@ class Destination(_Part):
     limit_rate: Annotated[Bytes, Field(gt=0)] | None = None
     pack_size: Annotated[Bytes, Field(ge=MIN_PACK_BYTES, le=MAX_PACK_BYTES)] | None = None
     compression: Compression | None = None
+    prices: Prices | None = None
     concurrency: Annotated[int, Field(ge=1, le=16)] = 1
     keep: Policy | None = None
     gc: bool = True

@@ -16,6 +16,7 @@ from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainErr
 from snapchain.host import passphrases
 from snapchain.model.events import ignore
 from snapchain.model.retention import Policy
+from snapchain.model.traffic import Bill
 from snapchain.ops.nightly.config import Destination
 
 _PATIENCE = 2
@@ -42,6 +43,12 @@ class OpenDestination:
     def traits(self) -> Traits:
         """What kind of destination it is; it need not be reachable."""
         return traits_of(self.config.url)
+
+    @property
+    def bill(self) -> Bill | None:
+        """What was asked of it so far in this run, None where that is not counted."""
+        traffic = None if self._opened is None else self._opened.traffic
+        return None if traffic is None else Bill.of(self.name, traffic, self.config.prices)
 
     @property
     def fault(self) -> SnapchainError | None:

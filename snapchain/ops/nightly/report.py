@@ -16,6 +16,7 @@ from snapchain.guest.protocol import State
 from snapchain.guest.snapshot import LeftOut
 from snapchain.merge.run import MergeReport
 from snapchain.model.consistency import Consistency
+from snapchain.model.traffic import Bill
 from snapchain.ops.guest_points_merge import GuestPointsMergeReport
 
 
@@ -171,12 +172,13 @@ class VerifyResult(_Shown):
 
 
 class DestinationReport(_Shown):
-    """What a destination got after all disks."""
+    """What a destination got after all disks. traffic: requests to it in the whole run, where it counts them"""
 
     destination: str
     outcome: Outcome
     gc: GcReport | None = None
     verified: tuple[VerifyResult, ...] = ()
+    traffic: Bill | None = None
     faults: tuple[Fault, ...] = ()
     left: tuple[str, ...] = ()
 

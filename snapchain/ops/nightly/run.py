@@ -278,7 +278,10 @@ class _Run:
         if state.fault is not None:
             self._steps.note("state", state.fault)
         rows = [self._reports.get(disk.name) or untouched(self._config, disk) for disk in found.disks]
-        places = [self._destinations.get(name) or _unused(name) for name in self._night.places]
+        places = [
+            (self._destinations.get(name) or _unused(name)).model_copy(update={"traffic": place.bill})
+            for name, place in self._night.places.items()
+        ]
         roll = self._guest_list
         guests = [self._guest_reports.get(each.name) or untouched_guest(self._config, each) for each in roll.guests]
         turns = [*(row.outcome for row in rows), *(guest.outcome for guest in guests)]
