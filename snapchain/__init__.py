@@ -138,9 +138,9 @@ def open_destination(
     compression: of what is written to a repository; auto is fast, and uses the time that the store needs
     connections: of ssh, to a replica on another host
 
-    Raises InvalidInput for an address that is none and a wrong passphrase, NotFound where there is no repository,
-    Corrupt where it is another or an older one than this machine knows at the address, Unavailable for a server that
-    does not answer.
+    Raises InvalidInput for an address that is none, WrongPassphrase (an InvalidInput), NotFound where there is no
+    repository, Corrupt where it is another or an older one than this machine knows at the address, Unavailable for a
+    server that does not answer.
     """
     from snapchain.destinations import open_destination
     from snapchain.model.compression import parse_compression

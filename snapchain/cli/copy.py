@@ -97,7 +97,7 @@ def copy(
     opened = sources.opened(
         source,
         out,
-        passphrase=sources.passphrase(source_password_file, source_password_command, out),
+        passphrase=sources.passphrase(source_password_file, source_password_command, out, source),
         endpoint=source_endpoint,
         profile=source_profile,
         limit_rate=limit_rate,

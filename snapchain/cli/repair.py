@@ -72,7 +72,7 @@ def repair(
 
     def open_destination(dest: str) -> ReadableDestination:
         if dest not in opened:
-            secret = sources.passphrase(source_password_file, source_password_command, out)
+            secret = sources.passphrase(source_password_file, source_password_command, out, dest)
             opened[dest] = sources.opened(dest, out, passphrase=secret)
         return opened[dest]
 
