@@ -16,7 +16,7 @@ from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import moment, size
 from snapchain.errors import InvalidInput
-from snapchain.host.terminal import numbered
+from snapchain.host.terminal import named, numbered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -295,7 +295,7 @@ def _draw_report(console: Console, report: ShipReport) -> None:
 
 def _draw_damaged(console: Console, report: ShipReport) -> None:
     if report.damaged:
-        render.line(console, f"{report.disk}: still damaged: points {numbered(report.damaged)}", style="red")
+        render.line(console, f"{report.disk}: still damaged: {named('point', report.damaged)}", style="red")
 
 
 def draw_guest_plan(console: Console, plan: GuestShipPlan) -> None:
