@@ -252,6 +252,13 @@ def points_of_the_future(console: Console, disk: str, points: Iterable[int]) -> 
     line(console, words, style="yellow")
 
 
+def unchanged(console: Console, disks: Sequence[str]) -> None:
+    """A note about disks whose new point shows what the one before it shows."""
+    if disks:
+        words = "nothing has changed since the point before, and the new one shows the same"
+        line(console, f"note: {', '.join(disks)}: {words}", style="yellow")
+
+
 def picture(console: Console, layers: Sequence[LayerRow]) -> None:
     """The chain, top first, each layer's strip drawn to the scale of the disk. layers: root first."""
     from rich.text import Text

@@ -291,6 +291,7 @@ def _draw_report(console: Console, report: ShipReport) -> None:
             ("still damaged points", numbered(report.damaged)),
         ],
     )
+    render.unchanged(console, [report.disk] if report.unchanged else [])
 
 
 def _draw_damaged(console: Console, report: ShipReport) -> None:
@@ -355,6 +356,7 @@ def _draw_guest_report(console: Console, report: GuestShipReport) -> None:
             for each in report.disks
         ],
     )
+    render.unchanged(console, [each.disk for each in report.disks if each.unchanged])
     _draw_left_out(console, report.left_out)
 
 
