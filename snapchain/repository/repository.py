@@ -520,7 +520,7 @@ def _is_given(passphrase: Passphrase) -> bool:
 def _unlocked(
     store: ObjectStore, passphrase: Passphrase, config: bytes, slot: str | None, guard: _SlotGuard
 ) -> slots.Unlocked:
-    """What the passphrase opens. A person who has mistyped it is asked again, a few times. Raises as `Repository.open`."""
+    """What the passphrase opens. A person who has mistyped it is asked again. Raises as `Repository.open`."""
     while True:
         secret = _secret(store, passphrase)
         try:
