@@ -170,11 +170,24 @@ class VerifyResult(_Shown):
     findings: tuple[str, ...]
 
 
+class CopyResult(_Shown):
+    """A disk or a guest that was copied. points: their numbers at the copy; present: how many were there already"""
+
+    name: str
+    points: tuple[int, ...]
+    present: int
+    bytes_read: int
+    bytes_stored: int
+    retention: PointsMergeReport | GuestPointsMergeReport | None = None
+
+
 class DestinationReport(_Shown):
-    """What a destination got after all disks."""
+    """What a destination got after all disks. copy_of: name of the destination whose points are copied to it"""
 
     destination: str
     outcome: Outcome
+    copy_of: str | None = None
+    copied: tuple[CopyResult, ...] = ()
     gc: GcReport | None = None
     verified: tuple[VerifyResult, ...] = ()
     faults: tuple[Fault, ...] = ()
