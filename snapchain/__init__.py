@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from snapchain.merge.run import MergeReport
     from snapchain.model.events import Event as Event
     from snapchain.model.retention import Policy as Policy
-    from snapchain.ops.copy import CopyReport
+    from snapchain.ops.copy.request import CopyReport
     from snapchain.ops.init import InitReport
     from snapchain.ops.inspect import InspectReport
     from snapchain.ops.log import LogReport
@@ -258,7 +258,8 @@ def copy(
     point stops no other. Raises NotFound for a name that is nothing in the source, InvalidInput for a copy of a
     repository into itself.
     """
-    from snapchain.ops.copy import CopyRequest, run
+    from snapchain.ops.copy.request import CopyRequest
+    from snapchain.ops.copy.run import run
 
     request = CopyRequest(names=tuple(names), newest=newest, since=since, newer=newer)
     opened = _opened(source, writing=False), _opened(destination, writing=True)

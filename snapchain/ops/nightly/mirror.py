@@ -20,7 +20,9 @@ from snapchain.errors import PartialFailure
 from snapchain.host.terminal import counted
 from snapchain.model.consistency import Consistency
 from snapchain.model.events import Event, Notice, Progress
-from snapchain.ops import copy, guest_points_merge
+from snapchain.ops import guest_points_merge
+from snapchain.ops.copy.request import CopyRequest, DiskPlan, DiskReport
+from snapchain.ops.copy.run import run as copy_points
 from snapchain.ops.guest_points_merge import GuestPointsMergeReport, guest_at
 from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.report import CopyResult
@@ -28,9 +30,9 @@ from snapchain.ops.nightly.state import GuestReached, Reached
 from snapchain.ops.nightly.turn import Night
 
 
-def request_of(place: OpenDestination, name: str) -> copy.CopyRequest:
+def request_of(place: OpenDestination, name: str) -> CopyRequest:
     """For one disk or guest. With rules of its own, the copy has dropped points that are not to come back."""
-    return copy.CopyRequest(names=(glob.escape(name),), newer=not place.policy.is_empty)
+    return CopyRequest(names=(glob.escape(name),), newer=not place.policy.is_empty)
 
 
 class Mirror:
@@ -55,7 +57,7 @@ class Mirror:
         """
         self._night.limits.check()
         with self._source.turn() as source, self._place.turn() as destination:
-            report = copy.run(request_of(self._place, name), source, destination, on_event=self._heard)
+            report = copy_points(request_of(self._place, name), source, destination, on_event=self._heard)
             result = CopyResult(
                 name=name,
                 points=tuple(
@@ -121,7 +123,7 @@ class Mirror:
         self._night.limits.check()
 
 
-def check_whole(disks: Sequence[copy.DiskReport] | Sequence[copy.DiskPlan]) -> None:
+def check_whole(disks: Sequence[DiskReport] | Sequence[DiskPlan]) -> None:
     """Raises PartialFailure for what is not copied."""
     for disk in disks:
         if disk.failed is not None:

@@ -17,7 +17,9 @@ from snapchain.guest.protocol import State as GuestState
 from snapchain.guest.snapshot import LeftOut, SnapshotRequest, plan as plan_snapshot
 from snapchain.host.hooks import missing
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.ops import copy, guest_points_merge, snapshot
+from snapchain.ops import guest_points_merge, snapshot
+from snapchain.ops.copy.plan import plan as plan_copy
+from snapchain.ops.copy.request import CopyPlan
 from snapchain.ops.nightly import local_chain, outlook
 from snapchain.ops.nightly.boot_tests import wanted as wanted_tests
 from snapchain.ops.nightly.config import Nightly
@@ -383,10 +385,10 @@ def _with_copies(
         names = ()
     for name in names:
 
-        def look_at(name: str = name) -> copy.CopyPlan | None:
+        def look_at(name: str = name) -> CopyPlan | None:
             with source.turn() as here, place.turn() as there:
                 try:
-                    return copy.plan(request_of(place, name), here, there)
+                    return plan_copy(request_of(place, name), here, there)
                 except NotFound:  # its first point is yet to come
                     return None
 
