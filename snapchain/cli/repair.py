@@ -96,6 +96,9 @@ def repair(
 
 def _draw_problems(console: Console, done: RepairPlan | RepairReport) -> None:
     _draw_ranges(console, "lost", done.lost)
+    if done.lost:
+        words = "more images, repositories and replicas may have it: name them by --from. `forget` drops such points"
+        render.line(console, words, indent=2)
     render.findings(console, done.findings)
 
 

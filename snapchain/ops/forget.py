@@ -108,7 +108,7 @@ def choose(url: str, disks: Sequence[DiskRecord], request: ForgetRequest) -> tup
     _check(request)
     chosen = _named(url, disks, request) if request.targets else _of_all(url, disks, request)
     if request.policy.is_empty:
-        _check_unheld(disks, chosen)
+        _check_unheld(url, disks, chosen)
     return chosen
 
 
@@ -256,7 +256,7 @@ def _check_of_no_guest(disk: DiskRecord, disks: Sequence[DiskRecord], texts: Seq
     )
 
 
-def _check_unheld(disks: Sequence[DiskRecord], chosen: Sequence[Chosen]) -> None:
+def _check_unheld(url: str, disks: Sequence[DiskRecord], chosen: Sequence[Chosen]) -> None:
     """Raises Conflict where points that were named are held."""
     found = [(f"{name}@{number}", tags) for each in chosen for name, number, tags in _held(disks, each)]
     if not found:
@@ -267,7 +267,7 @@ def _check_unheld(disks: Sequence[DiskRecord], chosen: Sequence[Chosen]) -> None
     raise Conflict(
         f"held points are never forgotten: {shown}{more}",
         subject=chosen[0].name if len(chosen) == 1 else None,
-        hint=f"release them first: snapchain release DEST::{name} --tag {shell_word(tags[0])}",
+        hint=f"release them first: snapchain release {shell_word(f'{url}::{name}')} --tag {shell_word(tags[0])}",
     )
 
 

@@ -182,7 +182,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_points(
         notes += self.purpose == "restored-several"
         if notes == at:
             raise Crash
-        written(self, note)  # type: ignore[arg-type]
+        written(self, note)
 
     with monkeypatch.context() as patch:
         patch.setattr(NoteFile, "write", write_or_die)

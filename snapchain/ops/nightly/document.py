@@ -155,12 +155,14 @@ def _contradicting_copies(config: Nightly) -> Iterator[_Mistake]:
             yield _Mistake(place, f'"{source.name}" is itself a copy: name what is shipped to')
         elif not traits_of(destination.url).branches:
             yield _Mistake(place, f"points are copied to repositories, and this is a {traits_of(destination.url).kind}")
-    for kind, entries in (("disks", config.disks), ("guests", config.guests)):
-        for number, entry in enumerate(entries):
-            for at, name in enumerate(entry.destinations or ()):
-                if name in by_name and (of := by_name[name].copy_of) is not None:
-                    words = f'"{name}" is a copy of "{of}", and nothing else is shipped there: leave it out'
-                    yield _Mistake((kind, number, "destinations", at), words)
+    wanted: list[tuple[Place, tuple[str, ...] | None]] = []
+    wanted += [(("disks", number), each.destinations) for number, each in enumerate(config.disks)]
+    wanted += [(("guests", number), each.destinations) for number, each in enumerate(config.guests)]
+    for entry, names in wanted:
+        for at, name in enumerate(names or ()):
+            if name in by_name and (of := by_name[name].copy_of) is not None:
+                words = f'"{name}" is a copy of "{of}", and nothing else is shipped there: leave it out'
+                yield _Mistake((*entry, "destinations", at), words)
 
 
 def _refusal(mistakes: list[_Mistake], path: Path) -> InvalidInput:
