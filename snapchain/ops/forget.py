@@ -264,10 +264,11 @@ def _check_unheld(url: str, disks: Sequence[DiskRecord], chosen: Sequence[Chosen
     shown = ", ".join(f"{name} ({', '.join(tags)})" for name, tags in found[:_MOST_SHOWN])
     more = f" and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
     name, tags = found[0]
+    place = f"{url}::{name}"
     raise Conflict(
         f"held points are never forgotten: {shown}{more}",
         subject=chosen[0].name if len(chosen) == 1 else None,
-        hint=f"release them first: snapchain release {shell_word(f'{url}::{name}')} --tag {shell_word(tags[0])}",
+        hint=f"release them first: snapchain release {shell_word(place)} --tag {shell_word(tags[0])}",
     )
 
 

@@ -87,7 +87,7 @@ class _Held:
 
 def _reached(row: TurnReport | None, held: Mapping[str, R], config: Nightly) -> Iterator[tuple[str, R | None]]:
     """The destinations of a disk or a guest in this run and earlier ones, with what is known of each."""
-    wanted = [each.destination for each in row.destinations] if row is not None else []
+    wanted: list[str] = [each.destination for each in row.destinations] if row is not None else []
     for destination in dict.fromkeys([*wanted, *held]):
         # One that is no more in the configuration is left out: its lag would only grow.
         if destination in (*wanted, *(each.name for each in config.destinations)):

@@ -132,7 +132,8 @@ class NightlyPlan(_Shown):
     @property
     def sound(self) -> bool:
         """Whether nothing stands against a whole run, but for the hour."""
-        turns = [each.faults for each in (*self.disks, *self.guests, *self.destinations)]
+        turns = [*(disk.faults for disk in self.disks), *(guest.faults for guest in self.guests)]
+        turns += [place.faults for place in self.destinations]
         return not self.faults and not any(turns)
 
 

@@ -334,8 +334,8 @@ class SeveralRestoration:
             guests=tuple(guests),
             restored_before=tuple(before),
             failed=tuple(failed),
-            bytes_written=sum(each.bytes_written for each in (*disks, *guests)),
-            bytes_resumed=sum(each.bytes_resumed for each in (*disks, *guests)),
+            bytes_written=sum(each.bytes_written for each in disks) + sum(each.bytes_written for each in guests),
+            bytes_resumed=sum(each.bytes_resumed for each in disks) + sum(each.bytes_resumed for each in guests),
             seconds=time.monotonic() - begun,
         )
 
