@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from snapchain.merge.run import MergeReport
     from snapchain.model.events import Event as Event
     from snapchain.model.retention import Policy as Policy
-    from snapchain.ops.copy import CopyReport
+    from snapchain.ops.copy.request import CopyReport
     from snapchain.ops.init import InitReport
     from snapchain.ops.inspect import InspectReport
     from snapchain.ops.log import LogReport
@@ -138,9 +138,9 @@ def open_destination(
     compression: of what is written to a repository; auto is fast, and uses the time that the store needs
     connections: of ssh, to a replica on another host
 
-    Raises InvalidInput for an address that is none and a wrong passphrase, NotFound where there is no repository,
-    Corrupt where it is another or an older one than this machine knows at the address, Unavailable for a server that
-    does not answer.
+    Raises InvalidInput for an address that is none, WrongPassphrase (an InvalidInput), NotFound where there is no
+    repository, Corrupt where it is another or an older one than this machine knows at the address, Unavailable for a
+    server that does not answer.
     """
     from snapchain.destinations import open_destination
     from snapchain.model.compression import parse_compression
@@ -258,7 +258,8 @@ def copy(
     point stops no other. Raises NotFound for a name that is nothing in the source, InvalidInput for a copy of a
     repository into itself.
     """
-    from snapchain.ops.copy import CopyRequest, run
+    from snapchain.ops.copy.request import CopyRequest
+    from snapchain.ops.copy.run import run
 
     request = CopyRequest(names=tuple(names), newest=newest, since=since, newer=newer)
     opened = _opened(source, writing=False), _opened(destination, writing=True)

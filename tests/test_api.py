@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import snapchain
-from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, WrongPassphrase
 from tests.cli.conftest import made_disk, qemu_img, write
 
 NAMES = {
@@ -177,7 +177,7 @@ def test_what_is_wrong_is_an_error_of_the_tree(image: Path) -> None:
     snapchain.create_repository("backup", passphrase=SECRET)
     with pytest.raises(Conflict, match="already"):
         snapchain.create_repository("backup", passphrase=SECRET)
-    with pytest.raises(InvalidInput, match="wrong passphrase"):
+    with pytest.raises(WrongPassphrase, match="wrong passphrase"):
         snapchain.open_destination("backup", passphrase="wrong")
     with pytest.raises(InvalidInput, match="last"):
         snapchain.Policy(last=-7)

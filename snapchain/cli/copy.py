@@ -16,7 +16,7 @@ from snapchain.host.terminal import counted, numbered
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.copy import CopyPlan, CopyReport, DiskPlan, DiskReport
+    from snapchain.ops.copy.request import CopyPlan, CopyReport, DiskPlan, DiskReport
 
 
 @verb(
@@ -85,9 +85,11 @@ def copy(
     SNAPCHAIN_SOURCE_PASSWORD is for a source without encryption.
     """
     from snapchain.destinations import traits_of
-    from snapchain.ops import copy as ops
+    from snapchain.ops.copy.plan import plan
+    from snapchain.ops.copy.request import CopyRequest
+    from snapchain.ops.copy.run import run
 
-    request = ops.CopyRequest(names=tuple(names or ()), newest=newest, since=since, newer=newer)
+    request = CopyRequest(names=tuple(names or ()), newest=newest, since=since, newer=newer)
     request.check()
     for address in (source, dest):
         _check_destination(address)
@@ -97,17 +99,17 @@ def copy(
     opened = sources.opened(
         source,
         out,
-        passphrase=sources.passphrase(source_password_file, source_password_command, out),
+        passphrase=sources.passphrase(source_password_file, source_password_command, out, source),
         endpoint=source_endpoint,
         profile=source_profile,
         limit_rate=limit_rate,
     )
     to = options.destination(dest, out, writing=not out.dry_run, limit_rate=limit_rate, pack_size_text=pack_size)
     if out.dry_run:
-        plan = ops.plan(request, opened, to, on_event=out.on_event)
-        out.plan(plan, _draw_plan, problems=_draw_problems, status=_status(plan))
+        planned = plan(request, opened, to, on_event=out.on_event)
+        out.plan(planned, _draw_plan, problems=_draw_problems, status=_status(planned))
         return
-    report = ops.run(request, opened, to, on_event=out.on_event)
+    report = run(request, opened, to, on_event=out.on_event)
     out.report(report, _draw_report, problems=_draw_problems, status=_status(report))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import tzinfo
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from snapchain.cli import merge_tables, options, policy_options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.quantities import named_zone, size
+from snapchain.cli.quantities import size
 from snapchain.errors import Conflict, Corrupt, InvalidInput, PartialFailure
 from snapchain.host.terminal import counted, numbered, shell_word
 from snapchain.model.retention import Policy
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from snapchain.ops.forget import ForgetPlan, ForgetReport
 
 _WHICH = "Which points go"
+_STAY = "Which points stay"
 
 
 @verb(
@@ -36,7 +38,8 @@ _WHICH = "Which points go"
     when_interrupted="no other point was touched; `snapchain log` shows which are left; run it again for these",
 )
 @options.takes_output(passphrase=True)
-@policy_options.takes_policy(panel="Which points stay")
+@policy_options.takes_policy(panel=_STAY)
+@policy_options.takes_zone(panel=_STAY)
 def forget(
     targets: Annotated[
         list[str],
@@ -62,15 +65,7 @@ def forget(
         ),
     ] = None,
     policy: Policy,
-    zone_name: Annotated[
-        str | None,
-        typer.Option(
-            "--time-zone",
-            metavar="ZONE",
-            help="Time zone that decides what a day is: Europe/Berlin. By default this machine's.",
-            rich_help_panel="Which points stay",
-        ),
-    ] = None,
+    zone: tzinfo,
     out: Output,
 ) -> None:
     """Drop points of disks and guests at a destination. Data that other points need stays.
@@ -93,7 +88,6 @@ def forget(
     """
     from snapchain.ops import forget as ops
 
-    zone = named_zone(zone_name)
     dest, named = _one_destination(targets)
     request = ops.ForgetRequest(
         targets=named, patterns=tuple(patterns or ()), policy=policy, all_points=all_points, zone=zone

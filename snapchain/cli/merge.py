@@ -12,7 +12,6 @@ import typer
 from snapchain.cli import guest_options, merge_tables, options, policy_options, quantities
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.quantities import named_zone
 from snapchain.errors import Corrupt, InvalidInput, NotFound, PartialFailure
 from snapchain.guest.address import GuestAddress
 from snapchain.model.merging import Strategy
@@ -48,6 +47,7 @@ _STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
 )
 @options.takes_output(passphrase=True)
 @policy_options.takes_policy(panel=_KEEP)
+@policy_options.takes_zone(panel=_KEEP)
 @guest_options.takes_guest(instead_of="target", metavar="ADDRESS")
 def merge(
     target: Annotated[
@@ -99,15 +99,7 @@ def merge(
         ),
     ] = None,
     policy: Policy,
-    zone_name: Annotated[
-        str | None,
-        typer.Option(
-            "--time-zone",
-            metavar="ZONE",
-            help="Time zone that decides what a day is: Europe/Berlin. By default this machine's.",
-            rich_help_panel=_KEEP,
-        ),
-    ] = None,
+    zone: tzinfo,
     max_layers: Annotated[
         int | None,
         typer.Option(
@@ -204,7 +196,6 @@ def merge(
     from snapchain.destination.address import ImageAddress, parse_address, parse_disk_address
     from snapchain.ops import merge as ops
 
-    zone = named_zone(zone_name)
     if guest is None and (disks or idle or limit_rate is not None):
         raise InvalidInput("--disk, --idle and --limit-rate are for guests", hint="name one: --domain or --qmp")
     address = None if target is None else parse_address(target)

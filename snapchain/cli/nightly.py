@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.ops.nightly.preview import DiskPreview, GuestPreview, NightlyPlan
-    from snapchain.ops.nightly.report import DiskReport, Fault, GuestReport, NightlyReport, TurnReport
+    from snapchain.ops.nightly.report import (
+        DestinationReport,
+        DiskReport,
+        Fault,
+        GuestReport,
+        NightlyReport,
+        TurnReport,
+    )
     from snapchain.ops.nightly.systemd import Units
 
 _NAMES = 4
@@ -119,7 +126,10 @@ def _draw_plan(console: Console, plan: NightlyPlan, *, points: bool) -> None:
         )
     for each in plan.destinations:
         verify = f"verify {', '.join(each.verify)}" if each.verify else ""
-        words = ", ".join(filter(None, ["gc" if each.gc else "", verify]))
+        copies = ""
+        if each.copy_of is not None:
+            copies = f"copy of {each.copy_of}: lacks {counted(each.would_copy, 'point')}, {size(each.bytes_to_copy)}"
+        words = ", ".join(filter(None, [copies, "gc" if each.gc else "", verify]))
         render.line(console, f"{each.destination}: {words or 'nothing more'}", indent=2)
     for test in plan.tests:
         render.line(console, f"boot test: {test.guest} from {test.destination}", indent=2)
@@ -131,6 +141,7 @@ def _draw_plan(console: Console, plan: NightlyPlan, *, points: bool) -> None:
 
 def _draw_plan_problems(console: Console, plan: NightlyPlan) -> None:
     rows = [("", plan.faults, ()), *((disk.disk, disk.faults, ()) for disk in plan.disks)]
+    rows += [(each.destination, each.faults, ()) for each in plan.destinations]
     _draw_faults(console, [*rows, *((guest.guest, guest.faults, ()) for guest in plan.guests)])
 
 
@@ -160,6 +171,11 @@ def _draw_decisions(console: Console, plan: NightlyPlan, *, points: bool) -> Non
     _draw_further(console, len(found), points=points)
 
 
+def _copied(place: DestinationReport) -> str:
+    points, read = sum(len(each.points) for each in place.copied), sum(each.bytes_read for each in place.copied)
+    return f"copied {counted(points, 'point')} of {place.copy_of}, {size(read)}"
+
+
 def _draw_dropped(console: Console, report: NightlyReport, *, points: bool) -> None:
     """What the rules have dropped: a line for each disk."""
     turns: list[tuple[str, TurnReport]] = [(disk.disk, disk) for disk in report.disks]
@@ -168,6 +184,12 @@ def _draw_dropped(console: Console, report: NightlyReport, *, points: bool) -> N
         (name, each.destination, each.retention)
         for name, turn in turns
         for each in turn.destinations
+        if each.retention is not None and each.retention.points_dropped
+    ]
+    found += [
+        (each.name, place.destination, each.retention)
+        for place in report.destinations
+        for each in place.copied
         if each.retention is not None and each.retention.points_dropped
     ]
     for name, place, done in found if points else found[:_DROPS]:
@@ -219,7 +241,8 @@ def _draw_report(console: Console, report: NightlyReport, *, points: bool) -> No
             [_guest_row(guest) for guest in report.guests],
         )
     for each in report.destinations:
-        facts = [f"gc freed {size(each.gc.bytes_freed)}"] if each.gc else []
+        facts = [_copied(each)] if each.copy_of is not None else []
+        facts += [f"gc freed {size(each.gc.bytes_freed)}"] if each.gc else []
         facts += [f"verified {size(result.checked_bytes)} of {result.disk}" for result in each.verified]
         words = ", ".join(facts)
         render.line(console, f"{each.destination}: {each.outcome.value}{f', {words}' if words else ''}", indent=2)

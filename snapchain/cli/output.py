@@ -75,7 +75,7 @@ class Output:
     def plan(self, plan: T, draw: Draw[T], *, problems: Draw[T] | None = None, status: int = 0) -> bool:
         """Show what would be done when the user asked for no more; True when that is so. Else as `show`."""
         if self.dry_run:
-            self._write({"dry_run": True, "plan": plain(plan)}, plan, draw, problems, self._bills())
+            self._write({"dry_run": True, "plan": plain(plan)}, plan, draw, problems, status, self._bills())
             self._end(status)
         return self.dry_run
 
@@ -95,13 +95,13 @@ class Output:
         draws_traffic: whether a person, too, is told what was asked of the destination
         Raises OutputFailed.
         """
-        self._write(plain(found), found, draw, problems, self._bills(), draws_traffic=draws_traffic)
+        self._write(plain(found), found, draw, problems, status, self._bills(), draws_traffic=draws_traffic)
         self._end(status)
 
     def report(self, report: T, draw: Draw[T], *, problems: Draw[T] | None = None, status: int = 0) -> None:
         """Show what was done; as `show`. Raises OutputFailed, with the fact that the work is done."""
         try:
-            self._write(plain(report), report, draw, problems, self._bills(), draws_traffic=True)
+            self._write(plain(report), report, draw, problems, status, self._bills(), draws_traffic=True)
         except OutputFailed as error:
             failed = OutputFailed(
                 f"the work is done; only its report is lost: {error.message}",
@@ -114,7 +114,7 @@ class Output:
 
     def row(self, value: T, draw: Draw[T]) -> None:
         """Show one of several results of a command that goes on: with --json one object a line. Raises OutputFailed."""
-        self._write(plain(value), value, draw, None)
+        self._write(plain(value), value, draw, None, 0)
 
     def _bills(self) -> list[Bill]:
         from snapchain.model.traffic import Bill
@@ -128,6 +128,7 @@ class Output:
         value: T,
         draw: Draw[T],
         problems: Draw[T] | None,
+        status: int,
         bills: Sequence[Bill] = (),
         *,
         draws_traffic: bool = False,
@@ -148,10 +149,19 @@ class Output:
                     render.traffic(console(), bills)
                 sys.stdout.flush()
         finally:
-            # Also where the report is lost. If stdout and stderr are one place, the report has it already.
-            if problems is not None and (self._quiet or not streams.same_place()):
-                problems(console(stderr=True), value)
-                sys.stderr.flush()
+            if problems is not None:
+                self._write_problems(value, problems, status)
+
+    def _write_problems(self, value: T, problems: Draw[T], status: int) -> None:
+        """What is wrong, on stderr, where the reader of stderr has not seen it in the report. Also if that is lost."""
+        if not self._quiet and streams.same_place():
+            return
+        if not self._quiet and status and streams.is_piped_from_a_terminal():
+            # The rows would most likely be on the terminal twice, but `| grep` may also have hidden them.
+            sys.stderr.write(f"snapchain: exit code {status}: the report says what is wrong\n")
+        else:
+            problems(console(stderr=True), value)
+        sys.stderr.flush()
 
     @staticmethod
     def _end(status: int) -> None:

@@ -1,14 +1,16 @@
-"""The options --keep-*: one for each rule of a retention policy, which defines them."""
+"""The options --keep-*, one for each rule of a retention policy, which defines them, and --time-zone."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from datetime import tzinfo
 from typing import Annotated, Any
 
 import typer
 
 from snapchain.cli.options import as_parameter, in_the_place_of
+from snapchain.cli.quantities import named_zone
 from snapchain.errors import InvalidInput
 
 
@@ -43,3 +45,18 @@ def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[...,
             raise
 
     return in_the_place_of("policy", [*map(parameter, Policy.model_fields)], value)
+
+
+def takes_zone(*, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb with a parameter `zone` the option --time-zone, by which calendar rules count days."""
+    shown = typer.Option(
+        "--time-zone",
+        metavar="ZONE",
+        help="Time zone that decides what a day is: Europe/Berlin. By default this machine's.",
+        rich_help_panel=panel,
+    )
+
+    def value(given: dict[str, Any], _: object) -> tzinfo:
+        return named_zone(given["zone_name"])
+
+    return in_the_place_of("zone", [as_parameter("zone_name", Annotated[str | None, shown])], value)

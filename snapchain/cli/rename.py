@@ -8,7 +8,7 @@ from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.errors import InvalidInput
-from snapchain.host.terminal import counted
+from snapchain.host.terminal import counted, shell_word
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,13 @@ def rename(
     """
     from snapchain.destination.address import parse_disk_address
 
-    source, target = parse_disk_address(old), parse_disk_address(new)
+    source = parse_disk_address(old)
+    try:
+        target = parse_disk_address(new)
+    except InvalidInput as error:
+        if "::" not in new:
+            error.hint = f"write the whole address: {shell_word(f'{source.dest}::{new}')}"
+        raise
     if source.dest != target.dest:
         raise InvalidInput(
             "rename works inside one destination",

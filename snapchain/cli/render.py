@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapchain.cli import quantities
-from snapchain.host.terminal import numbered, printable
+from snapchain.host.terminal import named, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,8 +129,8 @@ def folded(text: str, width: int, *, hanging: int = 0) -> list[str]:
 def findings(console: Console, found: Iterable[Finding]) -> None:
     """What is damaged, a line each, with the points that it affects."""
     for finding in found:
-        points = numbered(finding.points)
-        of = f" (disk {finding.disk}, points {points})" if finding.disk and points else ""
+        points = named("point", finding.points)
+        of = f" (disk {finding.disk}, {points})" if finding.disk and points else ""
         line(console, f"{finding.kind}: {finding.subject}: {finding.message}{of}", style="red", indent=2)
 
 
@@ -268,12 +268,19 @@ def is_unicode(console: Console) -> bool:
 
 def points_of_the_future(console: Console, disk: str, points: Iterable[int]) -> None:
     """A note where points are dated later than the clock."""
-    named = list(points)
-    if not named:
+    numbers = list(points)
+    if not numbers:
         return
-    which = f"point {named[0]} is" if len(named) == 1 else f"points {numbered(named)} are"
+    which = f"{named('point', numbers)} {'is' if len(numbers) == 1 else 'are'}"
     words = f"note: {disk}: {which} dated in the future: a clock was wrong. No rule counts or drops such points"
     line(console, words, style="yellow")
+
+
+def unchanged(console: Console, disks: Sequence[str]) -> None:
+    """A note about disks whose new point shows what the one before it shows."""
+    if disks:
+        words = "nothing has changed since the point before, and the new one shows the same"
+        line(console, f"note: {', '.join(disks)}: {words}", style="yellow")
 
 
 def picture(console: Console, layers: Sequence[LayerRow]) -> None:

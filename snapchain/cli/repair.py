@@ -10,7 +10,7 @@ from snapchain.cli import options, quantities, render, sources
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.errors import Corrupt
-from snapchain.host.terminal import counted, numbered
+from snapchain.host.terminal import counted, named
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +72,7 @@ def repair(
 
     def open_destination(dest: str) -> ReadableDestination:
         if dest not in opened:
-            secret = sources.passphrase(source_password_file, source_password_command, out)
+            secret = sources.passphrase(source_password_file, source_password_command, out, dest)
             opened[dest] = sources.opened(dest, out, passphrase=secret)
         return opened[dest]
 
@@ -96,6 +96,9 @@ def repair(
 
 def _draw_problems(console: Console, done: RepairPlan | RepairReport) -> None:
     _draw_ranges(console, "lost", done.lost)
+    if done.lost:
+        words = "more images, repositories and replicas may have it: name them by --from. `forget` drops such points"
+        render.line(console, words, indent=2)
     render.findings(console, done.findings)
 
 
@@ -105,7 +108,7 @@ def _draw_plan(console: Console, plan: RepairPlan) -> None:
     else:
         render.headline(console, f"would repair {render.place(plan.destination)}")
     render.facts(console, _facts(plan))
-    _draw_ranges(console, "damaged", plan.damaged)
+    _draw_ranges(console, "damaged", tuple(each for each in plan.damaged if each not in plan.lost))
     _draw_problems(console, plan)
 
 
@@ -136,7 +139,7 @@ def _summary(ranges: tuple[LostRange, ...]) -> str:
 
 def _draw_ranges(console: Console, word: str, ranges: tuple[LostRange, ...]) -> None:
     for each in ranges[:_SHOWN]:
-        points = f"points {numbered(each.points)}"
+        points = named("point", each.points)
         where = f"guest bytes {each.offset} to {each.offset + each.length}"
         render.line(console, f"{word}: {each.disk}, {points}: {where}: {each.subject}", indent=2)
     if len(ranges) > _SHOWN:

@@ -1,6 +1,7 @@
 """`snapchain restore DEST::DISK[@POINT] OUT`: write a point to a new file, a device or stdout, or as a whole chain.
 
 `snapchain restore DEST::GUEST[@POINT] DIR`: all disks of a guest point, and a definition on them.
+`snapchain restore DEST DIR --match PATTERN`: all disks and guests that match.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from snapchain.host.terminal import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from snapchain.destination.address import PointAddress
     from snapchain.destination.protocol import Destination
     from snapchain.ops.guest_points import GuestView
     from snapchain.ops.restore.guest import GuestRestorePlan, GuestRestoreReport, GuestRestoreRequest
     from snapchain.ops.restore.run import Restoration
+    from snapchain.ops.restore.several import SeveralPlan, SeveralReport, SeveralRequest
     from snapchain.ops.restore.target import RestorePlan, RestoreReport
 
 _GUEST = "Guests"
+_SEVERAL = "Several disks and guests"
 _STREAM = "-"
 
 
@@ -45,6 +49,8 @@ _STREAM = "-"
     snapchain restore /backup::web1/vda - --format raw | ssh kvm2 dd of=/dev/vg0/web1 bs=1M
     snapchain restore /backup::web1 /images/web1
     snapchain restore /backup::web1@before-upgrade /images/web2 --define --new-name web2
+    snapchain restore /backup /images --match '*' --dry-run
+    snapchain restore s3://bucket/prefix /images --match 'web*' --match 'db*' --point yesterday
     """,
     when_interrupted="OUT was not made (a device or a stream has a part of the point); run it again: what was written "
     "of a file, if it is much, is continued, and so are the disks of a guest",
@@ -56,7 +62,8 @@ def restore(
         options.address(
             metavar="DEST::DISK|GUEST[@POINT]",
             help="The disk or the guest, and the point: latest (default), a number, a label, or a time. A time means "
-            "the newest point not after it; a date such as 2026-11-30, or yesterday, means the end of that day here.",
+            "the newest point not after it; a date such as 2026-11-30, or yesterday, means the end of that day here. "
+            "With --match a destination.",
         ),
     ],
     out_path: Annotated[
@@ -64,10 +71,28 @@ def restore(
         typer.Argument(
             readable=False,
             metavar="OUT",
-            help="A new file, a block device, a guest's directory, or - for standard output.",
+            help="A new file, a block device, the directory of a guest or of --match, or - for standard output.",
         ),
     ],
     *,
+    match: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--match",
+            metavar="PATTERN",
+            help="All disks and guests of DEST whose name fits: 'web*', or '*' for all. May be repeated.",
+            rich_help_panel=_SEVERAL,
+        ),
+    ] = None,
+    point: Annotated[
+        str | None,
+        typer.Option(
+            "--point",
+            metavar="POINT",
+            help="Of each of them this point, such as yesterday. By default the newest.",
+            rich_help_panel=_SEVERAL,
+        ),
+    ] = None,
     chain: Annotated[
         bool,
         typer.Option(
@@ -149,17 +174,43 @@ def restore(
     paths: GUEST.xml for libvirt, else GUEST.sh with QEMU's command line. The definition is written when all disks are
     there. No file is replaced. Disks that were not recorded and devices of the old host are left out of the
     definition, and are listed. A hand-written command in a definition comes back as it was: read it before you run it.
+
+    With --match, DIR gets a directory for each guest that matches, and a file for each disk that is of no guest:
+    DIR/web1/vda.qcow2. One that cannot be restored is reported, the others are restored, and the exit code is 10. No
+    file is replaced. Run it again to continue: it takes the points that the first run has chosen, and leaves what is
+    restored already. --dry-run shows the sizes, and about how long it takes.
     """
-    from snapchain.destination.address import parse_point_address
     from snapchain.host.files import UNCHANGED, standing_of
     from snapchain.ops.guest_points import find_guest, guest_named, records_of
     from snapchain.ops.restore.run import Restoration
 
     standing = standing_of(owner, mode)
     is_stream = str(out_path) == _STREAM
+    for_guests = defines or connect is not None or new_name is not None or new_identity
+    if match:
+        if chain or force or allow_damaged or for_guests or is_stream:
+            raise InvalidInput(
+                "--match goes with neither standard output nor --chain, --force, --allow-damaged, --define, --connect, "
+                "--new-name and --new-identity",
+                hint="restore such a disk or guest by its name: DEST::DISK",
+            )
+        dest = _destination_alone(source)
+        from snapchain.ops.restore.several import SeveralRequest
+
+        several = SeveralRequest(
+            directory=out_path,
+            patterns=tuple(match),
+            point=point,
+            format=options.format_of(image_format),
+            standing=standing,
+        )
+        _restore_several(options.destination(dest, out, limit_rate=limit_rate, connections=connections), several, out)
+        return
+    if point is not None:
+        raise InvalidInput("--point goes with --match", subject=source, hint=f"write DEST::DISK@{point}")
     if is_stream:
         _check_stream(source, image_format, is_new_file=chain or force or standing != UNCHANGED, dry_run=out.dry_run)
-    address = parse_point_address(source)
+    address = _point_address(source)
     place = options.destination(
         address.dest,
         out,
@@ -192,7 +243,6 @@ def restore(
         _restore_guest(place, view, request, out)
 
     view: GuestView | None = None
-    for_guests = defines or connect is not None or new_name is not None or new_identity
     if for_guests or _is_directory(out_path):
         view = find_guest(place, address.disk)
         if view is not None:
@@ -232,6 +282,42 @@ def restore(
             # The hint of a disk that was renamed has its new name.
             subject = f"{place.url}::{address.disk}"
             raise NotFound("there is no such disk or guest", subject=subject, hint=error.hint) from error
+
+
+def _point_address(text: str) -> PointAddress:
+    from snapchain.destination.address import parse_point_address
+
+    try:
+        return parse_point_address(text)
+    except InvalidInput as error:
+        if error.message == "no disk is named":
+            error.hint = f"{error.hint}; or choose several: --match 'web*', and --match '*' for all"
+        raise
+
+
+def _destination_alone(text: str) -> str:
+    from snapchain.destination.address import PointAddress, parse_destination
+
+    address = parse_destination(text)
+    if isinstance(address, PointAddress):
+        raise InvalidInput(
+            "--match chooses among all disks, and one is named", subject=text, hint="name DEST alone, or leave it out"
+        )
+    return address.dest
+
+
+def _restore_several(place: Destination, request: SeveralRequest, out: Output) -> None:
+    from snapchain.ops.restore.several import SeveralRestoration
+
+    work = SeveralRestoration(place, request, on_event=out.on_event)
+    if out.dry_run:
+        plan = work.plan()
+        status = 0 if plan.ok else PartialFailure.exit_code
+        out.plan(plan, _draw_several_plan, problems=_draw_failed, status=status)
+        return
+    report = work.run()
+    status = 0 if report.ok else PartialFailure.exit_code
+    out.report(report, _draw_several, problems=_draw_failed, status=status)
 
 
 def _is_directory(path: Path) -> bool:
@@ -313,7 +399,69 @@ def _draw_plan(console: Console, plan: RestorePlan) -> None:
     )
 
 
-def _to_fetch(plan: RestorePlan) -> str:
+def _draw_several_plan(console: Console, plan: SeveralPlan) -> None:
+    disks = sum(len(each.disks) for each in plan.items)
+    where = render.place(plan.directory)
+    render.headline(console, f"would restore {counted(disks, 'disk')} of {render.place(plan.source)} to {where}")
+    render.facts(
+        console,
+        [
+            ("to write", f"{size(plan.bytes_to_write)}, {size(plan.bytes_free)} are free"),
+            ("to fetch", _to_fetch(plan)),
+            ("there already", ", ".join(plan.restored_before)),
+        ],
+    )
+    render.table(
+        console,
+        ["disk", "point>", "of", "virtual size>?", "data>", "file~"],
+        [
+            (
+                disk.disk,
+                str(disk.point),
+                moment(each.time),
+                size(disk.virtual_size),
+                size(disk.data_bytes),
+                render.place(disk.output),
+            )
+            for each in plan.items
+            for disk in each.disks
+        ],
+    )
+    if plan.bytes_to_write > plan.bytes_free:
+        render.line(console, "note: that is more than is free there", style="yellow")
+    _draw_failed(console, plan)
+
+
+def _draw_several(console: Console, report: SeveralReport) -> None:
+    count = len(report.disks) + sum(len(each.disks) for each in report.guests)
+    render.headline(console, f"restored {counted(count, 'disk')} to {render.place(report.directory)}")
+    render.facts(
+        console,
+        [
+            ("written", size(report.bytes_written)),
+            ("there already", ", ".join(report.restored_before)),
+            ("took", duration(report.seconds)),
+        ],
+    )
+    rows = [(each.disk, each.point, each.bytes_written, each.output) for each in report.disks]
+    rows += [(one.disk, one.point, one.bytes_written, one.output) for each in report.guests for one in each.disks]
+    render.table(
+        console,
+        ["disk", "point>", "written>", "file~"],
+        [(disk, str(point), size(written), render.place(output)) for disk, point, written, output in sorted(rows)],
+    )
+    render.facts(console, [("definition", each.definition or "") for each in report.guests])
+    for each in report.guests:
+        _draw_lacking(console, each.lacking)
+    _draw_failed(console, report)
+
+
+def _draw_failed(console: Console, done: SeveralPlan | SeveralReport) -> None:
+    for each in done.failed:
+        render.line(console, f"{each.name} cannot be restored: {each.message}", style="red")
+
+
+def _to_fetch(plan: RestorePlan | SeveralPlan) -> str:
     if plan.bytes_to_fetch is None or plan.requests is None:
         return ""
     words = f"{size(plan.bytes_to_fetch)} by {counted(plan.requests, 'request')}"

@@ -151,3 +151,4 @@ def _draw_report(console: Console, report: ShipReport) -> None:
             ("content", report.content_id),
         ],
     )
+    render.unchanged(console, [report.disk] if report.unchanged else [])

@@ -16,7 +16,7 @@ from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import moment, size
 from snapchain.errors import InvalidInput
-from snapchain.host.terminal import numbered
+from snapchain.host.terminal import named, numbered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -291,11 +291,12 @@ def _draw_report(console: Console, report: ShipReport) -> None:
             ("still damaged points", numbered(report.damaged)),
         ],
     )
+    render.unchanged(console, [report.disk] if report.unchanged else [])
 
 
 def _draw_damaged(console: Console, report: ShipReport) -> None:
     if report.damaged:
-        render.line(console, f"{report.disk}: still damaged: points {numbered(report.damaged)}", style="red")
+        render.line(console, f"{report.disk}: still damaged: {named('point', report.damaged)}", style="red")
 
 
 def draw_guest_plan(console: Console, plan: GuestShipPlan) -> None:
@@ -355,6 +356,7 @@ def _draw_guest_report(console: Console, report: GuestShipReport) -> None:
             for each in report.disks
         ],
     )
+    render.unchanged(console, [each.disk for each in report.disks if each.unchanged])
     _draw_left_out(console, report.left_out)
 
 

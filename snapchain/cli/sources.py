@@ -40,13 +40,16 @@ PasswordCommand = Annotated[
 ]
 
 
-def passphrase(file: Path | None, command: str | None, out: Output) -> Callable[[], str | None]:
-    """That of the source: by its own options or variable, else that of the destination."""
+def passphrase(file: Path | None, command: str | None, out: Output, source: str) -> Callable[[], str | None]:
+    """That of the source: by its own options or variable, else that of the destination.
+
+    source: its address, for the question to a person at a terminal
+    """
     if file is not None or command is not None:
         return options.given_passphrase(out, file, command, options="--source-password", variable=ENVIRONMENT)
     if ENVIRONMENT in os.environ:
         return lambda: os.environ[ENVIRONMENT] or None
-    return options.passphrase_source(out)
+    return options.passphrase_source(out, source)
 
 
 def opened(
@@ -75,7 +78,7 @@ def opened(
         hint = (
             (error.hint or "").replace("SNAPCHAIN_PASSWORD", ENVIRONMENT).replace("--password-", "--source-password-")
         )
-        raise InvalidInput(error.message, subject=error.subject, hint=hint or None) from error
+        raise type(error)(error.message, subject=error.subject, hint=hint or None) from error
     out.counts(found)
     for notice in found.notices:
         out.on_event(Notice(notice))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -166,9 +167,18 @@ def occupy_descriptors() -> None:
 
 
 def same_place() -> bool:
-    """Whether stdout and stderr are the same terminal, pipe or file: then nothing need be printed twice."""
+    """Whether stdout and stderr are the same pipe or file, or both are a terminal: then nothing is printed twice."""
     try:
         one, other = os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno())
     except (OSError, ValueError, AttributeError):  # io.UnsupportedOperation is both of the first
         return False
-    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+    # One terminal has several names: /dev/tty, /dev/pts/3.
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino) or (sys.stdout.isatty() and sys.stderr.isatty())
+
+
+def is_piped_from_a_terminal() -> bool:
+    """Whether a person sees stderr, and most likely what a program makes of stdout: `| tee report`, `| less`."""
+    try:
+        return sys.stderr.isatty() and stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode)
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -10,7 +10,7 @@ from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.errors import Corrupt, InvalidInput
-from snapchain.host.terminal import counted
+from snapchain.host.terminal import counted, shell_word
 
 _NOT_YET = "not all of it was read yet, or not all of it is good"
 
@@ -100,6 +100,8 @@ def verify(
 
 
 def _draw(console: Console, report: VerifyReport) -> None:
+    from snapchain.destinations import traits_of
+
     render.headline(console, "all is well" if report.ok else f"damaged: {counted(len(report.findings), 'finding')}")
     how = "records and data" if report.data_read else "records; --read-data reads the data too"
     parts = {"disk": report.disks, "point": report.points, "layer": report.layers}
@@ -115,6 +117,9 @@ def _draw(console: Console, report: VerifyReport) -> None:
         )
     render.facts(console, facts)
     _draw_findings(console, report)
+    if report.findings and traits_of(report.destination).deduplicates:
+        words = "`ship` of the image stores lost data again, and so does `snapchain repair"
+        render.line(console, f"{words} {shell_word(report.destination)} --from ADDRESS`")
 
 
 def _draw_findings(console: Console, report: VerifyReport) -> None:

@@ -113,8 +113,16 @@ def parse_point_address(text: str) -> PointAddress:
                 subject=text,
                 hint="write DEST::DISK, such as /backup::web1/vda",
             )
-        raise InvalidInput("no disk is named", subject=text, hint=f"write DEST::DISK, such as {text}::web1/vda")
+        raise InvalidInput("no disk is named", subject=text, hint=_with_disk(text))
     return address
+
+
+def _with_disk(text: str) -> str:
+    """The hint for an address without a disk: what may have been meant."""
+    dest, mark, disk = text.rpartition(":")
+    if mark and dest and disk and not disk.startswith("/") and dest not in {"dir", "file", "s3"}:
+        return f"two colons stand before the disk: {dest}::{disk}"
+    return f"write DEST::DISK, such as {text}::web1/vda"
 
 
 def parse_disk_address(text: str) -> PointAddress:

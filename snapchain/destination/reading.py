@@ -64,7 +64,7 @@ class Sink:
 class ReadingCost:
     """What reading a layer takes. requests, stored_bytes: to fetch its data
 
-    seconds: as long as the beginning took, for all of it; None where the beginning cannot be read
+    seconds: as long as the beginning took, for all of it; None where the beginning cannot be read, or is not
     """
 
     requests: int
@@ -110,8 +110,11 @@ class LayerReader(Protocol):
         """
         ...
 
-    def cost(self) -> ReadingCost | None:
-        """What reading all of it will take, by its map and a look at its beginning; None where that is not known."""
+    def cost(self, *, samples: bool = True) -> ReadingCost | None:
+        """What reading all of it will take, by its map and a look at its beginning; None where that is not known.
+
+        samples: whether the beginning is read, which tells the seconds
+        """
         ...
 
 

@@ -33,6 +33,8 @@ from snapchain.host.terminal import shell_word
 _SECONDS = 60.0
 """A program, or the writer of a pipe, has so long."""
 _LIMIT = 64 << 10
+_MOST_QUESTIONS = 3
+"""For one passphrase at a terminal, as cryptsetup and ssh ask."""
 _STDIN = 0
 _LOCAL_FLAGS = 3
 """Where they are in what tcgetattr gives."""
@@ -143,17 +145,33 @@ def write_new_file(path: Path, text: str) -> None:
 class PassphraseSource:
     """Calling it gives the passphrase, or None: what was set for the command; else what a person types.
 
-    given: from a file, a program or the environment; ask: at a terminal. Each is called once at most.
+    given: from a file, a program or the environment; ask: at a terminal. The answer is kept.
     """
 
     given: Callable[[], str | None]
     ask: Callable[[], str]
-    _typed: str | None = None
+    _found: str | None = None
+    _questions: int = 0
 
     def __call__(self) -> str | None:
-        if self._typed is None:
-            self._typed = self.given() or (self.ask() if is_at_terminal() else None)
-        return self._typed
+        if self._found is None:
+            self._found = self.given() or (self._typed() if is_at_terminal() else None)
+        return self._found
+
+    def _typed(self) -> str:
+        self._questions += 1
+        return self.ask()
+
+    def may_ask_again(self, reason: str) -> bool:
+        """Show why what a person typed was refused, and forget it: the next call asks anew.
+
+        False where no person was asked, or often enough: the refusal is final then.
+        """
+        if not 0 < self._questions < _MOST_QUESTIONS:
+            return False
+        show(f"{reason[:1].upper()}{reason[1:]}. Try again.\n")
+        self._found = None
+        return True
 
 
 def is_at_terminal() -> bool:

@@ -80,6 +80,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def named(noun: str, numbers: Iterable[int]) -> str:
+    """'point 3', 'points 1-5'; '' for no number. noun: in the singular, one that takes an s."""
+    found = set(numbers)
+    return f"{noun}{'' if len(found) == 1 else 's'} {numbered(found)}" if found else ""
+
+
 def numbered(numbers: Iterable[int]) -> str:
     """'1, 2, 5-365': numbers for people. Three or more in a row become a range; what does not fit is only counted."""
     left = sorted(set(numbers))

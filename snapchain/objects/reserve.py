@@ -35,11 +35,19 @@ class KeepsReserve(Protocol):
 
     def spending(self) -> AbstractContextManager[None]: ...
 
+    def sweep_temporary(self, older_than: float) -> int: ...
+
 
 def spending(store: ObjectStore) -> AbstractContextManager[None]:
     """During a `with` block the reserve is removed when the disk is full; afterwards it is made again, if possible."""
     bottom = innermost(store)
     return bottom.spending() if isinstance(bottom, KeepsReserve) else nullcontext()
+
+
+def sweep_unfinished(store: ObjectStore, older_than: float) -> int:
+    """Delete files that a killed program has not finished, untouched for so many seconds. Gives how many."""
+    bottom = innermost(store)
+    return bottom.sweep_temporary(older_than) if isinstance(bottom, KeepsReserve) else 0
 
 
 def fill(store: ObjectStore) -> None:

@@ -109,7 +109,7 @@ def choose(url: str, disks: Sequence[DiskRecord], request: ForgetRequest) -> tup
     _check(request)
     chosen = _named(url, disks, request) if request.targets else _of_all(url, disks, request)
     if request.policy.is_empty:
-        _check_unheld(disks, chosen)
+        _check_unheld(url, disks, chosen)
     return chosen
 
 
@@ -257,7 +257,7 @@ def _check_of_no_guest(disk: DiskRecord, disks: Sequence[DiskRecord], texts: Seq
     )
 
 
-def _check_unheld(disks: Sequence[DiskRecord], chosen: Sequence[Chosen]) -> None:
+def _check_unheld(url: str, disks: Sequence[DiskRecord], chosen: Sequence[Chosen]) -> None:
     """Raises Conflict where points that were named are held."""
     found = [(f"{name}@{number}", tags) for each in chosen for name, number, tags in _held(disks, each)]
     if not found:
@@ -265,10 +265,11 @@ def _check_unheld(disks: Sequence[DiskRecord], chosen: Sequence[Chosen]) -> None
     shown = ", ".join(f"{name} ({', '.join(tags)})" for name, tags in found[:_MOST_SHOWN])
     more = f" and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
     name, tags = found[0]
+    place = f"{url}::{name}"
     raise Conflict(
         f"held points are never forgotten: {shown}{more}",
         subject=chosen[0].name if len(chosen) == 1 else None,
-        hint=f"release them first: snapchain release DEST::{name} --tag {shell_word(tags[0])}",
+        hint=f"release them first: snapchain release {shell_word(place)} --tag {shell_word(tags[0])}",
     )
 
 

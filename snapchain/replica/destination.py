@@ -107,9 +107,9 @@ class ReplicaLayer:
             on_copied(self.fetched.position, sum(piece.length for piece in wanted))
         return self.fetched.announced
 
-    def cost(self) -> None:
+    def cost(self, *, samples: bool = True) -> None:
         """As LayerReader: the files are read over there, and what crosses the link is known afterwards."""
-        return
+        _ = samples
 
 
 @dataclass(frozen=True, slots=True)

@@ -268,7 +268,11 @@ class Disk:
             )
         if found is None:
             url = self._store.url
-            raise NotFound(f"there is no disk {self.name!r} here", subject=url, hint=f"snapchain log {shell_word(url)}")
+            raise NotFound(
+                f"there is no disk {self.name!r} here",
+                subject=url,
+                hint=f"`snapchain log {shell_word(url)}` lists them",
+            )
         return found
 
     def _load(self, generation: int) -> tuple[Catalogue, str]:

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from pydantic import Field
 
-from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Corrupt, NotFound, SnapchainError, Unsupported, WrongPassphrase
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import KEY_BYTES, SALT_BYTES, TAG_BYTES
 from snapchain.repository.envelope import StoredModel, parse as parse_stored
@@ -171,7 +171,7 @@ def unlock(
 
     first: the slot that opened it before, which is tried before all others; then the oldest, by the store's clock
     is_removed: gets name, slot and master key of a slot that opens, and says whether it was removed: then it counts not
-    Raises InvalidInput when no slot opens, and Corrupt or Unsupported when some cannot be read.
+    Raises WrongPassphrase when no slot opens, and Corrupt or Unsupported when some cannot be read.
     """
     trial = _Trial(store, canonical(secret), config, is_removed)
     for _ in range(_LOOKS):
@@ -243,14 +243,14 @@ class _Trial:
         """Why no slot has opened. count: of the slots that there are"""
         url = self._store.url
         if self.was_removed:
-            return InvalidInput(
+            return WrongPassphrase(
                 "this passphrase was removed from the repository, and its key slot is in the store all the same",
                 subject=url,
                 hint="give another passphrase. `snapchain key list` shows the slot: if no `key` command was "
                 "interrupted, somebody has put it back",
             )
         if self._untried:
-            return InvalidInput(
+            return WrongPassphrase(
                 f"wrong passphrase, or planted key slots: {self._untried} of {count} slots were not tried",
                 subject=url,
                 hint="check the passphrase. If it is right, somebody has planted slots: remove those under keys/ that "
@@ -264,19 +264,19 @@ def parse(data: bytes, *, subject: str) -> KeySlot:
     return parse_stored(KeySlot, data, what="the key slot", subject=subject)
 
 
-def wrong_passphrase(url: str, mistyped: Sequence[int] = ()) -> InvalidInput:
+def wrong_passphrase(url: str, mistyped: Sequence[int] = ()) -> WrongPassphrase:
     """The error for a passphrase that opens no slot. mistyped: groups of a recovery key, from 1"""
     if mistyped:
         groups = f"group {mistyped[0]} has" if len(mistyped) == 1 else f"groups {', '.join(map(str, mistyped))} have"
-        return InvalidInput(
+        return WrongPassphrase(
             f"wrong passphrase: as a recovery key, its {groups} a mistake",
             subject=url,
             hint="compare each character of the group with the paper",
         )
-    return InvalidInput(
+    return WrongPassphrase(
         "wrong passphrase, or the repository's configuration was altered",
         subject=url,
-        hint="give the passphrase by SNAPCHAIN_PASSWORD, --password-file or --password-command",
+        hint="check what SNAPCHAIN_PASSWORD, --password-file or --password-command gives",
     )
 
 

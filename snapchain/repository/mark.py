@@ -230,6 +230,16 @@ def _generations(store: ObjectStore) -> dict[str, list[ObjectInfo]]:
     return found
 
 
+def history(repository: Repository, found: Marked) -> list[str]:
+    """Generations of which a newer one was looked at: they are for people alone (docs/decisions/0015)."""
+    return [
+        info.name
+        for key, generations in _generations(repository.store).items()
+        for info in generations[:-1]
+        if _number(info.name) < found.looked.get(key, 0)
+    ]
+
+
 def _number(name: str) -> int:
     """The number of a generation, by its name."""
     return int(name.rpartition("/")[2])

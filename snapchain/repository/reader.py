@@ -55,9 +55,9 @@ class RepositoryLayer:
         """As LayerReader. Each leaf is proven against its record before it is given to the sink's user as copied."""
         return Replay(self.view, self.extents, sink, lost=self.lost).on(self.below).run(on_copied, start=start)
 
-    def cost(self) -> ReadingCost:
+    def cost(self, *, samples: bool = True) -> ReadingCost:
         """As LayerReader."""
-        return Replay(self.view, self.extents).on(self.below).cost()
+        return Replay(self.view, self.extents).on(self.below).cost(samples=samples)
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,7 @@ class Replay:
         with closing(self._results(self._tasks())) as results:
             return [bad for done in results for bad in done.bad]
 
-    def cost(self) -> ReadingCost:
+    def cost(self, *, samples: bool = True) -> ReadingCost:
         """What reading all of it will take: by its map, and as fast as its first SAMPLE_BYTES were read just now."""
         requests = stored = hot = 0
         for batch in _batches(self._tasks()):
@@ -160,6 +160,8 @@ class Replay:
             requests += len(ranges)
             stored += sum(each.stop - each.start for each in ranges)
             hot += sum(item.stop - item.start for task in batch for item in task if item.hot)
+        if not samples:
+            return ReadingCost(requests, stored, None)
         begun, read = time.monotonic(), 0
         with closing(self._results(self._tasks())) as results:
             for done in results:

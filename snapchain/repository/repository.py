@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable, WrongPassphrase
 from snapchain.host.passphrases import PassphraseSource
 from snapchain.model import holds
 from snapchain.model.compression import Compression
@@ -220,8 +220,8 @@ class Repository:
         known: whether it was seen before, so that the caller can tell whether it has always been without encryption.
         judge: raises for a configuration that the caller does not accept; called before the passphrase is asked for.
         slot: name of the key slot that opened it before; vouched: what was found of it then
-        Raises NotFound, InvalidInput (a wrong or removed passphrase), Corrupt (no longer encrypted),
-        Unsupported (a newer format).
+        Raises NotFound, InvalidInput (no passphrase), WrongPassphrase (also one that was removed), Corrupt (no longer
+        encrypted), Unsupported (a newer format).
         """
         size = store.size(CONFIG)
         if size is None:
@@ -233,8 +233,7 @@ class Repository:
         master, unlocked = Keyring.public_master(config.id), None
         guard = _SlotGuard(store, config, vouched)
         if config.encryption != NONE:
-            secret = _secret(store, passphrase)
-            unlocked = slots.unlock(store, secret, text, first=slot, is_removed=guard.is_removed)
+            unlocked = _unlocked(store, passphrase, text, slot, guard)
             master = unlocked.master
         elif not known and _is_given(passphrase):
             raise Corrupt(
@@ -543,6 +542,19 @@ def _is_given(passphrase: Passphrase) -> bool:
         return bool(given())
     except InvalidInput:  # nobody has set one
         return False
+
+
+def _unlocked(
+    store: ObjectStore, passphrase: Passphrase, config: bytes, slot: str | None, guard: _SlotGuard
+) -> slots.Unlocked:
+    """What the passphrase opens. A person who has mistyped it is asked again. Raises as `Repository.open`."""
+    while True:
+        secret = _secret(store, passphrase)
+        try:
+            return slots.unlock(store, secret, config, first=slot, is_removed=guard.is_removed)
+        except WrongPassphrase as error:
+            if not isinstance(passphrase, PassphraseSource) or not passphrase.may_ask_again(error.message):
+                raise
 
 
 def _secret(store: ObjectStore, passphrase: Passphrase) -> str:

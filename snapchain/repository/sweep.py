@@ -29,16 +29,17 @@ from itertools import accumulate
 from snapchain.destination.records import GcLimits
 from snapchain.errors import Corrupt, NotFound
 from snapchain.objects.exclusive import boot_time
+from snapchain.objects.reserve import sweep_unfinished
 from snapchain.objects.store import ObjectInfo, Refused
 from snapchain.repository import condemned, eras, index as indexes, samples, tidying
 from snapchain.repository.catalogue import ATTEMPTS
 from snapchain.repository.condemned import Condemned
-from snapchain.repository.fence import bury
+from snapchain.repository.fence import bury, bury_harmless
 from snapchain.repository.format import PACK_BYTES, index_era, is_samples, layer_name, pack_name
 from snapchain.repository.index import IndexedPack, IndexPart
-from snapchain.repository.leases import Holder, Lease, Mode
+from snapchain.repository.leases import DEAD_SECONDS, Holder, Lease, Mode
 from snapchain.repository.locked import Locked, last_of
-from snapchain.repository.mark import Marked, Usage, look_again, mark, unused, wasteful
+from snapchain.repository.mark import Marked, Usage, history, look_again, mark, unused, wasteful
 from snapchain.repository.moving import move
 from snapchain.repository.packs import read_directory
 from snapchain.repository.repository import Repository
@@ -215,7 +216,7 @@ class _Sweep:
         self._let_go(marked.dead_generations)
         self._delete(marked.dead_claims)
         said = self._condemn(marked)
-        at_work = self._wait(said)
+        at_work = self._wait(marked, said)
         needed = look_again(repository, marked, lease.spared)
         self._report_left(marked, said, said.ready(at_work))
         self._sweep(marked, said, said.ready(at_work), needed)
@@ -287,7 +288,28 @@ class _Sweep:
             said.awaits[""] = frozenset(said.packs), frozenset(lease.dead)
         return said
 
-    def _wait(self, said: Condemned) -> set[str]:
+    def _bury(self, marked: Marked) -> None:
+        """Make an end of the dead. The fence writes: on a disk that is full, into the room of what is history."""
+        repository, lease = self._repository, self._lease
+        try:
+            bury(repository, lease)
+        except Refused as error:
+            # From here on this run works alone: who lives may be about to look at the generations that go.
+            lease.shut_out_writers(self._patience)
+            lease.check()
+            # First the collectors that stood still: they look at all generations since they marked.
+            made = bury_harmless(lease)
+            older = history(repository, marked)
+            self._delete(older)
+            if not (made + len(older) + sweep_unfinished(repository.store, DEAD_SECONDS)):
+                raise _no_room(error) from error
+            lease.survey()
+            try:
+                bury(repository, lease)
+            except Refused as again:
+                raise _no_room(again) from again
+
+    def _wait(self, marked: Marked, said: Condemned) -> set[str]:
         """Wait for those who may need what is to go, but not for long; the leases of writers that are still there."""
         lease = self._lease
         until = boot_time() + self._patience
@@ -296,7 +318,7 @@ class _Sweep:
         while True:
             lease.survey()
             if lease.dead:
-                bury(self._repository, lease)
+                self._bury(marked)
                 lease.survey()
             at_work = {*lease.writers, *lease.dead}
             for name in frozenset[str]().union(*(leases for _, leases in said.awaits.values())) - at_work - over:
@@ -398,6 +420,16 @@ class _Sweep:
             self._repository.store.delete(name)
             self._done.objects_deleted += 1
             self._on_object()
+
+
+def _no_room(error: Refused) -> Refused:
+    """The error of a disk that is so full that the dead cannot be fenced, whatever was deleted for that."""
+    return Refused(
+        error.message,
+        subject=error.subject,
+        hint="a writer that was killed has left its lease, and gc must write some KiB before it may delete what that "
+        "writer relied on: make room for 1 MiB outside of the repository, or enlarge the disk, and run gc again",
+    )
 
 
 def _is_scattered(repository: Repository) -> bool:

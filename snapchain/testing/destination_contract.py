@@ -28,7 +28,8 @@ from snapchain.model.guest_state import GuestChange, GuestState, TakenDisk, Tran
 from snapchain.model.lease import Lease
 from snapchain.model.retention import DropPoints, Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops.copy import CopyRequest, run as run_copy
+from snapchain.ops.copy.request import CopyRequest
+from snapchain.ops.copy.run import run as run_copy
 from snapchain.ops.diff import diff, image_side
 from snapchain.ops.inspect import inspect_point
 from snapchain.ops.log import log

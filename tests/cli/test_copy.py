@@ -23,7 +23,8 @@ def source(run: Run, disk: Path) -> Path:
 def test_to_another_passphrase(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SNAPCHAIN_PASSWORD", "another secret")
     assert run("init", "dest").status == 0
-    assert "wrong passphrase" in run("copy", "source", "dest").err
+    refused = run("copy", "source", "dest")
+    assert (refused.status, "wrong passphrase" in refused.err) == (12, True)
     Path("key").write_text("secret\n")
     Path("key").chmod(0o600)
     options = ("source", "dest", "web*", "--source-password-file", "key")

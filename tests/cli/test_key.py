@@ -108,7 +108,7 @@ def test_from_init_to_a_new_passphrase(run: Run, monkeypatch: pytest.MonkeyPatch
     assert [each["label"] for each in slots(run)] == ["night shift"]
     monkeypatch.setenv("SNAPCHAIN_PASSWORD", "secret")
     gone = run("log", "repo")
-    assert (gone.status, "wrong passphrase" in gone.err) == (2, True)
+    assert (gone.status, "wrong passphrase" in gone.err) == (12, True)
 
 
 def test_the_fields_of_the_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,16 +221,40 @@ def test_init_asks_twice_and_refuses_what_is_guessed_first(run: Run, person: Per
     assert GOOD not in shown, "it is not echoed"
 
 
-def test_a_wrong_passphrase_is_asked_for_once(run: Run, person: Person) -> None:
+def test_a_passphrase_that_was_mistyped_twice_is_asked_for_again(run: Run, person: Person) -> None:
+    refused = "Wrong passphrase, or the repository's configuration was altered. Try again."
     person.answers = [
         ("New passphrase", f"{GOOD}\n"),
         ("again", f"{GOOD}\n"),
         ("Passphrase of repo: ", f"{BETTER}\n"),
+        (refused, ""),
+        ("Passphrase of repo: ", f"{BETTER}\n"),
+        (refused, ""),
+        ("Passphrase of repo: ", f"{GOOD}\n"),
     ]
     run("init", "repo")
-    ended = run("log", "repo")
-    assert (ended.status, "wrong passphrase" in ended.err) == (2, True)
-    assert person.shown.count("Passphrase of repo") == 1
+    assert run("log", "repo").status == 0
+    assert person.answers == []
+
+
+def test_after_three_wrong_passphrases_the_command_ends_with_a_code_of_its_own(run: Run, person: Person) -> None:
+    person.answers = [("New passphrase", f"{GOOD}\n"), ("again", f"{GOOD}\n")]
+    person.answers += [("Passphrase of repo: ", f"{BETTER}\n")] * 3
+    run("init", "repo")
+    ended = run("log", "repo", "--json")
+    assert (ended.status, ended.json["error"]["kind"]) == (12, "wrong-passphrase")
+    shown = person.shown
+    assert (shown.count("Passphrase of repo"), shown.count("Try again")) == (3, 2)
+
+
+def test_a_wrong_passphrase_of_a_script_is_final_also_at_a_terminal(
+    run: Run, person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SNAPCHAIN_PASSWORD", GOOD)
+    run("init", "repo")
+    monkeypatch.setenv("SNAPCHAIN_PASSWORD", BETTER)
+    assert run("log", "repo").status == 12
+    assert person.shown == ""
 
 
 def test_a_change_asks_for_the_old_and_the_new_one(run: Run, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,3 +251,54 @@ def test_a_received_stream_is_there_although_its_report_is_lost(ground: Path, ru
         status, err = alone(["receive", "replica"], stdin=stream, stdout=full)
     assert (status, "the work is done" in err) == (11, True)
     assert run("log", f"dir:{Path.cwd()}/replica", "--json").json["disks"][0]["name"] == "x"
+
+
+# --- findings are shown once
+
+
+def seen(words: str) -> tuple[str, int]:
+    """What a terminal shows of a shell's command line, and the exit code of snapchain."""
+    line = words.replace("snapchain", f"{sys.executable} -m snapchain")
+    master, slave = os.openpty()
+    shell = subprocess.Popen(
+        ["setsid", "--ctty", "bash", "-c", f"{line}; echo code ${{PIPESTATUS[0]}}"],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "TERM": "dumb"},
+    )
+    os.close(slave)
+    shown = b""
+    with suppress(OSError):  # EIO: no process has the terminal any more
+        while piece := os.read(master, 4096):
+            shown += piece
+    os.close(master)
+    shell.wait()
+    text, _, code = shown.decode().replace("\r\n", "\n").rstrip().rpartition("code ")
+    return text, int(code)
+
+
+@pytest.fixture
+def damaged(run: Run, disk: Path) -> str:
+    """The name of the data pack of a repository at `repo`, from which all packs are gone."""
+    write(disk, "write -P 5 0 64k")
+    run("init", "repo", "--no-encryption")
+    run("ship", str(disk), "repo::web1")
+    for pack in [each for each in Path("repo/packs").rglob("*") if each.is_file()]:
+        pack.unlink()
+    (lost,) = run("repair", "repo", "--dry-run", "--json").json["plan"]["lost"]
+    return str(lost["subject"]).rpartition("/")[2]
+
+
+@pytest.mark.parametrize("verb", ["verify repo", "repair repo --dry-run"])
+def test_findings_are_on_a_terminal_once(verb: str, damaged: str) -> None:
+    text, code = seen(f"snapchain {verb} 2>/dev/tty")  # the terminal by another name
+    assert (code, text.count(damaged)) == (5, 1), text
+
+
+def test_findings_of_a_report_that_is_piped_are_pointed_at(damaged: str) -> None:
+    text, code = seen("snapchain verify repo | tee log")
+    assert (code, text.count("snapchain: exit code 5: the report says what is wrong")) == (5, 1)
+    assert text.count(damaged) == 1
+    assert damaged in seen("snapchain verify repo --quiet | cat")[0]
+    assert damaged in seen("snapchain verify repo 2>&1 >/dev/null | cat")[0], "cron mails what is on stderr"

@@ -17,7 +17,9 @@ from snapchain.errors import Corrupt, InvalidInput, NotFound, Unavailable
 from snapchain.model.retention import DropPoints
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, ObjectStore, Refused, StoreWrapper
-from snapchain.ops.copy import CopyReport, CopyRequest, plan, run
+from snapchain.ops.copy.plan import plan
+from snapchain.ops.copy.request import CopyReport, CopyRequest
+from snapchain.ops.copy.run import run
 from snapchain.repository import collecting, copying, packs
 from snapchain.repository.catalogue import Hold, Point
 from snapchain.repository.chain import ChainView

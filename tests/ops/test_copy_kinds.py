@@ -18,7 +18,9 @@ from snapchain.model.guest_state import GuestChange, TakenDisk, Transition, Vouc
 from snapchain.model.retention import DropPoints
 from snapchain.objects import open_store
 from snapchain.objects.store import Data, Refused, StoreWrapper
-from snapchain.ops.copy import CopyRequest, plan, run
+from snapchain.ops.copy.plan import plan
+from snapchain.ops.copy.request import CopyRequest
+from snapchain.ops.copy.run import run
 from snapchain.ops.failover.request import FailoverRequest
 from snapchain.ops.failover.run import Failover
 from snapchain.ops.guest_points import GuestView, fault_of, guest_named

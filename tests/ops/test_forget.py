@@ -169,7 +169,7 @@ def test_held_points_are_never_named() -> None:
         with pytest.raises(Conflict, match=words) as refused:
             chosen(*names, disks=disks, all_points="@" not in names[0])
         assert refused.value.hint is not None
-        assert refused.value.hint.startswith("release them first: snapchain release DEST::")
+        assert refused.value.hint.startswith(f"release them first: snapchain release {URL}::")
     policy = Policy(last=1)
     assert chosen(disks=disks, policy=policy) == {"db": policy, "web1": policy}, "rules go around them"
 

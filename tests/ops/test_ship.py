@@ -201,7 +201,7 @@ def test_an_unchanged_image_is_not_read_and_gets_a_new_point(repo: Repository, c
     store = CountingStore(repo.store)
     again_shipped = ship(chain[-1], repo, store=store)
     assert (again_shipped.bytes_read, again_shipped.bytes_stored, again_shipped.layers_sent) == (0, 0, 0)
-    assert again_shipped.point == 2
+    assert (again_shipped.point, again_shipped.unchanged) == (2, True)
     assert store.of("put", "packs/") == store.of("get", "packs/") == []
     points = repo.catalogue(DISK).points
     assert points[0].layer == points[1].layer
@@ -220,7 +220,7 @@ def test_of_a_changed_top_only_changed_blocks_are_stored(repo: Repository, chain
     ship(chain[-1], repo)
     write(chain[-1], "write -P 200 5M 4k")
     report = ship(chain[-1], repo)
-    assert report.layers_present == 2
+    assert (report.layers_present, report.unchanged) == (2, False)
     assert report.bytes_read == 2 * MiB + 64 * 1024, "the top is read whole, and nothing else"
     assert report.bytes_stored < 64 * 1024, "one block of zstd-friendly data, and records"
     restore(repo, tmp_path / "out.raw")

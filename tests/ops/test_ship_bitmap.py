@@ -103,6 +103,7 @@ def test_points_without_overlays_of_a_guest_that_writes_all_the_time(running: Ca
     assert ways(third) == {BITMAP}
     nothing = running.ship()
     assert [each.layers_sent for each in nothing.disks] == [0, 0, 0]
+    assert [each.unchanged for each in nothing.disks] == [True, True, True]
     assert [each.bytes_read for each in nothing.disks] == [0, 0, 0]
     assert [each.content_id for each in nothing.disks] == [each.content_id for each in third.disks]
     running.settled()

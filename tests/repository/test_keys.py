@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported, WrongPassphrase
 from snapchain.model.disk_name import check_disk_name
 from snapchain.objects.memory import MemoryStore
 from snapchain.repository import keys as slots
@@ -154,7 +154,7 @@ def test_a_slot_of_another_repository_does_not_open_this_one() -> None:
     Repository.create(mine, passphrase=secret)
     Repository.create(other, passphrase=secret)
     mine.put(slot_of(mine), other.get(slot_of(other)))
-    with pytest.raises(InvalidInput, match="wrong passphrase"):
+    with pytest.raises(WrongPassphrase, match="wrong passphrase"):
         Repository.open(mine, passphrase=secret)
 
 
@@ -173,7 +173,7 @@ def test_thousands_of_slots_do_not_keep_us_busy() -> None:
     many.put("config", store.get("config"))
     for number in range(1000):
         many.put(f"keys/{number:04}", slot)
-    with pytest.raises(InvalidInput, match="wrong passphrase"):
+    with pytest.raises(WrongPassphrase, match="wrong passphrase"):
         Repository.open(many, passphrase=lambda: "wrong")
     assert len(asked) < 100
 
@@ -253,7 +253,7 @@ def test_the_slot_that_opened_before_comes_first_and_then_the_oldest(monkeypatch
     for name in names:
         store.put(name, json.dumps(PLANTED).encode())
     derived = Derived(monkeypatch)
-    with pytest.raises(InvalidInput, match="wrong passphrase"):
+    with pytest.raises(WrongPassphrase, match="wrong passphrase"):
         slots.unlock(store, "secret", b"config", first=names[2])
     assert derived.slots == [names[2], names[4], names[3], names[1], names[0]]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.destination.address import located
-from snapchain.errors import Corrupt, InvalidInput
+from snapchain.errors import Corrupt, InvalidInput, WrongPassphrase
 from snapchain.host.private import PrivateDirectory
 from snapchain.objects.s3_client import canonical
 from snapchain.ops.log import log
@@ -208,7 +208,7 @@ def test_another_repository_at_a_known_address_is_refused_until_it_is_accepted(t
 
 def test_a_wrong_passphrase_accepts_nothing(tmp_path: Path) -> None:
     place, _, other = _swapped(tmp_path)
-    with pytest.raises(InvalidInput, match="wrong passphrase"):
+    with pytest.raises(WrongPassphrase, match="wrong passphrase"):
         open_repository(str(place), passphrase=lambda: "y", accept=other)
     with pytest.raises(Corrupt, match="another repository is here"):
         open_repository(str(place), passphrase=lambda: "x")

@@ -53,8 +53,9 @@ def wanted(config: Nightly, guests: Sequence[SelectedGuest], state: State) -> li
         found.key: found
         for guest in guests
         if guest.fault is None
-        for place in config.destinations_of(guest.settings)
-        if settings.destinations is None or place.name in settings.destinations
+        for place in (*config.destinations_of(guest.settings), *config.copies_of(guest.settings))
+        # A second site may be slow and cost by the byte: its copies boot where it is named.
+        if (place.copy_of is None if settings.destinations is None else place.name in settings.destinations)
         # It is tested where a point of it has come; one that never came has no turn.
         if (reached := state.guests.get(guest.name)) is not None and place.name in reached.destinations
         for found in [Wanted(guest.name, place.name)]

@@ -188,6 +188,7 @@ class Destination(_Part):
     """A repository or a replica. A repository's passphrase comes from a file, a program or a variable, by default
     SNAPCHAIN_PASSWORD.
 
+    copy_of: name of another destination: nothing is shipped here, but what is there is copied after all shipments
     pack_size: largest object in bytes, instead of the repository's own limit; compression: of what is written to a
     repository; concurrency: disks that ship to it at
     once; keep: instead of the common one; gc: only where the destination needs collecting
@@ -196,6 +197,7 @@ class Destination(_Part):
 
     name: Text
     url: Text
+    copy_of: Text | None = None
     password_file: Path | None = None
     password_command: Argv | None = None
     password_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
@@ -261,9 +263,16 @@ class Nightly(_Part):
         return zone_of(self.time_zone)
 
     def destinations_of(self, settings: Disks | Guests) -> tuple[Destination, ...]:
-        """Where these disks or guests go."""
+        """Where these disks or guests are shipped to."""
         wanted = settings.destinations
-        return tuple(each for each in self.destinations if wanted is None or each.name in wanted)
+        return tuple(
+            each for each in self.destinations if each.copy_of is None and (wanted is None or each.name in wanted)
+        )
+
+    def copies_of(self, settings: Disks | Guests) -> tuple[Destination, ...]:
+        """Where they are copied to afterwards."""
+        names = {each.name for each in self.destinations_of(settings)}
+        return tuple(each for each in self.destinations if each.copy_of in names)
 
     def keep_of(self, destination: Destination) -> Policy:
         """The rules of a destination: its own or the common ones."""

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from snapchain.destination.address import located
+from snapchain.destinations import traits_of
 from snapchain.errors import InvalidInput
 from snapchain.host.private import read_trusted
 from snapchain.host.terminal import printable
@@ -115,6 +116,7 @@ def _contradictions(config: Nightly) -> Iterator[_Mistake]:
             yield _Mistake(("destinations", number, "name"), f'"{destination.name}" names two destinations')
         if urls[destination.url] > 1:
             yield _Mistake(("destinations", number, "url"), "two destinations have this address")
+    yield from _contradicting_copies(config)
     paths = Counter(each.path for each in config.disks if each.path is not None)
     domains = Counter((each.connect, each.domain) for each in config.guests if each.domain is not None)
     for number, disks in enumerate(config.disks):
@@ -136,6 +138,31 @@ def _unknown_destinations(place: Place, wanted: tuple[str, ...] | None, names: C
         if name not in names:
             known = ", ".join(names)
             yield _Mistake((*place, "destinations", number), f'"{name}" is not a destination: known are {known}')
+
+
+def _contradicting_copies(config: Nightly) -> Iterator[_Mistake]:
+    """A copy is of a destination that is shipped to, and nothing else is shipped there."""
+    by_name = {each.name: each for each in config.destinations}
+    for number, destination in enumerate(config.destinations):
+        if destination.copy_of is None:
+            continue
+        place = ("destinations", number, "copy_of")
+        source = by_name.get(destination.copy_of)
+        if source is None:
+            known = ", ".join(each.name for each in config.destinations if each.copy_of is None)
+            yield _Mistake(place, f'"{destination.copy_of}" is not a destination: known are {known}')
+        elif source.copy_of is not None:
+            yield _Mistake(place, f'"{source.name}" is itself a copy: name what is shipped to')
+        elif not traits_of(destination.url).branches:
+            yield _Mistake(place, f"points are copied to repositories, and this is a {traits_of(destination.url).kind}")
+    wanted: list[tuple[Place, tuple[str, ...] | None]] = []
+    wanted += [(("disks", number), each.destinations) for number, each in enumerate(config.disks)]
+    wanted += [(("guests", number), each.destinations) for number, each in enumerate(config.guests)]
+    for entry, names in wanted:
+        for at, name in enumerate(names or ()):
+            if name in by_name and (of := by_name[name].copy_of) is not None:
+                words = f'"{name}" is a copy of "{of}", and nothing else is shipped there: leave it out'
+                yield _Mistake((*entry, "destinations", at), words)
 
 
 def _refusal(mistakes: list[_Mistake], path: Path) -> InvalidInput:

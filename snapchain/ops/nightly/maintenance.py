@@ -1,4 +1,4 @@
-"""What is done at a destination after all disks: space of unreferenced data is freed, and a sample is verified."""
+"""What is done at a destination after all disks: it is copied to, collected, and verified."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from snapchain.host.terminal import counted
 from snapchain.model.events import Event, Notice, OnEvent, Progress
 from snapchain.ops import guest_verify
 from snapchain.ops.guest_points import find_guest, guests_of, records_of
+from snapchain.ops.nightly.mirror import Mirror
 from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import order
 from snapchain.ops.nightly.report import DestinationReport, Outcome, VerifyResult
 from snapchain.ops.nightly.steps import Steps
-from snapchain.ops.nightly.turn import Night
+from snapchain.ops.nightly.turn import TRIES, Night
 
 _LEAST_SAMPLE = 64 << 20
 """Guest bytes."""
@@ -50,12 +51,14 @@ class Maintenance:
         """disks, guests: of the configuration that go there. A guest is verified whole, with all its disks."""
         self._night, self._place, self._disks, self._guests = night, place, disks, guests
         self._steps = Steps()
-        self._report = DestinationReport(destination=place.name, outcome=Outcome.OK)
+        self._report = DestinationReport(destination=place.name, outcome=Outcome.OK, copy_of=place.config.copy_of)
 
     def run(self) -> None:
-        """Collect, then verify, as configured. An interrupt passes, and `report` has what was done before it."""
+        """Copy, collect, then verify, as configured. An interrupt passes; `report` has what was done before it."""
         steps, config = self._steps, self._place.config
         if steps.attempt("open", self._place.open).outcome is Outcome.OK:
+            if config.copy_of is not None:
+                steps.attempt(f"copy of {config.copy_of}", self._copy)
             if config.gc and self._place.traits.needs_collecting:
                 self._show(gc=steps.attempt("gc", self._collect).value)
                 self._note_damage()
@@ -68,6 +71,17 @@ class Maintenance:
         steps = self._steps
         values = {"outcome": steps.outcome, "faults": tuple(steps.faults), "left": tuple(steps.left)}
         return self._report.model_copy(update=values)
+
+    def _copy(self) -> None:
+        """Disks and guests that the source does not have yet have failed there, which their own reports say."""
+        mirror = Mirror(self._night, self._place, guests=self._guests)
+        with mirror.source.turn() as source:
+            there = [*_disks_there(source, self._disks), *_guests_there(source, self._guests)]
+        for name in there:
+            try:
+                self._steps.attempt(f"copy {name} of {mirror.source.name}", partial(mirror.copy, name), tries=TRIES)
+            finally:
+                self._show(copied=tuple(mirror.results))
 
     def _collect(self) -> GcReport:
         self._night.limits.check()

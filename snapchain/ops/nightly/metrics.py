@@ -7,15 +7,20 @@ was never shipped as an infinite one.  Damage that a sample has found stays unti
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 from snapchain.model.consistency import Consistency
 from snapchain.ops import exposition as text
 from snapchain.ops.exposition import Family, Labels
 from snapchain.ops.nightly.config import Nightly
-from snapchain.ops.nightly.report import NightlyReport, Outcome
-from snapchain.ops.nightly.state import DestinationState, State
+from snapchain.ops.nightly.report import NightlyReport, Outcome, TurnReport
+from snapchain.ops.nightly.state import DestinationState, GuestReached, Reached, State
+
+R = TypeVar("R", Reached, GuestReached)
 
 
 def write(path: Path, report: NightlyReport, config: Nightly, state: State, *, former: Collection[str] = ()) -> None:
@@ -55,22 +60,60 @@ def _counts(outcomes: Sequence[Outcome], own: Labels) -> list[tuple[Labels, floa
     return [({**own, "outcome": each.value}, float(outcomes.count(each))) for each in Outcome]
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a destination holds of a disk or a guest."""
+
+    success: Family
+    lag: Family
+    shipped: Family
+    stored: Family
+    points: Family
+
+    def add(self, there: Labels, reached: Reached | GuestReached | None, now: datetime) -> None:
+        """A row of each. reached: what is known of it; None where it has never got there"""
+        self.success.rows.append((there, reached.captured.timestamp() if reached else 0.0))
+        self.lag.rows.append((there, max((now - reached.captured).total_seconds(), 0.0) if reached else math.inf))
+        if reached is not None:
+            self.shipped.rows.append((there, reached.shipped_bytes))
+            self.stored.rows.append((there, reached.stored_bytes))
+            self.points.rows.append((there, reached.points))
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """All of them."""
+        return self.success, self.lag, self.shipped, self.stored, self.points
+
+
+def _reached(row: TurnReport | None, held: Mapping[str, R], config: Nightly) -> Iterator[tuple[str, R | None]]:
+    """The destinations of a disk or a guest in this run and earlier ones, with what is known of each."""
+    wanted: list[str] = [each.destination for each in row.destinations] if row is not None else []
+    for destination in dict.fromkeys([*wanted, *held]):
+        # One that is no more in the configuration is left out: its lag would only grow.
+        if destination in (*wanted, *(each.name for each in config.destinations)):
+            yield destination, held.get(destination)
+
+
 def _of_disks(
     report: NightlyReport, config: Nightly, state: State, former: Collection[str], own: Labels
 ) -> Iterator[Family]:
-    this_run, now = {each.disk: each for each in report.disks}, report.finished
+    this_run = {each.disk: each for each in report.disks}
     outcome = Family("disk_success", "Whether the last run did all that was to be done for the disk.")
     seconds = Family("disk_duration_seconds", "How long the last run worked on the disk.")
     length = Family("chain_length", "Files of the local chain, root and top included.")
     shadowed = Family("shadowed_bytes", "Data in the local chain that layers above hide.")
     freed = Family("merge_freed_bytes", "What the last local merge freed.")
-    success = Family(
-        "last_success_timestamp_seconds", "When what the destination holds of the disk was current; 0: never."
+    held = _Held(
+        success=Family(
+            "last_success_timestamp_seconds", "When what the destination holds of the disk was current; 0: never."
+        ),
+        lag=Family(
+            "rpo_lag_seconds", "How old that was when the last run ended: what a loss of the source would cost."
+        ),
+        shipped=Family("shipped_bytes", "Guest bytes read for the last shipment of the disk."),
+        stored=Family("stored_bytes", "What the last shipment of the disk took at the destination."),
+        points=Family("points", "Points of the disk at the destination."),
     )
-    lag = Family("rpo_lag_seconds", "How old that was when the last run ended: what a loss of the source would cost.")
-    shipped = Family("shipped_bytes", "Guest bytes read for the last shipment of the disk.")
-    stored = Family("stored_bytes", "What the last shipment of the disk took at the destination.")
-    points = Family("points", "Points of the disk at the destination.")
     layers = Family("layers", "Layers of the disk at the destination.")
     for name in dict.fromkeys([*this_run, *state.disks]):
         if name in former:
@@ -86,40 +129,35 @@ def _of_disks(
             if known.shadowed_bytes is not None:
                 shadowed.rows.append((labels, known.shadowed_bytes))
             freed.rows.append((labels, known.merge_freed_bytes))
-        held = known.destinations if known is not None else {}
-        wanted = [each.destination for each in row.destinations] if row is not None else []
-        for destination in dict.fromkeys([*wanted, *held]):
-            if destination not in (*wanted, *(each.name for each in config.destinations)):
-                continue  # no more in the configuration: its lag would only grow
-            there, reached = {**labels, "destination": destination}, held.get(destination)
-            success.rows.append((there, reached.captured.timestamp() if reached else 0.0))
-            lag.rows.append((there, max((now - reached.captured).total_seconds(), 0.0) if reached else math.inf))
+        for destination, reached in _reached(row, {} if known is None else known.destinations, config):
+            there = {**labels, "destination": destination}
+            held.add(there, reached, report.finished)
             if reached is not None:
-                shipped.rows.append((there, reached.shipped_bytes))
-                stored.rows.append((there, reached.stored_bytes))
-                points.rows.append((there, reached.points))
                 layers.rows.append((there, reached.layers))
-    yield from (outcome, seconds, length, shadowed, freed, success, lag, shipped, stored, points, layers)
+    yield from (outcome, seconds, length, shadowed, freed, *held.families, layers)
 
 
 def _of_guests(
     report: NightlyReport, config: Nightly, state: State, former: Collection[str], own: Labels
 ) -> Iterator[Family]:
-    this_run, now = {each.guest: each for each in report.guests}, report.finished
+    this_run = {each.guest: each for each in report.guests}
     gone = Family("guests_gone", "Guests that earlier runs have shipped, and that are not defined any more.")
     outcome = Family("guest_success", "Whether the last run did all that was to be done for the guest.")
     seconds = Family("guest_duration_seconds", "How long the last run worked on the guest.")
     frozen = Family("guest_frozen_seconds", "How long the guest's filesystems were frozen for the last snapshot.")
     length = Family("guest_chain_length", "Files of the local chain of the guest's disk, root and top included.")
     freed = Family("guest_merge_freed_bytes", "What the last local merges of the guest's disks freed.")
-    success = Family(
-        "guest_last_success_timestamp_seconds", "When the newest guest point at the destination was taken; 0: never."
+    held = _Held(
+        success=Family(
+            "guest_last_success_timestamp_seconds",
+            "When the newest guest point at the destination was taken; 0: never.",
+        ),
+        lag=Family("guest_rpo_lag_seconds", "How old that was when the last run ended."),
+        shipped=Family("guest_shipped_bytes", "Guest bytes read for the last shipment of all disks."),
+        stored=Family("guest_stored_bytes", "What that shipment took at the destination."),
+        points=Family("guest_points", "Guest points at the destination."),
     )
-    lag = Family("guest_rpo_lag_seconds", "How old that was when the last run ended.")
     level = Family("guest_consistency", "1 for the consistency of the newest guest point at the destination, 0 else.")
-    shipped = Family("guest_shipped_bytes", "Guest bytes read for the last shipment of all disks.")
-    stored = Family("guest_stored_bytes", "What that shipment took at the destination.")
-    points = Family("guest_points", "Guest points at the destination.")
     if config.guests:
         gone.rows.append((own, float(len(report.guests_gone))))
     for name in dict.fromkeys([*this_run, *state.guests]):
@@ -135,22 +173,14 @@ def _of_guests(
             freed.rows.append((labels, known.merge_freed_bytes))
             if known.frozen_seconds is not None:
                 frozen.rows.append((labels, known.frozen_seconds))
-        held = known.destinations if known is not None else {}
-        wanted = [each.destination for each in row.destinations] if row is not None else []
-        for destination in dict.fromkeys([*wanted, *held]):
-            if destination not in (*wanted, *(each.name for each in config.destinations)):
-                continue  # as for disks
-            there, reached = {**labels, "destination": destination}, held.get(destination)
-            success.rows.append((there, reached.captured.timestamp() if reached else 0.0))
-            lag.rows.append((there, max((now - reached.captured).total_seconds(), 0.0) if reached else math.inf))
+        for destination, reached in _reached(row, {} if known is None else known.destinations, config):
+            there = {**labels, "destination": destination}
+            held.add(there, reached, report.finished)
             if reached is not None:
                 level.rows += [
                     ({**there, "consistency": each.value}, float(each is reached.consistency)) for each in Consistency
                 ]
-                shipped.rows.append((there, reached.shipped_bytes))
-                stored.rows.append((there, reached.stored_bytes))
-                points.rows.append((there, reached.points))
-    yield from (gone, outcome, seconds, frozen, length, freed, success, lag, level, shipped, stored, points)
+    yield from (gone, outcome, seconds, frozen, length, freed, *held.families, level)
 
 
 def _of_destinations(report: NightlyReport, state: State, former: Collection[str], own: Labels) -> Iterator[Family]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -17,6 +18,8 @@ from snapchain.guest.snapshot import LeftOut, SnapshotRequest, plan as plan_snap
 from snapchain.host.hooks import missing
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops import guest_points_merge, snapshot
+from snapchain.ops.copy.plan import plan as plan_copy
+from snapchain.ops.copy.request import CopyPlan
 from snapchain.ops.nightly import local_chain, outlook
 from snapchain.ops.nightly.boot_tests import wanted as wanted_tests
 from snapchain.ops.nightly.config import Nightly
@@ -25,6 +28,7 @@ from snapchain.ops.nightly.guest_list import GuestList, SelectedGuest, guest_lis
 from snapchain.ops.nightly.hooks import missing_programs
 from snapchain.ops.nightly.local_chain import ImageFacts, Sealed, look
 from snapchain.ops.nightly.maintenance import turns
+from snapchain.ops.nightly.mirror import check_whole, request_of
 from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import limits_of
 from snapchain.ops.nightly.report import Fault
@@ -89,9 +93,17 @@ class GuestPreview(_Shown):
 
 
 class MaintenancePreview(_Shown):
-    """verify: disks whose sample would be read."""
+    """verify: disks whose sample would be read.
+
+    copy_of: the destination whose points would be copied to it, and would_copy: how many it lacks of it now
+    bytes_to_copy: of the guest, at most; faults: what keeps points from being copied
+    """
 
     destination: str
+    copy_of: str | None = None
+    would_copy: int = 0
+    bytes_to_copy: int = 0
+    faults: tuple[Fault, ...] = ()
     gc: bool
     verify: tuple[str, ...]
 
@@ -121,6 +133,7 @@ class NightlyPlan(_Shown):
     def sound(self) -> bool:
         """Whether nothing stands against a whole run, but for the hour."""
         turns = [*(disk.faults for disk in self.disks), *(guest.faults for guest in self.guests)]
+        turns += [place.faults for place in self.destinations]
         return not self.faults and not any(turns)
 
 
@@ -161,7 +174,7 @@ def preview(
         disks=tuple(_Look(config, places, disk, now).disk() for disk in found.disks),
         guests=tuple(_LookAtGuest(config, places, guest, now).guest() for guest in roll.guests),
         destinations=tuple(
-            _upkeep(config, place, state, [*found.disks, *roll.guests], now) for place in places.values()
+            _upkeep(config, places, place, state, [*found.disks, *roll.guests], now) for place in places.values()
         ),
         tests=tuple(
             TestPreview(guest=each.guest, destination=each.destination)
@@ -341,6 +354,7 @@ def _with_points(shown: ShipPreview, points: tuple[PointDecision, ...]) -> ShipP
 
 def _upkeep(
     config: Nightly,
+    places: dict[str, OpenDestination],
     place: OpenDestination,
     state: State,
     disks: Sequence[SelectedDisk | SelectedGuest],
@@ -348,10 +362,39 @@ def _upkeep(
 ) -> MaintenancePreview:
     wanted = place.config.verify
     there = [
-        disk.name for disk in disks if place.config in config.destinations_of(disk.settings) and disk.fault is None
+        disk.name
+        for disk in disks
+        if place.config in (*config.destinations_of(disk.settings), *config.copies_of(disk.settings))
+        and disk.fault is None
     ]
     known = state.destinations.get(place.name, DestinationState())
     verified = turns(there, known.verified, wanted.disks, now=now, damaged=known.damaged) if wanted else []
-    return MaintenancePreview(
+    shown = MaintenancePreview(
         destination=place.name, gc=place.config.gc and place.traits.needs_collecting, verify=tuple(verified)
     )
+    of = place.config.copy_of
+    return shown if of is None else _with_copies(shown, places[of], place, there)
+
+
+def _with_copies(
+    shown: MaintenancePreview, source: OpenDestination, place: OpenDestination, names: Sequence[str]
+) -> MaintenancePreview:
+    """What the copy lacks now; what the run itself ships comes on top."""
+    steps = Steps()
+    points = data = 0
+    if steps.attempt(f"copy of {source.name}", lambda: (source.open(), place.open())).value is None:
+        names = ()
+    for name in names:
+
+        def look_at(name: str = name) -> CopyPlan | None:
+            with source.turn() as here, place.turn() as there:
+                try:
+                    return plan_copy(request_of(place, name), here, there)
+                except NotFound:  # its first point is yet to come
+                    return None
+
+        if (plan := steps.attempt(f"copy {name} of {source.name}", look_at).value) is not None:
+            points, data = points + plan.points, data + plan.data_bytes
+            steps.attempt(f"copy {name} of {source.name}", partial(check_whole, plan.disks))
+    update = {"copy_of": source.name, "would_copy": points, "bytes_to_copy": data, "faults": tuple(steps.faults)}
+    return shown.model_copy(update=update)

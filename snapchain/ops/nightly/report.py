@@ -171,11 +171,28 @@ class VerifyResult(_Shown):
     findings: tuple[str, ...]
 
 
+class CopyResult(_Shown):
+    """A disk or a guest that was copied. points: their numbers at the copy; present: how many were there already"""
+
+    name: str
+    points: tuple[int, ...]
+    present: int
+    bytes_read: int
+    bytes_stored: int
+    retention: PointsMergeReport | GuestPointsMergeReport | None = None
+
+
 class DestinationReport(_Shown):
-    """What a destination got after all disks. traffic: requests to it in the whole run, where it counts them"""
+    """What a destination got after all disks.
+
+    copy_of: name of the destination whose points are copied to it
+    traffic: requests to it in the whole run, where it counts them
+    """
 
     destination: str
     outcome: Outcome
+    copy_of: str | None = None
+    copied: tuple[CopyResult, ...] = ()
     gc: GcReport | None = None
     verified: tuple[VerifyResult, ...] = ()
     traffic: Bill | None = None

@@ -1,4 +1,4 @@
-"""The runner of a whole night: the disks, several at once where that is wanted, then the destinations.
+"""The runner of a whole night: the disks, several at once where that is wanted, then the destinations and copies.
 
 Whatever ends it (its window, Ctrl-C, a disk's fault) the state, the metrics and the report are written; after a
 kill the next run finds in the state what was reached.  What cannot be written is a fault like others.
@@ -230,10 +230,13 @@ class _Run:
 
     def _keep_up(self) -> None:
         disks, guests = self._disk_list.disks, self._guest_list.guests
-        for place in self._night.places.values():
+        # Copies first: when the window closes, a second site is worth more than a sample that was verified.
+        for place in sorted(self._night.places.values(), key=lambda each: each.config.copy_of is None):
 
             def goes_there(item: SelectedDisk | SelectedGuest, place: OpenDestination = place) -> bool:
-                return place.config in self._config.destinations_of(item.settings) and item.fault is None
+                settings = item.settings
+                there = (*self._config.destinations_of(settings), *self._config.copies_of(settings))
+                return place.config in there and item.fault is None
 
             upkeep = Maintenance(
                 self._night,
@@ -279,8 +282,8 @@ class _Run:
             self._steps.note("state", state.fault)
         rows = [self._reports.get(disk.name) or untouched(self._config, disk) for disk in found.disks]
         places = [
-            (self._destinations.get(name) or _unused(name)).model_copy(update={"traffic": place.bill})
-            for name, place in self._night.places.items()
+            (self._destinations.get(each.name) or _unused(each)).model_copy(update={"traffic": each.bill})
+            for each in self._night.places.values()
         ]
         roll = self._guest_list
         guests = [self._guest_reports.get(each.name) or untouched_guest(self._config, each) for each in roll.guests]
@@ -353,9 +356,12 @@ def _key(item: SelectedDisk | SelectedGuest) -> str:
     return f"{'guest' if isinstance(item, SelectedGuest) else 'disk'} {item.name}"
 
 
-def _unused(destination: str) -> DestinationReport:
+def _unused(place: OpenDestination) -> DestinationReport:
     return DestinationReport(
-        destination=destination, outcome=Outcome.LEFT, left=("all of it: the run ended before its turn",)
+        destination=place.name,
+        outcome=Outcome.LEFT,
+        copy_of=place.config.copy_of,
+        left=("all of it: the run ended before its turn",),
     )
 
 

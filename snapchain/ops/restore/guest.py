@@ -128,7 +128,7 @@ class GuestRestoreRequest:
     standing: Standing = UNCHANGED
 
 
-class _Finished(BaseModel):
+class FinishedFile(BaseModel):
     """A file that this restore has made: device, inode, size, mtime."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -151,7 +151,7 @@ class _Note(BaseModel):
 
     version: Literal[1] = 1
     instant: str
-    disks: dict[str, _Finished] = {}
+    disks: dict[str, FinishedFile] = {}
     begun: str | None = None
     files: tuple[str, ...] = ()
     uuid: str | None = None
@@ -221,6 +221,12 @@ class GuestRestoration:
         """The files that the guest opens, by the names of the disks in it."""
         return {each.recorded.name: each.path for each in self._disks}
 
+    def is_finished(self) -> bool:
+        """Whether all its files are there, and each disk shows its point: an earlier run has ended. Reads the disks."""
+        return all((self._directory / name).exists() for name in self._files) and all(
+            is_restored(each.path, each.format, each.point, self._request.standing) for each in self._disks
+        )
+
     def plan(self) -> GuestRestorePlan:
         """What `run` will do; reads maps, and no data. Raises Conflict for files that are there already."""
         self._check_free()
@@ -271,7 +277,7 @@ class GuestRestoration:
                 self._note_file.write(note)
                 report = self._restored(disk, sum(each.bytes_written for each in reports))
             if disk.path.name not in note.disks:
-                note = note.model_copy(update={"disks": {**note.disks, disk.path.name: _finished(disk.path)}})
+                note = note.model_copy(update={"disks": {**note.disks, disk.path.name: finished_file(disk.path)}})
                 self._note_file.write(note)
             reports.append(report)
         note = note.model_copy(update={"files": tuple(self._files)})
@@ -378,7 +384,7 @@ class GuestRestoration:
         if name not in note.disks:
             if name != note.begun or not os.path.lexists(disk.path):
                 return None
-            if not _is_restored(disk, self._request.standing):
+            if not is_restored(disk.path, disk.format, disk.point, self._request.standing):
                 raise self._in_the_way(disk.path)
         return RestoreReport(
             disk=disk.recorded.disk,
@@ -403,7 +409,7 @@ class GuestRestoration:
             return None
         with os_errors(self._directory):
             disks = {
-                name: finished for name, finished in note.disks.items() if _is_still(self._directory / name, finished)
+                name: finished for name, finished in note.disks.items() if is_still(self._directory / name, finished)
             }
         return note.model_copy(update={"disks": disks})
 
@@ -451,23 +457,24 @@ def _is_one_file(directory: Directory, name: str, other: str) -> bool:
     return directory.has(other) and same_file(directory.status(name), directory.status(other))
 
 
-def _is_restored(disk: _Disk, standing: Standing) -> bool:
-    """Whether the file of a disk is one of this user's, and shows the disk."""
-    with suppress(SnapchainError), os_errors(disk.path):
-        status = disk.path.stat(follow_symlinks=False)
+def is_restored(path: Path, format: Format, point: PointRecord, standing: Standing) -> bool:
+    """Whether a file is one of this user's, and shows the point."""
+    with suppress(SnapchainError, FileNotFoundError), os_errors(path):
+        status = path.stat(follow_symlinks=False)
         if stat.S_ISREG(status.st_mode) and status.st_uid in (os.geteuid(), standing.uid):
-            shown = chain_content_id(disk.path, format=disk.format, size=disk.point.virtual_size)
-            return shown == disk.recorded.content_id
+            return chain_content_id(path, format=format, size=point.virtual_size) == point.content_id
     return False
 
 
-def _finished(path: Path) -> _Finished:
+def finished_file(path: Path) -> FinishedFile:
+    """A file that is in place now."""
     with os_errors(path):
         found = path.stat(follow_symlinks=False)
-    return _Finished(device=found.st_dev, inode=found.st_ino, size=found.st_size, mtime_ns=found.st_mtime_ns)
+    return FinishedFile(device=found.st_dev, inode=found.st_ino, size=found.st_size, mtime_ns=found.st_mtime_ns)
 
 
-def _is_still(path: Path, finished: _Finished) -> bool:
+def is_still(path: Path, finished: FinishedFile) -> bool:
+    """Whether it is the same file, and nobody has written to it."""
     with suppress(SnapchainError):
-        return _finished(path) == finished
+        return finished_file(path) == finished
     return False

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from snapchain.destination.reading import LayerReader, PointReader, ReadableDestination, ReadingCost, Sink
+from snapchain.destination.reading import LayerReader, PointReader, ReadableDestination, Sink
 from snapchain.destination.records import PointRecord
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable
 from snapchain.host.files import UNCHANGED, Standing, free_bytes
@@ -25,6 +25,7 @@ from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.image.raw import RawWriter
 from snapchain.model.events import Notice, OnEvent, counting, ignore
 from snapchain.model.extents import DATA
+from snapchain.ops.restore.cost import RestoreCost, layer_cost, total
 from snapchain.ops.restore.damage import Damage, check_allowed
 from snapchain.ops.restore.output import OutputFile, written_before
 from snapchain.ops.restore.proof import ChainProof, raw_content_id
@@ -109,13 +110,11 @@ class Restoration:
         with self._reader(maps_only=True) as reader:
             point = self._planned = reader.point
             files: tuple[FilePlan, ...] = ()
-            costs: list[ReadingCost | None] = []
+            costs: list[RestoreCost] = []
             for job in self._jobs(reader):
                 files += (job.file_plan(),)
-                costs.append(job.layer.cost())
-        known = [each for each in costs if each is not None]
-        seconds = [each.seconds for each in known if each.seconds is not None]
-        is_known = len(known) == len(costs)
+                costs.append(layer_cost(job.layer))
+        cost = total(costs)
         return RestorePlan(
             source=self._destination.url,
             disk=self._disk,
@@ -127,10 +126,10 @@ class Restoration:
             device=self._target.device,
             replaces=self._target.replaces,
             files=files,
-            bytes_to_write=sum(file.data_bytes for file in files),
-            requests=sum(each.requests for each in known) if is_known else None,
-            bytes_to_fetch=sum(each.stored_bytes for each in known) if is_known else None,
-            seconds=sum(seconds) if is_known and len(seconds) == len(known) else None,
+            bytes_to_write=cost.data_bytes,
+            requests=cost.requests,
+            bytes_to_fetch=cost.bytes_to_fetch,
+            seconds=cost.seconds,
         )
 
     def run(self, *, on_event: OnEvent = ignore) -> RestoreReport:

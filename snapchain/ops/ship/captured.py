@@ -27,7 +27,7 @@ from snapchain.model.events import Notice, OnEvent, counting
 from snapchain.model.extents import ABSENT, DATA, Extents
 from snapchain.ops.ship.compare import Difference, compare, region_of, to_read
 from snapchain.ops.ship.grouping import RAW_CLUSTER
-from snapchain.ops.ship.request import CapturedBy, ShipReport
+from snapchain.ops.ship.request import CapturedBy, ShipReport, is_unchanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,7 @@ def ship(
 
     def write(writer: LayerWriter) -> ShipReport:
         read = disk.bytes_read
+        newest = writer.held[-1] if writer.held and not writer.mends else None
         stored = store(disk, writer, subject=subject, on_event=on_event)
         top = stored.top
         before_publishing(top.content_id)
@@ -124,6 +125,7 @@ def ship(
             virtual_size=top.size,
             content_id=top.content_id,
             damaged=finished.damaged,
+            unchanged=is_unchanged(newest, top),
             captured_by=stored.captured_by,
             captured_why=stored.why,
             seconds=clock.monotonic() - begun,

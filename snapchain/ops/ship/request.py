@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.destination.writing import Moment
+from snapchain.destination.writing import HeldLayer, Moment
 from snapchain.errors import InvalidInput
 from snapchain.image import ImageChain
 from snapchain.model.disk_name import LARGEST_EPOCH, check_disk_name
@@ -105,6 +105,7 @@ class ShipReport(_Shown):
     data_bytes: of the layers' maps; carried_bytes: those of them that travelled, before compression to a replica
     damaged: earlier points of the disk of which the destination has lost bytes that the image no longer has
     resumed: whether a transfer that was cut off was continued
+    unchanged: whether it shows what the newest point before it shows, as far as the destination's records tell
     captured_by: of a disk of a running guest; captured_why: no dirty bitmap could be used, a sentence
     """
 
@@ -123,9 +124,15 @@ class ShipReport(_Shown):
     virtual_size: int
     content_id: str
     damaged: tuple[int, ...] = ()
+    unchanged: bool = False
     captured_by: CapturedBy | None = None
     captured_why: str | None = None
     seconds: float
+
+
+def is_unchanged(newest: HeldLayer | None, top: HeldLayer) -> bool:
+    """Whether a point of `top` shows the same as one of `newest`, the top of the newest point before it."""
+    return newest is not None and (newest.content_id, newest.size) == (top.content_id, top.size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,15 @@ from snapchain.ops.guest_places import introduced
 from snapchain.ops.ship.compare import Difference, to_read
 from snapchain.ops.ship.grouping import RAW_CLUSTER, composed, geometry, groups
 from snapchain.ops.ship.recognition import Base, Recognition, sources_of
-from snapchain.ops.ship.request import Divergence, Files, LayerPlan, ShipPlan, ShipReport, ShipRequest
+from snapchain.ops.ship.request import (
+    Divergence,
+    Files,
+    LayerPlan,
+    ShipPlan,
+    ShipReport,
+    ShipRequest,
+    is_unchanged,
+)
 from snapchain.source.counted_sums import CountedSums
 from snapchain.source.lineage import written_at
 from snapchain.source.protocol import Scope
@@ -271,6 +279,7 @@ class _Work:
         """Write the layers, publish, and wait until all is durable."""
         begun = time.monotonic()
         base = self.base
+        newest = writer.held[-1] if writer.held and not writer.mends else None
         if base.note:
             self._on_event(Notice(base.note))
         if base.cut:
@@ -323,6 +332,7 @@ class _Work:
             virtual_size=top.size,
             content_id=top.content_id,
             damaged=finished.damaged,
+            unchanged=is_unchanged(newest, top),
             seconds=time.monotonic() - begun,
         )
 

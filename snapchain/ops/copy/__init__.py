@@ -1,0 +1,1 @@
+"""Copy: points of one destination go to another one: a second site, or another bucket."""
