@@ -84,7 +84,6 @@ class BlobReader:
             for each in self._read_together(wanted, group):
                 yield each
                 given += 1
-            return
         except Corrupt:
             pass
         except Unavailable:

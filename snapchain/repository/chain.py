@@ -163,10 +163,13 @@ def _parts(
     fresh = (rows["pack"][1:] != rows["pack"][:-1]) | (rows["offset"][1:] != rows["offset"][:-1])
     targets: list[Target] = list(_lists(piece[place], begin - base[piece[place]], skip, end - begin))
     cuts = [0, *(np.flatnonzero(fresh) + 1).tolist(), len(run)]
-    for cut, following in pairwise(cuts):
-        row = rows[cut]
-        where = Location(page.packs[int(row["pack"])], int(row["offset"]), int(row["stored"]), int(row["raw"]))
-        yield row["id"].tobytes(), where, targets[cut:following]
+    blobs = rows[cuts[:-1]]
+    ids = blobs["id"].tobytes()
+    size = len(ids) // len(blobs)
+    places = _lists(*(blobs[name] for name in ("pack", "offset", "stored", "raw")))
+    for number, ((cut, following), (pack, offset, stored, raw)) in enumerate(zip(pairwise(cuts), places, strict=True)):
+        where = Location(page.packs[pack], offset, stored, raw)
+        yield ids[number * size : (number + 1) * size], where, targets[cut:following]
 
 
 def _meeting(at: Int64s, end: Int64s, first: Int64s, stop: Int64s) -> tuple[Int64s, Int64s, Int64s, Int64s]:

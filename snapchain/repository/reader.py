@@ -54,7 +54,7 @@ class RepositoryLayer:
         return self.view.layers[-1].header.cluster_size
 
     def copy(self, sink: Sink, *, start: int = 0, on_copied: Callable[[int, int], None]) -> str:
-        """As LayerReader. Each leaf is proven against its record before the sink gets it, unless the caller proves it."""
+        """As LayerReader. Each leaf is proven against its record before the sink gets it, unless the sink is proven."""
         if sink.is_proven and sink.lost is None:
             filling = Filling(self.view, self.extents, start=start)
             try:

@@ -120,7 +120,7 @@ class Replay:
             return [bad for done in results for bad in done.bad]
 
     def seconds(self) -> float | None:
-        """How long all of it will take: as fast as its first SAMPLE_BYTES were read just now; None where they cannot."""
+        """How long all of it will take: as fast as its first SAMPLE_BYTES were read now; None where they cannot."""
         hot = sum(item.stop - item.start for task in self._tasks() for item in task if item.hot)
         begun, read = time.monotonic(), 0
         with closing(self._results(self._tasks())) as results:
