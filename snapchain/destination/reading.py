@@ -53,16 +53,19 @@ class Sink:
     zero: (offset, length) of ranges among the DATA that are all zero
     lost: (start, stop, error) of guest ranges that are damaged, in guest order: they are zeroed instead. None: the
     first one ends the copy with its error
+    is_proven: whether the caller reads back all that it was given, and compares its content id with the one that the
+    copy returns: then nothing needs proof before it is given
     """
 
     write: Callable[[Sequence[tuple[int, memoryview]]], None]
     zero: Callable[[int, int], None] = leave
     lost: Callable[[int, int, Corrupt], None] | None = None
+    is_proven: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ReadingCost:
-    """What reading a layer takes. requests, stored_bytes: to fetch its data
+    """What reading a layer takes. requests, stored_bytes: to fetch its data into a file
 
     seconds: as long as the beginning took, for all of it; None where the beginning cannot be read, or is not
     """

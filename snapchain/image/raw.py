@@ -128,7 +128,10 @@ class RawWriter:
     def write_pieces(self, pieces: Sequence[tuple[int, Buffer]]) -> None:
         """As `write` for many (offset, bytes)."""
         for offset, data in pieces:
-            self.write(offset, data)
+            self._check(offset, memoryview(data).nbytes)
+        with os_errors(self._subject):
+            for offset, data in pieces:
+                write_all(self._fd, data, offset)
 
     def zero(self, offset: int, length: int) -> None:
         """Make a range read as zeroes; it must not have been written in this run. Raises as `write`."""

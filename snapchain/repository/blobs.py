@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from snapchain.errors import Corrupt, NotFound, Unavailable
 from snapchain.objects.store import ObjectStore
@@ -70,8 +70,7 @@ class BlobReader:
         A blob that is damaged is read from another place where an index lists one.
         Raises Corrupt, which names the pack, when a blob is missing, altered or not what its id says.
         """
-        order = sorted(range(len(wanted)), key=lambda at: (wanted[at][1].pack, wanted[at][1].offset))
-        for group in _neighbours(wanted, order):
+        for group in neighbours(wanted):
             yield from self._read_group(wanted, group)
 
     def read(self, blob: bytes, location: Location) -> bytes:
@@ -80,17 +79,19 @@ class BlobReader:
         return plain
 
     def _read_group(self, wanted: Sequence[tuple[bytes, Location]], group: list[int]) -> Iterator[tuple[int, bytes]]:
+        given = 0
         try:
-            yield from list(self._read_together(wanted, group))
+            for each in self._read_together(wanted, group):
+                yield each
+                given += 1
         except Corrupt:
-            for at in group:
-                yield at, self._read_somewhere(*wanted[at])
+            pass
         except Unavailable:
             # A store that does not answer has lost nothing; a pack that is known to be damaged has a bad sector.
             if not self._is_known_damaged(wanted[group[0]][1].pack):
                 raise
-            for at in group:
-                yield at, self._read_somewhere(*wanted[at])
+        for at in group[given:]:
+            yield at, self._read_somewhere(*wanted[at])
 
     def _read_somewhere(self, blob: bytes, where: Location) -> bytes:
         """The plain bytes of one blob, from the first place where they are whole."""
@@ -137,15 +138,19 @@ class BlobReader:
             return reader
 
 
-def _neighbours(wanted: Sequence[tuple[bytes, Location]], order: Iterable[int]) -> Iterator[list[int]]:
-    """Places, grouped so that each group is worth one ranged read."""
+def neighbours(wanted: Sequence[tuple[bytes, Location]], *, most: int = GROUP_BYTES) -> Iterator[list[int]]:
+    """Places in `wanted`, in order of packs and offsets, grouped so that each group is worth one ranged read.
+
+    most: stored bytes of a group, but for a larger blob
+    """
+    order = sorted(range(len(wanted)), key=lambda at: (wanted[at][1].pack, wanted[at][1].offset))
     group: list[int] = []
     pack, begin, reach, raw = "", 0, 0, 0
     for at in order:
         where = wanted[at][1]
         stop = max(reach, where.offset + where.stored)
         is_apart = where.pack != pack or where.offset > reach + GAP_BYTES
-        if group and (is_apart or stop - begin > GROUP_BYTES or raw + where.raw > _GROUP_RAW):
+        if group and (is_apart or stop - begin > most or raw + where.raw > _GROUP_RAW):
             yield group
             group = []
         if not group:

@@ -19,7 +19,7 @@ from snapchain.repository.packs import Location
 from snapchain.repository.pages import Page
 from snapchain.repository.read_ahead import Get
 
-_Target = tuple[int, int, int, int]
+Target = tuple[int, int, int, int]
 """Number of a buffer, offset in it, offset in the blob, length."""
 
 
@@ -88,23 +88,27 @@ class ChainView:
 
         What lies together in a pack is asked for together, and a page is looked at once.
         """
-        empty, targets = self._sources([(offset, len(buffer)) for offset, buffer in pieces])
+        empty, targets = self.sources([(offset, len(buffer)) for offset, buffer in pieces])
         for place, at, length in empty:
             pieces[place][1][at : at + length] = bytes(length)
         wanted = [(blob, where) for where, (blob, _) in targets.items()]
-        self._allowance.spend(sum(len(buffer) for _, buffer in pieces), sum(where.raw for _, where in wanted))
-        for number, plain in self._blobs.read_all(wanted):
+        for number, plain in self.blobs(wanted, shown=sum(len(buffer) for _, buffer in pieces)):
             view = memoryview(plain)
             for place, at, skip, length in targets[wanted[number][1]][1]:
                 pieces[place][1][at : at + length] = view[skip : skip + length]
 
+    def blobs(self, wanted: Sequence[tuple[bytes, Location]], *, shown: int) -> Iterator[tuple[int, bytes]]:
+        """As `BlobReader.read_all`. shown: bytes that are read of them"""
+        self._allowance.spend(shown, sum(where.raw for _, where in wanted))
+        return self._blobs.read_all(wanted)
+
     def locations(self, ranges: Sequence[tuple[int, int]]) -> list[Location]:
         """Where the blobs of some (offset, length) lie, ascending and apart."""
-        return list(self._sources(ranges)[1])
+        return list(self.sources(ranges)[1])
 
-    def _sources(
+    def sources(
         self, ranges: Sequence[tuple[int, int]]
-    ) -> tuple[list[tuple[int, int, int]], dict[Location, tuple[bytes, list[_Target]]]]:
+    ) -> tuple[list[tuple[int, int, int]], dict[Location, tuple[bytes, list[Target]]]]:
         """(number of a range, offset in it, length) of what is zero; the blobs of the rest, and where each goes."""
         first = np.array([offset for offset, _ in ranges], np.int64)
         stop = first + np.array([length for _, length in ranges], np.int64)
@@ -115,7 +119,7 @@ class ChainView:
         owner = window.val[run]
         empty = owner < DATA
         blank = list(_lists(piece[empty], (begin - first[piece])[empty], (end - begin)[empty]))
-        targets: dict[Location, tuple[bytes, list[_Target]]] = {}
+        targets: dict[Location, tuple[bytes, list[Target]]] = {}
         for number in np.unique(owner[~empty]).tolist():
             mine = owner == number
             for page in self.layers[number].each_page(int(begin[mine][0]), int(end[mine][-1])):
@@ -144,7 +148,7 @@ class Composed:
 
 def _parts(
     page: Page, first: Int64s, stop: Int64s, piece: Int64s, base: Int64s
-) -> Iterator[tuple[bytes, Location, list[_Target]]]:
+) -> Iterator[tuple[bytes, Location, list[Target]]]:
     """What a page's blobs give to some guest ranges.
 
     first, stop: int64[n], the ranges, ascending, apart; piece: which buffer each is of; base: where buffers begin.
@@ -157,12 +161,15 @@ def _parts(
     rows = page.runs[near][run]
     skip = begin - page.start[near][run] + rows["skip"]
     fresh = (rows["pack"][1:] != rows["pack"][:-1]) | (rows["offset"][1:] != rows["offset"][:-1])
-    targets: list[_Target] = list(_lists(piece[place], begin - base[piece[place]], skip, end - begin))
+    targets: list[Target] = list(_lists(piece[place], begin - base[piece[place]], skip, end - begin))
     cuts = [0, *(np.flatnonzero(fresh) + 1).tolist(), len(run)]
-    for cut, following in pairwise(cuts):
-        row = rows[cut]
-        where = Location(page.packs[int(row["pack"])], int(row["offset"]), int(row["stored"]), int(row["raw"]))
-        yield row["id"].tobytes(), where, targets[cut:following]
+    blobs = rows[cuts[:-1]]
+    ids = blobs["id"].tobytes()
+    size = len(ids) // len(blobs)
+    places = _lists(*(blobs[name] for name in ("pack", "offset", "stored", "raw")))
+    for number, ((cut, following), (pack, offset, stored, raw)) in enumerate(zip(pairwise(cuts), places, strict=True)):
+        where = Location(page.packs[pack], offset, stored, raw)
+        yield ids[number * size : (number + 1) * size], where, targets[cut:following]
 
 
 def _meeting(at: Int64s, end: Int64s, first: Int64s, stop: Int64s) -> tuple[Int64s, Int64s, Int64s, Int64s]:

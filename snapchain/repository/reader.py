@@ -11,12 +11,14 @@ from typing import Literal
 
 from snapchain.destination.reading import ReadingCost, Sink
 from snapchain.destination.records import HoldRecord, PointRecord
+from snapchain.errors import Corrupt
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model.content import Hashes
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Extents, Int64s
 from snapchain.repository.catalogue import Point, find_point
 from snapchain.repository.chain import ChainView
+from snapchain.repository.filling import Filling
 from snapchain.repository.layers import StoredLayer, leaves_shown
 from snapchain.repository.lost_maps import LostMap, tolerant
 from snapchain.repository.replay import Replay
@@ -52,12 +54,22 @@ class RepositoryLayer:
         return self.view.layers[-1].header.cluster_size
 
     def copy(self, sink: Sink, *, start: int = 0, on_copied: Callable[[int, int], None]) -> str:
-        """As LayerReader. Each leaf is proven against its record before it is given to the sink's user as copied."""
+        """As LayerReader. Each leaf is proven against its record before the sink gets it, unless the sink is proven."""
+        if sink.is_proven and sink.lost is None:
+            filling = Filling(self.view, self.extents, start=start)
+            try:
+                filling.run(sink, on_copied)
+            except Corrupt:  # of which guest range, the replay finds out
+                start = filling.done
+            else:
+                return self.view.layers[-1].header.content_id
         return Replay(self.view, self.extents, sink, lost=self.lost).on(self.below).run(on_copied, start=start)
 
     def cost(self, *, samples: bool = True) -> ReadingCost:
         """As LayerReader."""
-        return Replay(self.view, self.extents).on(self.below).cost(samples=samples)
+        requests, stored = Filling(self.view, self.extents).cost()
+        seconds = Replay(self.view, self.extents).on(self.below).seconds() if samples else None
+        return ReadingCost(requests, stored, seconds)
 
 
 @dataclass(frozen=True, slots=True)

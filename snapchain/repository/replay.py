@@ -5,7 +5,6 @@ Restoring is a replay with a sink that writes; verifying is one without.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -14,18 +13,18 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
 
-from snapchain.destination.reading import ReadingCost, Sink
+from snapchain.destination.reading import Sink
 from snapchain.errors import Corrupt, SnapchainError
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, content_id, empty_sum, leaf_hash
 from snapchain.model.extents import DATA, Extents
 from snapchain.repository.blobs import GAP_BYTES, GROUP_BYTES
 from snapchain.repository.chain import ChainView
 from snapchain.repository.format import LEAF_ROW, layer_name
+from snapchain.repository.gate import Gate
 from snapchain.repository.ingest import change_of, sum_beyond
 from snapchain.repository.layers import StoredLayer, bounded_ranges, leaves_shown
 from snapchain.repository.lost_maps import LostMap
@@ -61,38 +60,6 @@ class _Done:
     bad: tuple[Bad, ...]
 
 
-class _Gate:
-    """Lets writes through until it is shut, and is shut only between writes.
-
-    After an error nobody waits for workers that wait for a slow store, but none of them may write any more: the
-    output is about to be closed, and its descriptor's number will be another file's.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._writing = 0
-        self._shut = False
-
-    def __enter__(self) -> bool:
-        """True when the caller may write."""
-        with self._changed:
-            self._writing += 1
-            return not self._shut
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._changed:
-            self._writing -= 1
-            self._changed.notify_all()
-
-    def shut(self) -> None:
-        """Wait for the writes under way, and allow no more."""
-        with self._changed:
-            self._shut = True
-            self._changed.wait_for(lambda: self._writing <= 0)
-
-
 class Replay:
     """One layer, seen through the chain below it.
 
@@ -106,7 +73,7 @@ class Replay:
         self._view, self._extents, self._sink, self._lost = view, extents, sink, lost
         self._below: Sequence[StoredLayer] = ()
         self._layer = view.layers[-1]
-        self._gate = _Gate()
+        self._gate = Gate()
 
     def on(self, below: Sequence[StoredLayer]) -> Replay:
         """Count the content sum from that of the chain `below`, which was replayed already."""
@@ -152,26 +119,18 @@ class Replay:
         with closing(self._results(self._tasks())) as results:
             return [bad for done in results for bad in done.bad]
 
-    def cost(self, *, samples: bool = True) -> ReadingCost:
-        """What reading all of it will take: by its map, and as fast as its first SAMPLE_BYTES were read just now."""
-        requests = stored = hot = 0
-        for batch in _batches(self._tasks()):
-            ranges = self._needed(batch)
-            requests += len(ranges)
-            stored += sum(each.stop - each.start for each in ranges)
-            hot += sum(item.stop - item.start for task in batch for item in task if item.hot)
-        if not samples:
-            return ReadingCost(requests, stored, None)
+    def seconds(self) -> float | None:
+        """How long all of it will take: as fast as its first SAMPLE_BYTES were read now; None where they cannot."""
+        hot = sum(item.stop - item.start for task in self._tasks() for item in task if item.hot)
         begun, read = time.monotonic(), 0
         with closing(self._results(self._tasks())) as results:
             for done in results:
                 if done.bad:
-                    return ReadingCost(requests, stored, None)
+                    return None
                 read += done.bytes_read
                 if read >= SAMPLE_BYTES:
                     break
-        seconds = time.monotonic() - begun
-        return ReadingCost(requests, stored, seconds * hot / read if read else 0.0)
+        return (time.monotonic() - begun) * hot / read if read else 0.0
 
     def _tasks(self) -> Iterator[Task]:
         layers = self._view.layers

@@ -6,7 +6,8 @@ turns (SNAPCHAIN_BENCH_ROUNDS). snapchain reads the overlays of generations, as 
 raw disks, as they must. Clones are raw disks for all: no chain tells what a clone has in common with its base.
 
 Sizes do not depend on the load of the machine, and decide: after three generations no more than the better one stores,
-and with ten clones at most 60 % of it. Times are printed beside what was promised.
+and with ten clones at most 60 % of it. Times, and the size of the first ship, are printed beside what was promised.
+Processor time is compared too: on a busy machine it varies less than the wall clock.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ NAMES = ("snapchain", "restic", "borg")
 BORG = {"BORG_PASSPHRASE": "x", "BORG_BASE_DIR": ".borg"}
 STEPS = {"first ship": 2.0, "second ship": 1.5, "third ship": 1.5, "restore": 2.0}
 """How many times as fast as the better of the others each was promised to be."""
+WEIGHT, CLONED = 1.0, 0.6
+"""The most that may be stored, as a share of what the better of the others stores."""
 Program = Callable[..., Cost]
 
 
@@ -98,27 +101,33 @@ def test_side_by_side_with_rivals(tmp_path: Path) -> None:
     for number in range(ROUNDS):  # in turns, so that a busy moment of the machine hits all
         for name in NAMES if number % 2 else reversed(NAMES):
             rounds[name].append(one_round(name, tmp_path, made))
-    print(f"\n\n{'':14}" + "".join(f"{name:>18}" for name in NAMES) + f"{'times as fast':>16} {'promised':>9}")
+    print(
+        f"\n\n{'':14}"
+        + "".join(f"{name:>18}" for name in NAMES)
+        + f"{'times as fast':>16}{'of its cpu':>12} {'promised':>9}"
+    )
     for step, promised in STEPS.items():
         walls = {name: min(each.costs[step].seconds for each in rounds[name]) for name in NAMES}
         cpus = {name: min(each.costs[step].cpu for each in rounds[name]) for name in NAMES}
         cells = "".join(f"{walls[name]:8.1f} s {cpus[name]:5.1f} cpu" for name in NAMES)
         ratio = min(walls[name] for name in NAMES[1:]) / walls["snapchain"]
-        print(f"{step:14}{cells}{ratio:16.2f} {promised:9.1f}", flush=True)
+        share = cpus["snapchain"] / min(cpus[name] for name in NAMES[1:])
+        print(f"{step:14}{cells}{ratio:16.2f}{share:12.2f} {promised:9.1f}", flush=True)
     sizes = {name: rounds[name][-1].stored for name in NAMES}
     for number, step in enumerate(list(STEPS)[:3]):
-        sized("after " + step, {name: sizes[name][number] for name in NAMES})
+        sized("after " + step, {name: sizes[name][number] for name in NAMES}, WEIGHT)
     disks = [raw for _, raw in (made[0], *clones(tmp_path, made[0]))]
     for name in NAMES:
         begin(name, tmp_path)
         for number, raw in enumerate(disks):
             ship(name, tmp_path, raw, raw, f"like{number}")
     cloned = {name: weight(tmp_path / name) for name in NAMES}
-    sized("and 10 clones", cloned)
-    assert sizes["snapchain"][-1] <= min(sizes["restic"][-1], sizes["borg"][-1])
-    assert cloned["snapchain"] <= 0.6 * min(cloned["restic"], cloned["borg"])
+    sized("and 10 clones", cloned, CLONED)
+    assert sizes["snapchain"][-1] <= WEIGHT * min(sizes["restic"][-1], sizes["borg"][-1])
+    assert cloned["snapchain"] <= CLONED * min(cloned["restic"], cloned["borg"])
 
 
-def sized(what: str, stored: Mapping[str, int]) -> None:
+def sized(what: str, stored: Mapping[str, int], promised: float) -> None:
     cells = "".join(f"{stored[name] / MiB:14.1f} MiB" for name in NAMES)
-    print(f"{what:18}{cells}   {stored['snapchain'] / min(stored['restic'], stored['borg']):.2f} of the better one")
+    share = stored["snapchain"] / min(stored[name] for name in NAMES[1:])
+    print(f"{what:18}{cells}   {share:.3f} of the better one, promised {promised:.2f}", flush=True)

@@ -16,7 +16,7 @@ from snapchain.ops import receive as serve_replica
 from snapchain.ops.nightly.run import _Run
 from snapchain.ops.restore.output import OutputFile
 from snapchain.repository.disk_writer import DiskWriter
-from snapchain.repository.replay import Replay
+from snapchain.repository.filling import Filling
 from tests.cli.conftest import Run, write
 from tests.ops.stacks import names
 
@@ -56,7 +56,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 def test_a_restore_leaves_neither_file_nor_lease(
     run: Run, shipped: Path, interrupt: Callable[..., None], number: signal.Signals, target: str
 ) -> None:
-    interrupt(Replay, "run", number)
+    interrupt(Filling, "run", number)
     said = run("restore", DISK, *target.split())
     assert said.status == CODES[number]
     assert said.err.startswith("snapchain: interrupted\nsnapchain: hint: OUT was not made")
@@ -68,7 +68,7 @@ def test_a_restore_leaves_neither_file_nor_lease(
 def test_json_tells_the_code_too(
     run: Run, shipped: Path, interrupt: Callable[..., None], number: signal.Signals
 ) -> None:
-    interrupt(Replay, "run", number)
+    interrupt(Filling, "run", number)
     said = run("restore", DISK, "out/web1.raw", "--json")
     assert (said.status, json.loads(said.out)["error"]["exit_code"]) == (CODES[number], CODES[number])
 
@@ -120,7 +120,7 @@ def test_a_closing_terminal_says_it_twice(
         whole(*arguments)
 
     monkeypatch.setattr(OutputFile, "__exit__", clean_up)
-    interrupt(Replay, "run", signal.SIGHUP)
+    interrupt(Filling, "run", signal.SIGHUP)
     assert run("restore", DISK, "out/web1.raw").status == 129
     assert names(shipped.parent / "out") == []
 
@@ -145,7 +145,7 @@ def test_an_interrupt_while_the_words_are_parsed_is_told_too(
 def test_nohup_keeps_working(run: Run, shipped: Path, interrupt: Callable[..., None]) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        interrupt(Replay, "run", signal.SIGHUP)
+        interrupt(Filling, "run", signal.SIGHUP)
         assert run("restore", DISK, "out/web1.raw").status == 0
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:

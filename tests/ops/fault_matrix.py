@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from pytest import MonkeyPatch
+
 from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError, Unavailable
 from snapchain.model.retention import Policy
 from snapchain.objects.store import Data, ObjectInfo, ObjectStore, StoreWrapper
@@ -31,6 +33,7 @@ from snapchain.repository import collecting, leases, repository as repositories
 from snapchain.repository.opening import open_repository
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
+from tests.ops.large_indexes import as_if_large
 from tests.ops.shipping import restore, ship
 from tests.repository.synthetic import again
 
@@ -232,6 +235,8 @@ def main(role: str, number: str, place: str, url: str) -> None:
     leases.DEAD_SECONDS, leases.REFRESH_SECONDS = DEAD_SECONDS, 2.0
     repositories.PATIENCE = repositories.READERS_PATIENCE = 5.0
     collecting.PATIENCE = 3.0
+    if int(number) % 2:
+        as_if_large(MonkeyPatch())
     while True:
         try:
             opened = open_repository(url, passphrase=lambda: PASSPHRASE, writing=True)

@@ -19,11 +19,14 @@ from snapchain.ops.restore.damage import DamagedRange
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.stream import StreamedRestoration
 from snapchain.ops.restore.target import RestoreReport
-from snapchain.repository import replay
+from snapchain.repository import layers as records, replay
 from snapchain.repository.crypto import NONE
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.format import pack_name
+from snapchain.repository.ingest import store_page_body
 from snapchain.repository.layers import page_location
+from snapchain.repository.packer import Packer
+from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository
 from snapchain.testing.faults import Fault, FaultStore, On
 from tests.ops.shipping import DISK, MiB, ship
@@ -108,6 +111,45 @@ def test_otherwise_it_is_an_error(world: World, tmp_path: Path, way: Callable[..
         way(world, place, allowed=False)
     assert "--allow-damaged" in str(raised.value.hint)
     assert names(place) == []
+
+
+@pytest.fixture
+def crossed(tmp_path: Path) -> Destination:
+    """The map names another blob for leaf 1, which is whole: neither its tag nor its id tells, only the leaf."""
+    (image,) = build(tmp_path / "c", [Layer(4 * LEAF, [f"write -P {n + 1} {n * 64}k 64k" for n in range(4)])])
+    repo = repository(MemoryStore(), block_size=LEAF)
+    ship(image, repo)
+    layer = again(repo).layer(repo.catalogue(DISK).points[0].layer)
+    (page,) = layer.pages(0, layer.size)
+    runs = page.runs.copy()
+    for column in ("id", "pack", "offset", "stored", "raw"):
+        runs[column][1] = runs[column][2]
+    with Packer(repo.store, repo.keys, repo.index()) as packer:
+        row = store_page_body(0, layer.size, Page(runs, page.leaves, page.packs), keys=repo.keys, packer=packer)
+        packer.flush()
+    records.write(repo.store, repo.keys, layer.header, row)
+    return RepositoryDestination(again(repo))
+
+
+CROSSED = f"guest bytes {LEAF} to {2 * LEAF} are lost: the bytes are not those that were shipped"
+
+
+@pytest.mark.parametrize("name", ["out.raw", "out.qcow2"])
+def test_a_map_that_names_another_blob_is_found_when_the_file_is_read_back(
+    crossed: Destination, tmp_path: Path, name: str
+) -> None:
+    place = tmp_path / "d"
+    place.mkdir()
+    with pytest.raises(Corrupt, match=CROSSED):
+        Restoration(crossed, DISK, place / name).run()
+    assert names(place) == []
+
+
+def test_a_map_that_names_another_blob_is_found_before_a_stream_gets_it(crossed: Destination) -> None:
+    written = bytearray()
+    with pytest.raises(Corrupt, match=CROSSED):
+        StreamedRestoration(crossed, DISK).run(written.extend)
+    assert not written.strip(b"\1")
 
 
 @pytest.mark.root

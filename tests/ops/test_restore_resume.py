@@ -21,6 +21,7 @@ from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import RestoreReport
 from snapchain.ops.ship.request import ShipRequest
 from snapchain.ops.ship.run import run as ship
+from snapchain.repository import filling
 from snapchain.repository.opening import create_repository
 from snapchain.testing.faults import Crash
 from tests.ops.shipping import MiB
@@ -58,6 +59,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(autouse=True)
 def notes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(output, "WORTH", STEP)
+    monkeypatch.setattr(filling, "PORTION_BYTES", MiB)
     (tmp_path / "out").mkdir()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.destination.reading import Sink
+from snapchain.destination.reading import Sink, leave
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.host.batches import Buffer
 
@@ -30,7 +30,7 @@ class Damage:
     """
 
     def __init__(self, *, allowed: bool) -> None:
-        self._allowed = allowed
+        self.allowed = allowed
         self._ranges: list[DamagedRange] = []
 
     @property
@@ -38,10 +38,9 @@ class Damage:
         """Ascending; neighbours are one."""
         return tuple(self._ranges)
 
-    def sink(self, write: Write, zero: Callable[[int, int], None] | None = None) -> Sink:
-        """A sink whose lost ranges are collected here. zero: as of Sink; None: zeroes need no call."""
-        lost = self._add if self._allowed else None
-        return Sink(write, lost=lost) if zero is None else Sink(write, zero, lost)
+    def sink(self, write: Write, zero: Callable[[int, int], None] = leave, *, is_proven: bool = False) -> Sink:
+        """A sink whose lost ranges are collected here. zero, is_proven: as of Sink"""
+        return Sink(write, zero, self._add if self.allowed else None, is_proven)
 
     def _add(self, start: int, stop: int, error: Corrupt) -> None:
         last = self._ranges[-1] if self._ranges else None

@@ -253,16 +253,20 @@ class Restoration:
             layout = job.layout()
             self._check_tables(layout)
             with Qcow2Writer(output.fd, layout, subject=output.path, resumed=output.start > 0) as writer:
-                recorded = layer.copy(damage.sink(writer.write_pieces), start=output.start, on_copied=on_copied)
+                sink = damage.sink(writer.write_pieces, is_proven=True)
+                recorded = layer.copy(sink, start=output.start, on_copied=on_copied)
         else:
             with RawWriter(output.fd, sectors(size), subject=output.path, resumed=output.start > 0) as raw:
-                recorded = layer.copy(damage.sink(raw.write_pieces), start=output.start, on_copied=on_copied)
+                sink = damage.sink(raw.write_pieces, is_proven=True)
+                recorded = layer.copy(sink, start=output.start, on_copied=on_copied)
         output.note_whole()
         if job.format == "raw" and job.backing is None and not output.start and not self._target.whole_chain:
             # Its map is known, whatever the filesystem tells.
             shown = raw_content_id(output.fd, layer.extents, subject=output.path)
         else:
             shown = proof.add(output, size=size, format=job.format)
+        if shown != recorded and not self._resumed and not damage.allowed:
+            _prove(job)
         _check_shown(shown, recorded, job)
         return shown
 
@@ -298,9 +302,11 @@ def _write_device(job: _Job, fd: int, damage: Damage, on_bytes: Callable[[int], 
             zero_below(offset)
             on_bytes(count)
 
-        recorded = layer.copy(damage.sink(raw.write_pieces, raw.zero), on_copied=on_copied)
+        recorded = layer.copy(damage.sink(raw.write_pieces, raw.zero, is_proven=True), on_copied=on_copied)
         zero_below(layer.extents.size)
     shown = raw_content_id(fd, layer.extents, subject=job.path)
+    if shown != recorded and not damage.allowed:
+        _prove(job)
     _check_shown(shown, recorded, job)
     return shown
 
@@ -311,6 +317,15 @@ def _data_below(job: _Job, offset: int) -> int:
     if offset >= size:
         return job.layer.extents.data_bytes
     return job.layer.extents.window(0, offset).data_bytes if offset else 0
+
+
+def _prove(job: _Job) -> None:
+    """Raises Corrupt naming the guest range where what the destination holds is not what was recorded.
+
+    A peer would say the same once more.
+    """
+    if job.layer.peer is None:
+        job.layer.copy(_NOTHING, on_copied=lambda _offset, _count: None)
 
 
 def _check_shown(shown: str, recorded: str, job: _Job) -> None:
