@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from pytest import MonkeyPatch
+import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError, Unavailable
 from snapchain.model.retention import Policy
@@ -236,7 +236,7 @@ def main(role: str, number: str, place: str, url: str) -> None:
     repositories.PATIENCE = repositories.READERS_PATIENCE = 5.0
     collecting.PATIENCE = 3.0
     if int(number) % 2:
-        as_if_large(MonkeyPatch())
+        as_if_large(pytest.MonkeyPatch())
     while True:
         try:
             opened = open_repository(url, passphrase=lambda: PASSPHRASE, writing=True)
