@@ -29,7 +29,8 @@ from snapchain.host.run_directory import LONGEST_SOCKET, base
 
 PORT = 10809
 """That of NBD, as IANA has it."""
-_BACKLOG = 128
+_BACKLOG = 1024
+"""A client that does not wait is refused when so many are waiting."""
 _MOST_PEM = 1 << 20
 
 
@@ -123,7 +124,7 @@ def _check_free(directory: Directory, path: Path) -> None:
 def tcp_listener(host: str, port: int, *, has_tls: bool) -> Iterator[socket.socket]:
     """A TCP socket that listens. port: 0 for any that is free
 
-    Raises InvalidInput without TLS for an address that is not this host's alone, Busy for a port that is taken.
+    Raises InvalidInput without TLS for an address that is not this host's alone, Unavailable for a port that is taken.
     """
     subject = f"{host}:{port}"
     try:
