@@ -107,13 +107,15 @@ def serve(
     has it under the empty name, too.
 
     Any NBD client can read: QEMU, qemu-img, nbdcopy, nbd-client, several at once. Zeroes are not sent: clients that ask
-    learn which ranges hold data. Each byte of a repository is proven before it is sent. A range whose bytes are lost
+    learn which ranges hold data. Each byte of a repository is
+    proven before it is sent. A range whose bytes are lost
     gives an I/O error there and a note here, and all other ranges can be read. Writes are refused.
 
     While a store does not answer, reads wait for --patience, then fail; later reads work again. As long as a point of
     a repository is served, gc keeps what it needs. With --all-points that is so while a client has the point open.
 
-    A replica must be on this host: dir:/path. While it is served, merges of the disk at the replica wait.
+    A replica must be on this host: dir:/path. Its bytes are those of its files, and are not proven. While it is
+    served, merges leave these files as they are.
     """
     from snapchain.destination.address import parse_point_address
     from snapchain.ops.serve import ServeRequest, Serving

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 from snapchain.destination.reading import Part, StoredBlob
 from snapchain.errors import Corrupt, SnapchainError
@@ -26,12 +27,15 @@ KiB, MiB = 1 << 10, 1 << 20
 
 @dataclass
 class MadeDisk:
-    """Blob n is `unit` bytes of n + 1. bad: blobs that are damaged; gate: asked before each load; loads: what was asked"""
+    """Blob n is `unit` bytes of n + 1.
+
+    bad: blobs that are damaged; gate: called before each is loaded; loads: which were asked for together
+    """
 
     count: int
     unit: int = 64 * KiB
     bad: set[int] = field(default_factory=set)
-    gate: Callable[[], None] = lambda: None
+    gate: Callable[[], object] = lambda: None
     loads: list[list[int]] = field(default_factory=list)
 
     @property
@@ -138,7 +142,7 @@ class Client:
         self.socket.connect(str(path))
         self.socket.settimeout(HANG)
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

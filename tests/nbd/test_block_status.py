@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, strategies as st
 
@@ -22,7 +24,7 @@ def test_runs_say_what_the_map_says(values: list[int], data: st.DataObject, only
     shown = [flags for run, flags in found for _ in range(run)]
     assert shown == wanted[: len(shown)]
     assert all(run > 0 for run, _ in found)
-    assert all(one[1] != other[1] for one, other in zip(found, found[1:], strict=False)), "neighbours are joined"
+    assert all(one[1] != other[1] for one, other in pairwise(found)), "neighbours are joined"
     assert len(found) == 1 if only_one else len(shown) == length
 
 

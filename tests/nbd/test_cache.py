@@ -1,4 +1,4 @@
-"""The cache never holds more than its size, a blob is fetched once, and an error goes to those who wait for that blob."""
+"""The cache never holds more than its size, a blob is fetched once, and an error goes to those who wait for it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_what_is_used_stays_longer_than_what_is_not() -> None:
 
 def test_a_blob_is_fetched_once_however_many_wait_for_it(loaders: Loaders) -> None:
     gate = threading.Event()
-    disk = MadeDisk(3, gate=lambda: None if gate.wait(HANG) else None)
+    disk = MadeDisk(3, gate=lambda: gate.wait(HANG))
     loader = loaders(disk)
     blob = loader.blob(disk.blob(1))
     assert loader.blob(disk.blob(1)) is blob
@@ -82,7 +82,7 @@ def test_a_store_that_is_away_fails_those_who_wait_and_not_those_who_come_later(
 
 
 def test_a_fault_of_the_program_reaches_who_waits(loaders: Loaders) -> None:
-    disk = MadeDisk(1, gate=lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    disk = MadeDisk(1, gate=lambda: 1 // 0)
     loader = loaders(disk)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
@@ -99,7 +99,7 @@ def test_a_blob_of_another_length_is_damage(loaders: Loaders) -> None:
 
 def test_what_is_fetched_ahead_is_bounded_and_comes_last(loaders: Loaders) -> None:
     gate = threading.Event()
-    disk = MadeDisk(200, gate=lambda: None if gate.wait(HANG) else None)
+    disk = MadeDisk(200, gate=lambda: gate.wait(HANG))
     loader = loaders(disk, limit=40 * disk.unit, workers=1)
     blobs = [loader.blob(disk.blob(number)) for number in range(200)]
     loader.fetch(blobs[:100], ahead=True)
@@ -117,7 +117,7 @@ def test_what_is_fetched_ahead_is_bounded_and_comes_last(loaders: Loaders) -> No
 
 def test_an_end_leaves_nobody_waiting(loaders: Loaders) -> None:
     gate = threading.Event()
-    disk = MadeDisk(2, gate=lambda: None if gate.wait(HANG) else None)
+    disk = MadeDisk(2, gate=lambda: gate.wait(HANG))
     loader = loaders(disk, workers=1)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(loader.bytes_of, loader.blob(disk.blob(0)), timeout=HANG)
@@ -132,7 +132,7 @@ def test_an_end_leaves_nobody_waiting(loaders: Loaders) -> None:
 
 def test_a_store_that_hangs_is_given_up_in_time(loaders: Loaders) -> None:
     gate = threading.Event()
-    disk = MadeDisk(1, unit=KiB, gate=lambda: None if gate.wait(HANG) else None)
+    disk = MadeDisk(1, unit=KiB, gate=lambda: gate.wait(HANG))
     loader = loaders(disk)
     with pytest.raises(Unavailable, match="did not answer"):
         loader.bytes_of(loader.blob(disk.blob(0)), timeout=0.01)

@@ -61,7 +61,7 @@ def replies(raw: bytes) -> list[tuple[int, bytes]]:
 
 def flags_of(raw: bytes) -> int:
     """The transmission flags in the answer to GO or INFO."""
-    return next(struct.unpack(">HQH", data)[2] for kind, data in replies(raw) if kind == Reply.INFO and len(data) == 12)
+    return next(int.from_bytes(data[10:]) for kind, data in replies(raw) if kind == Reply.INFO and len(data) == 12)
 
 
 def test_an_export_is_chosen_with_all_that_was_agreed() -> None:

@@ -118,7 +118,7 @@ def test_only_requests_inside_of_the_export_are_served(
         assert fault == Fault.EPERM
     elif fault is None and command != Command.FLUSH:
         assert command in {Command.READ, Command.CACHE, Command.BLOCK_STATUS}
-        assert 0 < length
+        assert length > 0
         assert offset + length <= SIZE
         assert command != Command.BLOCK_STATUS or contexts
         assert not flags & CommandFlag.DF or (structured and command == Command.READ)

@@ -13,6 +13,7 @@ from snapchain.errors import Corrupt, SnapchainError, Unavailable
 from snapchain.model.extents import DATA, Extents
 from snapchain.nbd import reading as module
 from snapchain.nbd.cache import BlockCache, Loader
+from snapchain.nbd.protocol import Piece
 from snapchain.nbd.reading import BlobReading, FileReading, Reading
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore, StoreWrapper
@@ -21,7 +22,7 @@ from snapchain.repository.format import pack_name
 from snapchain.repository.lost_maps import LostMap
 from snapchain.repository.reader import WholePoint
 from tests.nbd.serving import BLOCK, KiB, Loaders, MadeDisk, MiB, reading_of, shown
-from tests.repository.synthetic import Drawn, Run, Shipped, again, drawn, repository, ship, stacks
+from tests.repository.synthetic import Drawn, Run, Shipped, again, drawn, ship, stacks
 from tests.waiting import HANG, wait_until
 
 
@@ -110,11 +111,10 @@ def test_only_the_damaged_range_fails_and_what_is_before_it_comes(loaders: Loade
                 shown(reading, step, 16 * KiB)
         else:
             assert shown(reading, step, 16 * KiB) == disk.content[step : step + 16 * KiB]
-    got = 0
+    got: list[Piece] = []
     with pytest.raises(Corrupt, match="blob 3"):
-        for pieces in reading.wait(1, disk.size - 1):
-            got += sum(length for _, length, _ in pieces)
-    assert 1 + got == bad.start
+        got.extend(piece for pieces in reading.wait(1, disk.size - 1) for piece in pieces)
+    assert 1 + sum(length for _, length, _ in got) == bad.start
     with pytest.raises(Corrupt, match="blob 3"):
         shown(reading, bad.start - 1, 2)
     with pytest.raises(Corrupt, match="blob 3"):
@@ -157,7 +157,10 @@ def test_where_the_map_is_lost_the_rest_is_read(loaders: Loaders) -> None:
     reading = BlobReading(disk, disk, loader, patience=0)
     for step in range(0, disk.size, 4 * KiB):
         if gone.start <= step < gone.stop:
-            for read in (lambda at: shown(reading, at, 4 * KiB), lambda at: disk.read_into(at, memoryview(bytearray(1)))):
+            for read in (
+                lambda at: shown(reading, at, 4 * KiB),
+                lambda at: disk.read_into(at, memoryview(bytearray(1))),
+            ):
                 with pytest.raises(Corrupt, match="the map of that range"):
                     read(step)
             assert reading.ready(step, 1) is None
@@ -176,7 +179,7 @@ class Away(StoreWrapper):
         if self.left:
             self.left -= 1
             raise Unavailable("nobody answers", subject=name)
-        return super().get(name, offset=offset, length=length)  # type: ignore[return-value]
+        return super().get(name, offset=offset, length=length)
 
 
 def test_a_read_waits_for_a_store_that_is_away_and_later_ones_work(

@@ -126,9 +126,14 @@ def test_many_requests_at_once_are_all_answered(server: Served, disk: MadeDisk) 
     """Those that wait and those that do not, as fast as the client can ask."""
     chosen = random.Random(7)
     wanted = {cookie: chosen.randrange(0, 33 * disk.unit - 4096) for cookie in range(500)}
+
+    def ask() -> None:
+        for cookie, offset in wanted.items():
+            client.request(0, offset, 4096, cookie=cookie)
+
     with Client(server.path).go(NAME) as client, ThreadPoolExecutor(1) as pool:
         client.read(0, 64 * KiB)
-        pool.submit(lambda: [client.request(0, offset, 4096, cookie=cookie) for cookie, offset in wanted.items()])
+        pool.submit(ask)
         found: dict[int, bytes] = {}
         while len(found) < len(wanted):
             parts = client.chunks()
@@ -395,12 +400,15 @@ def test_no_address_to_listen_on(text: str) -> None:
 
 
 def test_without_tls_only_this_host_is_served() -> None:
-    for host in ("0.0.0.0", "::"):  # noqa: S104 - refused
+    for host in ("0.0.0.0", "::"):
         with pytest.raises(InvalidInput, match="without TLS"), tcp_listener(host, 0, has_tls=False):
             pass
     with tcp_listener("127.0.0.1", 0, has_tls=False) as listening:
         port = listening.getsockname()[1]
-        with pytest.raises(Unavailable, match=f"127.0.0.1:{port}: address already"), tcp_listener("127.0.0.1", port, has_tls=False):
+        with (
+            pytest.raises(Unavailable, match=f"127.0.0.1:{port}: address already"),
+            tcp_listener("127.0.0.1", port, has_tls=False),
+        ):
             pass
 
 
@@ -421,5 +429,3 @@ def test_a_uri_reaches_its_export(disk: MadeDisk, tmp_path: Path) -> None:
         subprocess.run(["nbdcopy", uri, tmp_path / "copy"], check=True)
         assert (tmp_path / "copy").read_bytes() == disk.content
         subprocess.run(["qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", uri, content], check=True)
-
-

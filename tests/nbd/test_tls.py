@@ -103,9 +103,7 @@ def test_qemu_reads_with_its_own_tls(authority: Authority, port: int) -> None:
     assert "failed" not in done.stdout, done.stdout
 
 
-def test_who_has_no_certificate_or_wants_no_tls_learns_nothing(
-    authority: Authority, port: int, tmp_path: Path
-) -> None:
+def test_who_has_no_certificate_or_wants_no_tls_learns_nothing(authority: Authority, port: int, tmp_path: Path) -> None:
     other = Authority(tmp_path / "other")
     stranger = tmp_path / "stranger"
     stranger.mkdir()
