@@ -20,17 +20,27 @@ import pytest
 import snapchain
 from snapchain.destination.address import parse_point_address
 from snapchain.destination.reading import ReadableDestination
-from snapchain.errors import InvalidInput, NotFound, Unsupported
+from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
 from snapchain.model.events import Notice
+from snapchain.nbd.block_status import block_status
 from snapchain.objects.local import LocalStore
+from snapchain.objects.memory import MemoryStore
 from snapchain.ops.serve import ServePlan, ServeReport, ServeRequest, Serving
 from snapchain.repository import repository as repositories
+from snapchain.repository.crypto import NONE
+from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.format import pack_name
+from snapchain.repository.layers import page_location
 from tests.cli.conftest import qemu_img, write
 from tests.nbd.serving import Client, ReadFailed
 from tests.ops.guest_points import Guest
+from tests.ops.shipping import ship as ship_stack
+from tests.ops.stacks import Layer, build
+from tests.repository.synthetic import again, repository
 from tests.waiting import HANG, taken
 
 MiB = 1 << 20
+LEAF = 64 << 10
 DISK = "web1/vda"
 
 
@@ -239,6 +249,28 @@ def test_a_damaged_pack_is_an_error_of_its_range_and_a_note(tmp_path: Path) -> N
     assert len(notes) == len(failed)
     assert f"{DISK}: bytes {first} to " in notes[0]
     assert "packs/" in notes[0]
+
+
+def test_where_a_part_of_the_map_is_lost_it_is_data_that_cannot_be_read(tmp_path: Path) -> None:
+    """It would be a hole otherwise, and clients do not ask for holes. What lies above is read."""
+    layers = [Layer(MiB, ["write -P 1 0 128k"]), Layer(MiB, ["write -P 2 64k 128k"])]
+    repo = repository(MemoryStore(), suite=NONE, block_size=LEAF)
+    ship_stack(build(tmp_path / "c", layers)[-1], repo, each_layer=True)
+    layer = again(repo).layer(repo.catalogue(DISK).points[0].layer)
+    where = page_location(layer.table[0])
+    body = bytearray(repo.store.get(pack_name(where.pack)))
+    body[where.offset] ^= 1
+    repo.store.put(pack_name(where.pack), bytes(body))
+    place = RepositoryDestination(again(repo))
+    with place.whole(DISK, damaged=True) as disk:
+        assert block_status(disk.extents, 0, MiB).tolist() == [[3 * LEAF, 0], [MiB - 3 * LEAF, 3]]
+        buffer = bytearray(2 * LEAF)
+        disk.read_into(LEAF, memoryview(buffer))
+        assert buffer == b"\2" * len(buffer)
+        with pytest.raises(Corrupt, match="the map of that range is damaged"):
+            disk.read_into(LEAF - 1, memoryview(buffer))
+    with pytest.raises(Corrupt, match="the map of that range is damaged"), place.whole(DISK):
+        pass
 
 
 def test_a_replica_is_shipped_to_while_it_is_served_and_merges_leave_its_files(history: Path, tmp_path: Path) -> None:
