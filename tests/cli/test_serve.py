@@ -75,7 +75,7 @@ def test_a_failed_read_is_told_and_is_the_exit_code(run: Run, shipped: Path, tmp
         for pack in (tmp_path / "repo" / "packs").rglob("*"):
             if pack.is_file():
                 pack.unlink()
-        with Client(tmp_path / "s").go("web1/vda") as client, pytest.raises(ReadFailed):
+        with Client(tmp_path / "s").go("web1/vda") as client, pytest.raises(ReadFailed, match="error 5"):
             client.read(0, 4096)
         out, err = child.communicate()
     assert (child.returncode, json.loads(out)["failed_reads"]) == (10, 1)

@@ -76,7 +76,7 @@ def test_data_in_one_chunk_on_request(server: Served, disk: MadeDisk) -> None:
         client.request(0, 0, 2 * MiB, flags=4)
         ((kind, _, data),) = client.chunks()
         assert (kind, data[:4]) == (0x8001, struct.pack(">I", 75)), "EOVERFLOW"
-        with pytest.raises(ReadFailed) as failed:
+        with pytest.raises(ReadFailed, match="error 5") as failed:
             client.read(32 * disk.unit, 2 * disk.unit, flags=4)
         assert (failed.value.error, failed.value.before) == (5, b"")
 
@@ -84,7 +84,7 @@ def test_data_in_one_chunk_on_request(server: Served, disk: MadeDisk) -> None:
 def test_an_unreadable_range_is_an_error_and_no_zeroes(server: Served, disk: MadeDisk) -> None:
     bad = 33 * disk.unit
     with Client(server.path).go(NAME) as client:
-        with pytest.raises(ReadFailed) as failed:
+        with pytest.raises(ReadFailed, match="error 5") as failed:
             client.read(bad - 10, 20)
         assert (failed.value.error, failed.value.before) == (5, disk.content[bad - 10 : bad])
         assert client.read(bad - 10, 10) == disk.content[bad - 10 : bad]

@@ -208,9 +208,9 @@ def test_gc_takes_nothing_away_that_is_served(has_lease: bool, tmp_path: Path, m
             if has_lease:
                 assert client.read(0, len(raw)) == raw
             else:
-                with pytest.raises(ReadFailed):
+                with pytest.raises(ReadFailed, match="error 5"):
                     client.read(0, len(raw))
-        with pytest.raises(NotFound):
+        with pytest.raises(NotFound, match="1"):
             snapchain.restore(str(tmp_path / "repo"), DISK, tmp_path / "out.raw", point=1)
     before = taken(tmp_path / "repo")
     _collect(tmp_path)
