@@ -51,16 +51,20 @@ def test_a_blob_is_fetched_once_however_many_wait_for_it(loaders: Loaders) -> No
 
 
 def test_neighbours_come_together_and_the_damaged_one_fails_alone(loaders: Loaders) -> None:
-    disk = MadeDisk(6, bad={2, 4})
+    gate = threading.Event()
+    disk = MadeDisk(6, bad={2, 4}, gate=lambda: gate.wait(HANG))
     loader = loaders(disk, workers=1)
     blobs = [loader.blob(disk.blob(number)) for number in range(6)]
     loader.fetch(reversed(blobs))
-    for number, blob in enumerate(blobs):
+    waiting = [blob.loading for blob in blobs]
+    gate.set()
+    for number, each in enumerate(waiting):
+        assert each is not None
         if number in disk.bad:
             with pytest.raises(Corrupt, match=f"blob {number}: damaged"):
-                loader.bytes_of(blob, timeout=HANG)
+                each.result(HANG)
         else:
-            assert loader.bytes_of(blob, timeout=HANG)[0] == number + 1
+            assert each.result(HANG)[0] == number + 1
     assert disk.loads[0] == [0, 1, 2, 3, 4, 5], "in the order in which they are stored"
 
 

@@ -147,7 +147,10 @@ def test_no_old_version_of_tls(authority: Authority, port: int) -> None:
         client.recv(18, socket.MSG_WAITALL)
         client.sendall(b"\0\0\0\3IHAVEOPT" + struct.pack(">II", 5, 0))
         client.recv(20, socket.MSG_WAITALL)
-        with pytest.raises(ssl.SSLError, match="(?i)version"), context.wrap_socket(client, server_hostname="localhost"):
+        with (
+            pytest.raises(ssl.SSLError, match=r"(?i)version"),
+            context.wrap_socket(client, server_hostname="localhost"),
+        ):
             pass
 
 
