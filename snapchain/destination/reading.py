@@ -184,6 +184,13 @@ class WholeDisk(Protocol):
     def read_into(self, offset: int, buffer: memoryview, /) -> None: ...
 
 
+class PointDisk(WholeDisk, Protocol):
+    """A point as a WholeDisk. content_id: as it is recorded"""
+
+    @property
+    def content_id(self) -> str: ...
+
+
 class StoredBlob(NamedTuple):
     """Bytes that a destination stores once, whatever refers to them. size: bytes unpacked
 
@@ -310,7 +317,7 @@ class ReadableDestination(Protocol):
 
     def whole(
         self, disk: str, point: str | None = None, *, damaged: bool = False, on_event: OnEvent = ignore
-    ) -> AbstractContextManager[WholeDisk]:
+    ) -> AbstractContextManager[PointDisk]:
         """A point that can be read at any offset. What it needs stays for as long as it is open.
 
         damaged: where a part of the map is lost, the rest can be read

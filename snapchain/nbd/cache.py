@@ -161,7 +161,7 @@ class Loader:
                     self._arrived(left.pop(stored.id), data)
         except Corrupt as found:
             error = found
-            while len(left) > 1 or (left and len(blobs) > 1):  # which of them it is
+            while left and len(blobs) > 1:  # which of them it is
                 self._fetch([left.popitem()[1]], ahead=False)
         except Exception as found:  # noqa: BLE001 - whoever waits gets it, whatever it is
             error = found

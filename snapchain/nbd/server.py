@@ -14,10 +14,10 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
+from snapchain.errors import SnapchainError
 from snapchain.nbd.channel import Gone
 from snapchain.nbd.connection import Client, Tally
 from snapchain.nbd.exports import Exports
-from snapchain.nbd.protocol import Malformed
 
 MOST_CLIENTS = 400
 """Threads and descriptors: below the usual limit of 1,024 open files."""
@@ -121,8 +121,8 @@ class Server:
             client.serve(lambda: self._has_begun(connected))
         except (Gone, OSError):
             pass
-        except Malformed as error:
-            self._on_note(f"a client was disconnected: {error.message}")
+        except SnapchainError as error:
+            self._on_note(f"a client was disconnected: {error}")
         finally:
             self._leave(connected, client.tally)
 

@@ -187,7 +187,7 @@ class Serving:
                 chosen.disk, str(chosen.record.point), damaged=chosen.destination.traits.names_damage, on_event=on_event
             )
             with whole as disk:
-                if disk.size != chosen.record.virtual_size:
+                if disk.content_id != chosen.record.content_id:
                     raise NotFound(
                         f"point {chosen.record.point} is another one by now",
                         subject=f"{chosen.destination.url}::{chosen.disk}",
@@ -295,7 +295,9 @@ class _Log:
     def note(self, words: str) -> None:
         """Something that is worth a line."""
         with self._lock:
-            if words in self._noted or len(self._noted) >= _MOST_NOTED:
+            if words in self._noted or len(self._noted) > _MOST_NOTED:
                 return
+            if len(self._noted) == _MOST_NOTED:
+                words = f"{_MOST_NOTED} different notes were made, and no more are"
             self._noted.add(words)
         self._on_event(Notice(words))

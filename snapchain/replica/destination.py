@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 
 from snapchain.destination.address import in_full
-from snapchain.destination.reading import LeafSource, Sink, WholeDisk, Work
+from snapchain.destination.reading import LeafSource, PointDisk, Sink, Work
 from snapchain.destination.traits import REPLICA, Traits
 from snapchain.errors import InvalidInput, NotFound, Unsupported
 from snapchain.host.retry import RetryPolicy
@@ -314,7 +314,7 @@ class ReplicaDestination(ReplicaWriting):
 
     def whole(
         self, disk: str, point: str | None = None, *, damaged: bool = False, on_event: OnEvent = ignore
-    ) -> AbstractContextManager[WholeDisk]:
+    ) -> AbstractContextManager[PointDisk]:
         """As ReadableDestination. The files are locked for reading: a merge waits. Raises Unsupported over ssh."""
         _ = damaged, on_event
         directory = self.endpoint.directory

@@ -80,10 +80,11 @@ def answer(receiver: Receiver, request: Fetch) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ChainDisk:
-    """A chain as a WholeDisk. What it gives is not proven: `verify --read-data` reads all of it for that."""
+    """A PointDisk. What it gives is not proven: `verify --read-data` reads all of it for that."""
 
     chain: ImageChain
     extents: Extents
+    content_id: str
 
     @property
     def size(self) -> int:
@@ -99,7 +100,7 @@ def whole_point(directory: Path, disk: str, wanted: str | None) -> Iterator[Chai
     """A point of a replica of this host. Its files are locked for reading while it is open. Raises as `answer`."""
     found = open_replica(directory).disk(disk)
     with _opened(found, lambda catalogue: _point(found, catalogue, wanted)) as opened:
-        yield ChainDisk(opened.chain, opened.chain.resolve().owned_by(0))
+        yield ChainDisk(opened.chain, opened.chain.resolve().owned_by(0), opened.layers[-1].content_id)
 
 
 def answer_leaves(current: Transfer, request: WantLeaves) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from snapchain.destination.reading import Part, ReadingCost, Sink, StoredBlob
 from snapchain.destination.records import HoldRecord, PointRecord
+from snapchain.errors import Corrupt
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model.content import Hashes
 from snapchain.model.events import Notice, OnEvent, ignore
@@ -100,7 +101,7 @@ class RecordedLeaves:
 
 @dataclass(frozen=True, slots=True)
 class WholePoint:
-    """A point as a WholeDisk. What it gives is what its blobs hold: only who takes all of it can prove its content.
+    """A PointDisk. What it gives is what its blobs hold: only who takes all of it can prove its content.
 
     extents: DATA where the map is lost, too: nobody knows that it is zero
     lost: these ranges, ascending and apart
@@ -113,6 +114,10 @@ class WholePoint:
     @property
     def size(self) -> int:
         return self.view.size
+
+    @property
+    def content_id(self) -> str:
+        return self.view.layers[-1].header.content_id
 
     def read_into(self, offset: int, buffer: memoryview, /) -> None:
         """As WholeDisk. Raises Corrupt."""
@@ -211,9 +216,13 @@ def whole_point(
     )
     with lease:
         lost: Sequence[LostMap] = ()
-        if damaged:
+        try:
+            view = ChainView(layers, repository.blobs)
+        except Corrupt:
+            if not damaged:
+                raise
             layers, lost = tolerant(layers)
-        view = ChainView(layers, repository.blobs)
+            view = ChainView(layers, repository.blobs)
         shown = view.extents.owned_by(0)
         if lost:
             first, stop = np.array([(each.start, each.stop) for each in lost], np.int64).T

@@ -33,7 +33,7 @@ SNAPCHAIN = Path(sys.executable).with_name("snapchain")
 @contextmanager
 def served(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
     """The URI, and the process."""
-    words = [SNAPCHAIN, "serve", "repo::web1/vda", "--socket", folder / "s", "--json", *options]
+    words = [str(SNAPCHAIN), "serve", "repo::web1/vda", "--socket", str(folder / "s"), "--json", *options]
     environment = {**os.environ, "SNAPCHAIN_PASSWORD": "x"}
     with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True, env=environment) as child:
         assert child.stdout is not None
@@ -48,7 +48,20 @@ def served(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
 def by_qemu(image: Path, form: str) -> Iterator[str]:
     """qemu-nbd on a file."""
     path = image.with_suffix(".sock")
-    words = ["qemu-nbd", "--read-only", "--persistent", "-e", "8", "-f", form, "-x", "disk", "-k", path, image]
+    words = [
+        "qemu-nbd",
+        "--read-only",
+        "--persistent",
+        "-e",
+        "8",
+        "-f",
+        form,
+        "-x",
+        "disk",
+        "-k",
+        str(path),
+        str(image),
+    ]
     with subprocess.Popen([*DIE_WITH_PARENT, *words]) as child:
         try:
             wait_until(lambda: greets(path), alive=lambda: child.poll() is None)
