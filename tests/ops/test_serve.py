@@ -37,6 +37,7 @@ from tests.ops.guest_points import Guest
 from tests.ops.shipping import ship as ship_stack
 from tests.ops.stacks import Layer, build
 from tests.repository.synthetic import again, repository
+from tests.servers import S3Server
 from tests.waiting import HANG, taken
 
 MiB = 1 << 20
@@ -271,6 +272,19 @@ def test_where_a_part_of_the_map_is_lost_it_is_data_that_cannot_be_read(tmp_path
             disk.read_into(LEAF - 1, memoryview(buffer))
     with pytest.raises(Corrupt, match="the map of that range is damaged"), place.whole(DISK):
         pass
+
+
+def test_a_bucket_is_served(
+    request: pytest.FixtureRequest, history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server: S3Server = request.getfixturevalue("moto")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{server.new_bucket()}/x"
+    snapchain.create_repository(url, encryption="none")
+    snapchain.ship(history / "3.raw", url, DISK)
+    with serving(tmp_path, f"{url}::{DISK}") as plan:
+        compare(uris(plan)[DISK], history / "3.raw")
 
 
 def test_a_replica_is_shipped_to_while_it_is_served_and_merges_leave_its_files(history: Path, tmp_path: Path) -> None:
