@@ -37,7 +37,8 @@ from snapchain.nbd.listening import (
 )
 from snapchain.nbd.reading import BlobReading, FileReading, Reading
 from snapchain.nbd.server import Server
-from snapchain.ops.guest_points import guest_named
+from snapchain.ops.guest_points import fault_of, guest_named
+from snapchain.ops.guest_records import read_record
 
 CACHE_BYTES = 256 << 20
 LEAST_CACHE = 16 << 20
@@ -248,8 +249,11 @@ def _chosen(destination: ReadableDestination, address: PointAddress, *, all_poin
         if all_points:
             raise InvalidInput("all points are those of a disk, and this is a guest", subject=str(address)) from None
         point = guest.point(address.point)
-        for disk, record in sorted(point.disks.items()):
-            yield _Chosen(_name(disk, record, address), destination, disk, record, stays=True)
+        for recorded in read_record(destination, point, disk=guest.record_disk).disks:
+            if (fault := fault_of(point, recorded, subject=str(address))) is not None:
+                raise fault from None
+            name, record = recorded.disk, point.disks[recorded.disk]
+            yield _Chosen(_name(name, record, address), destination, name, record, stays=True)
         return
     for each in disks:
         record = chosen_point(each.name, each.points, address.point)

@@ -33,7 +33,7 @@ from snapchain.repository.format import pack_name
 from snapchain.repository.layers import page_location
 from tests.cli.conftest import qemu_img, write
 from tests.nbd.serving import Client, ReadFailed
-from tests.ops.guest_points import Guest
+from tests.ops.guest_points import Guest, publish
 from tests.ops.shipping import ship as ship_stack
 from tests.ops.stacks import Layer, build
 from tests.repository.synthetic import again, repository
@@ -168,6 +168,11 @@ def test_a_guest_is_served_as_the_disks_of_one_moment(tmp_path: Path) -> None:
         for name, uri in uris(plan).items():
             shown = next(path for (_, disk), path in guest.shown.items() if disk == name[5:8])
             compare(uri, shown)
+    record = guest.point(place, 3, with_record=False)
+    gone = record.disks[1].model_copy(update={"disk": "web1/vdz"})
+    publish(place, record.model_copy(update={"disks": (record.disks[0], gone)}), guest.place)
+    with pytest.raises(NotFound, match="lacks its disk"), serving(tmp_path, f"{tmp_path}/repo::web1"):
+        pass
     with (
         pytest.raises(InvalidInput, match="this is a guest"),
         serving(tmp_path, f"{tmp_path}/repo::web1", all_points=True),
