@@ -194,12 +194,12 @@ class PointDisk(WholeDisk, Protocol):
 class StoredBlob(NamedTuple):
     """Bytes that a destination stores once, whatever refers to them. size: bytes unpacked
 
-    where: for the destination alone; sorts neighbours together
+    where: the object that holds it, its offset there, its stored bytes; what follows is for the destination alone
     """
 
     id: bytes
     size: int
-    where: tuple[Any, ...]
+    where: tuple[str, int, int, *tuple[Any, ...]]
 
 
 class Part(NamedTuple):

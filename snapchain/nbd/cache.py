@@ -11,18 +11,23 @@ leaves the object, so looking for bytes takes no lock. A blob is fetched once, h
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from weakref import WeakValueDictionary
 
 from snapchain.destination.reading import StoredBlob
 from snapchain.errors import Corrupt, SnapchainError, Unavailable
 
 JOB_BYTES = 4 << 20
-"""Unpacked bytes that are fetched together: neighbours in a pack come with one request."""
+"""Unpacked bytes that are fetched together."""
+GAP_BYTES = 128 << 10
+"""Stored bytes between two blobs that are cheaper to fetch than to ask again."""
+_LOOKED_AT = 256
 WORKERS = 6
 _MOST_AHEAD = 32 << 20
 
@@ -86,6 +91,8 @@ class Loader:
         self._load = load
         self._lock = threading.Lock()
         self._blobs: WeakValueDictionary[bytes, Blob] = WeakValueDictionary()
+        self._wanted: dict[bytes, Blob] = {}
+        self._later: dict[bytes, Blob] = {}
         self._ahead = 0
         self._closed = False
         self._crew = Crew(workers)
@@ -104,21 +111,32 @@ class Loader:
         ahead: nobody waits for them: they come after those that are waited for, and not at all when there are many
         Raises Unavailable at the end.
         """
-        chosen: list[Blob] = []
+        count = 0
         most = min(_MOST_AHEAD, self.cache.limit // 4)
         with self._lock:
             if self._closed:
                 raise Unavailable("the server ends")
             for blob in blobs:
-                if blob.data is not None or blob.loading is not None:
+                size = blob.stored.size
+                if blob.data is not None:
                     continue
-                if ahead and self._ahead + blob.stored.size > most:
+                if blob.loading is not None:
+                    if ahead or self._later.pop(blob.stored.id, None) is None:
+                        continue
+                    self._ahead -= size  # somebody waits for it by now
+                elif ahead and self._ahead + size > most:
                     break
-                blob.loading = Future()
-                self._ahead += blob.stored.size if ahead else 0
-                chosen.append(blob)
-        for job in _jobs(chosen):
-            self._crew.submit(partial(self._fetch, job, ahead=ahead), ahead=ahead)
+                else:
+                    blob.loading = Future()
+                self._ahead += size if ahead else 0
+                (self._later if ahead else self._wanted)[blob.stored.id] = blob
+                count += 1
+        for _ in range(count):
+            self._crew.submit(partial(self._fetch_some, ahead=ahead), ahead=ahead)
+
+    def soon(self, work: Callable[[], None]) -> None:
+        """Do something before anything that nobody waits for. The errors of snapchain that it raises are dropped."""
+        self._crew.submit(partial(_unheard, work), ahead=False)
 
     def later(self, work: Callable[[], None]) -> None:
         """Do something when a thread has nothing else to do. The errors of snapchain that it raises are dropped."""
@@ -152,7 +170,20 @@ class Loader:
         for each in waiting:
             _settle(each, Unavailable("the server ends"))
 
-    def _fetch(self, blobs: Sequence[Blob], *, ahead: bool) -> None:
+    def _fetch_some(self, *, ahead: bool) -> None:
+        """The first that is wanted, and its neighbours: what came while all threads were busy comes together."""
+        with self._lock:
+            queue = self._later if ahead else self._wanted
+            some = neighbours(list(islice(queue.values(), _LOOKED_AT)))
+            for blob in some:
+                del queue[blob.stored.id]
+        if some:
+            self._fetch(some)
+        if ahead:
+            with self._lock:
+                self._ahead -= sum(blob.stored.size for blob in some)
+
+    def _fetch(self, blobs: Sequence[Blob]) -> None:
         left = {blob.stored.id: blob for blob in blobs}
         error: Exception = Corrupt("the map contradicts itself about the size of a blob")
         try:
@@ -162,15 +193,12 @@ class Loader:
         except Corrupt as found:
             error = found
             while left and len(blobs) > 1:  # which of them it is
-                self._fetch([left.popitem()[1]], ahead=False)
+                self._fetch([left.popitem()[1]])
         except Exception as found:  # noqa: BLE001 - whoever waits gets it, whatever it is
             error = found
         finally:
             for blob in left.values():
                 self._failed(blob, error)
-            if ahead:
-                with self._lock:
-                    self._ahead -= sum(blob.stored.size for blob in blobs)
 
     def _arrived(self, blob: Blob, data: bytes) -> None:
         self.cache.keep(blob, data)
@@ -237,15 +265,28 @@ def _settle(waiting: Future[bytes] | None, outcome: bytes | Exception) -> None:
             waiting.set_result(outcome)
 
 
-def _jobs(blobs: Sequence[Blob]) -> Iterator[list[Blob]]:
-    """Blobs in the order in which they are stored, cut into portions."""
-    portion: list[Blob] = []
-    total = 0
-    for blob in sorted(blobs, key=lambda each: each.stored.where):
-        if portion and total + blob.stored.size > JOB_BYTES:
-            yield portion
-            portion, total = [], 0
-        portion.append(blob)
-        total += blob.stored.size
-    if portion:
-        yield portion
+def neighbours(blobs: Sequence[Blob]) -> list[Blob]:
+    """The first of these, and those around it that one request fetches with it, in the order in which they are stored.
+
+    No more than JOB_BYTES unpacked, but for the first.
+    """
+    if not blobs:
+        return []
+    place, offset, stored = blobs[0].stored.where[:3]
+    near = sorted((each for each in blobs[1:] if each.stored.where[0] == place), key=lambda each: each.stored.where[1])
+    low, high, left = offset, offset + stored, JOB_BYTES - blobs[0].stored.size
+    chosen = [blobs[0]]
+    after = bisect_left(near, offset, key=lambda each: each.stored.where[1])
+    for each in near[after:]:
+        if each.stored.where[1] > high + GAP_BYTES or each.stored.size > left:
+            break
+        high = max(high, each.stored.where[1] + each.stored.where[2])
+        left -= each.stored.size
+        chosen.append(each)
+    for each in reversed(near[:after]):
+        if each.stored.where[1] + each.stored.where[2] + GAP_BYTES < low or each.stored.size > left:
+            break
+        low = min(low, each.stored.where[1])
+        left -= each.stored.size
+        chosen.insert(0, each)
+    return chosen

@@ -232,6 +232,7 @@ class _Transmission:
 
     def _wait_for(self, request: Request, out: list[Buffer]) -> None:
         """Leave a request to the answerer; what is in `out` goes first if that has too much to do."""
+        self._reading.soon(request.offset, request.length)
         if self._answerer is None:
             self._answerer = threading.Thread(target=self._answer_all, name="nbd answer", daemon=True)
             self._answerer.start()

@@ -55,6 +55,10 @@ class Reading(Protocol):
         """Begin to fetch blocks [first, stop), as far as there is room; returns at once."""
         ...
 
+    def soon(self, offset: int, length: int, /) -> None:
+        """A range will be waited for: begin to fetch the first of it; returns at once."""
+        ...
+
     def end(self) -> None:
         """The server ends: whoever waits gets Unavailable."""
         ...
@@ -82,6 +86,9 @@ class FileReading:
 
     def ahead(self, first: int, stop: int) -> None:
         """The kernel reads ahead."""
+
+    def soon(self, offset: int, length: int) -> None:
+        """It is here."""
 
     def end(self) -> None:
         """Nobody waits."""
@@ -174,6 +181,11 @@ class BlobReading:
         stop = min(stop, first + self.blocks, -(-self.size // BLOCK))
         if first < stop:
             self._loader.later(lambda: self._fetch(first << SHIFT, min(stop << SHIFT, self.size), ahead=True))
+
+    def soon(self, offset: int, length: int) -> None:
+        """See `Reading`."""
+        stop = min(offset + length, offset + _FETCHED_TOGETHER * BLOCK)
+        self._loader.soon(lambda: self._fetch(offset, stop))
 
     def _begin(self, offset: int, stop: int, deadline: float) -> None:
         """Find out what the range is made of, and begin to fetch the first of it."""

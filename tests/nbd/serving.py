@@ -51,7 +51,7 @@ class MadeDisk:
         return b"".join(bytes([number + 1]) * self.unit for number in range(self.count))
 
     def blob(self, number: int) -> StoredBlob:
-        return StoredBlob(number.to_bytes(4, "big"), self.unit, (number,))
+        return StoredBlob(number.to_bytes(4, "big"), self.unit, ("made", number * self.unit, self.unit, number))
 
     def read_into(self, offset: int, buffer: memoryview, /) -> None:
         buffer[:] = self.content[offset : offset + len(buffer)]
@@ -66,12 +66,12 @@ class MadeDisk:
         return found
 
     def load(self, blobs: Sequence[StoredBlob], /) -> Iterator[tuple[StoredBlob, bytes]]:
-        self.loads.append([each.where[0] for each in blobs])
+        self.loads.append([each.where[3] for each in blobs])
         for each in blobs:
             self.gate()
-            if each.where[0] in self.bad:
-                raise Corrupt("damaged", subject=f"blob {each.where[0]}")
-            yield each, bytes([each.where[0] + 1]) * self.unit
+            if each.where[3] in self.bad:
+                raise Corrupt("damaged", subject=f"blob {each.where[3]}")
+            yield each, bytes([each.where[3] + 1]) * self.unit
 
 
 class Loaders:
