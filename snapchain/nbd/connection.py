@@ -141,7 +141,7 @@ class _Transmission:
         self._client, self._channel, self._tally = client, channel, client.tally
         self._name, self._reading = opened.name, opened.reading
         self._structured, self._contexts = structured, contexts
-        self._ahead = ReadAhead(self._reading.blocks)
+        self._ahead = ReadAhead(self._reading.most_ahead)
         self._sending = threading.Lock()
         self._waiting: queue.Queue[Request | None] = queue.Queue(_REQUESTS)
         self._answerer: threading.Thread | None = None
@@ -206,10 +206,11 @@ class _Transmission:
         if fault is not None:
             return [self._error(cookie, fault)]
         if request.command == Command.READ:
-            first, stop = offset >> SHIFT, ((offset + length - 1) >> SHIFT) + 1
-            ahead = self._ahead.wanted(first, stop) if reading.blocks else None
-            if ahead is not None:
-                reading.ahead(*ahead)
+            if reading.most_ahead:
+                first, stop = self._numbers(offset, length)
+                ahead = self._ahead.wanted(first, stop) if first < stop else None
+                if ahead is not None:
+                    reading.ahead(*ahead)
             try:
                 pieces = reading.ready(offset, length)
             except (SnapchainError, OSError) as error:
@@ -219,8 +220,13 @@ class _Transmission:
             runs = block_status(reading.extents, offset, length, only_one=request.wants_one_run)
             return [status_chunk(cookie, runs)]
         if request.command == Command.CACHE:
-            reading.ahead(offset >> SHIFT, ((offset + length - 1) >> SHIFT) + 1)
+            reading.ahead(*self._numbers(offset, length))
         return [done_chunk(cookie) if self._structured else simple_reply(cookie)]
+
+    def _numbers(self, offset: int, length: int) -> tuple[int, int]:
+        """Of the blocks with data in a range: the first, and one past the last."""
+        number = self._reading.data.number
+        return number(offset >> SHIFT), number(((offset + length - 1) >> SHIFT) + 1)
 
     def _read_reply(self, request: Request, pieces: Sequence[Piece]) -> list[Buffer]:
         self._tally.bytes_sent += request.length

@@ -1,4 +1,4 @@
-"""Which blocks a client will want next: read off the requests of its connection.
+"""Which blocks a client will want next: read off the requests of its connection. Blocks without data do not count.
 
 requests   [0][1]  [7]  [2] [3]          of a guest that boots, of a copy: several streams, interleaved
 stream 1   0 1 2 3 -> fetch 4 to 7       each time that half of the window is used, the next one is twice as long

@@ -13,12 +13,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol, TypeVar
 
 from snapchain.destination.reading import BlobDisk, WholeDisk
 from snapchain.errors import Corrupt, SnapchainError, Unavailable
 from snapchain.model.extents import DATA, Extents
 from snapchain.nbd.cache import Blob, Loader
+from snapchain.nbd.data_blocks import DataBlocks
 from snapchain.nbd.protocol import Piece
 
 T = TypeVar("T")
@@ -36,12 +38,14 @@ _PAUSE, _LONGEST_PAUSE = 0.5, 5.0
 class Reading(Protocol):
     """An opened export. Thread-safe.
 
-    size: bytes; extents: its map; blocks: of `BLOCK` bytes that may be fetched ahead for a client, 0 for none
+    size: bytes; extents: its map
+    data: which blocks of `BLOCK` bytes hold data; most_ahead: how many of them may be fetched ahead for a client
     """
 
     size: int
     extents: Extents
-    blocks: int
+    data: DataBlocks
+    most_ahead: int
 
     def ready(self, offset: int, length: int, /) -> list[Piece] | None:
         """The pieces of a range that can be given at once; None where it must be waited for, or is long."""
@@ -52,7 +56,7 @@ class Reading(Protocol):
         ...
 
     def ahead(self, first: int, stop: int, /) -> None:
-        """Begin to fetch blocks [first, stop), as far as there is room; returns at once."""
+        """Begin to fetch the blocks that `data` numbers [first, stop), as far as there is room; returns at once."""
         ...
 
     def soon(self, offset: int, length: int, /) -> None:
@@ -67,10 +71,11 @@ class Reading(Protocol):
 class FileReading:
     """Of a disk whose bytes are at hand."""
 
-    blocks = 0
+    most_ahead = 0
 
     def __init__(self, disk: WholeDisk) -> None:
         self.size, self.extents, self._disk = disk.size, disk.extents, disk
+        self.data = DataBlocks(disk.extents, BLOCK)
 
     def ready(self, offset: int, length: int) -> list[Piece] | None:
         """See `Reading`."""
@@ -117,7 +122,8 @@ class BlobReading:
 
     def __init__(self, disk: WholeDisk, blobs: BlobDisk, loader: Loader, *, patience: float) -> None:
         self.size, self.extents = disk.size, disk.extents
-        self.blocks = max(1, min(32 << 20, loader.cache.limit // 4) >> SHIFT)
+        self.data = DataBlocks(disk.extents, BLOCK)
+        self.most_ahead = max(1, min(32 << 20, loader.cache.limit // 4) >> SHIFT)
         self._blobs, self._loader, self._patience = blobs, loader, patience
         self._lock = threading.Lock()
         self._table: dict[int, tuple[_Segment, ...]] = {}
@@ -178,14 +184,14 @@ class BlobReading:
 
     def ahead(self, first: int, stop: int) -> None:
         """See `Reading`."""
-        stop = min(stop, first + self.blocks, -(-self.size // BLOCK))
-        if first < stop:
-            self._loader.later(lambda: self._fetch(first << SHIFT, min(stop << SHIFT, self.size), ahead=True))
+        for begin, end in self.data.runs(first, min(stop, first + self.most_ahead)):
+            work = partial(self._fetch, begin << SHIFT, min(end << SHIFT, self.size), ahead=True)
+            self._loader.later(work)
 
     def soon(self, offset: int, length: int) -> None:
         """See `Reading`."""
         stop = min(offset + length, offset + _FETCHED_TOGETHER * BLOCK)
-        self._loader.soon(lambda: self._fetch(offset, stop))
+        self._loader.soon(partial(self._fetch, offset, stop))
 
     def _begin(self, offset: int, stop: int, deadline: float) -> None:
         """Find out what the range is made of, and begin to fetch the first of it."""

@@ -244,6 +244,7 @@ def test_blocks_ahead_are_fetched_without_being_waited_for(loaders: Loaders) -> 
     reading = reading_of(disk, loaders(disk, workers=1))
     reading.ahead(0, 4)
     reading.ahead(10**6, 10**6 + 1)
+    reading.ahead(3, 3)
     wait_until(lambda: pieces_of(reading, 0, 4 * module.BLOCK - 16 * KiB) is not None)
     assert disk.loads == [[0]], "four blocks of 16 KiB are one blob"
 
