@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given, strategies as st
 
+from snapchain.destination.reading import StoredBlob
 from snapchain.errors import Corrupt, Unavailable
-from snapchain.nbd.cache import Blob, BlockCache
+from snapchain.nbd.cache import Blob, BlockCache, neighbours
 from tests.nbd.serving import KiB, Loaders, MadeDisk
 from tests.waiting import HANG, wait_until
 
@@ -117,6 +118,34 @@ def test_what_is_fetched_ahead_is_bounded_and_comes_last(loaders: Loaders) -> No
     wait_until(lambda: all(blob.loading is None for blob in blobs))
     loader.fetch(blobs[100:104], ahead=True)
     wait_until(lambda: all(blob.data is not None for blob in blobs[100:104]))
+
+
+def test_what_was_fetched_ahead_comes_first_when_somebody_waits_for_it(loaders: Loaders) -> None:
+    gate = threading.Event()
+    disk = MadeDisk(9, gate=lambda: gate.wait(HANG))
+    loader = loaders(disk, workers=1)
+    blobs = [loader.blob(disk.blob(number)) for number in range(9)]
+    loader.fetch(blobs[:1])
+    wait_until(lambda: disk.loads)
+    loader.fetch(blobs[1:], ahead=True)
+    loader.fetch([blobs[5], blobs[8], blobs[6]])
+    gate.set()
+    for blob in blobs:
+        loader.bytes_of(blob, timeout=HANG)
+    assert disk.loads == [[0], [5, 6, 8], [1, 2, 3, 4, 7]]
+    wait_until(lambda: loader._ahead == 0)
+
+
+def test_neighbours_are_those_that_one_request_fetches() -> None:
+    def blob(place: str, offset: int, size: int = 1) -> Blob:
+        return Blob(StoredBlob(f"{place}{offset}".encode(), size * KiB, (place, offset * KiB, size * KiB)))
+
+    first = blob("a", 1000)
+    near, far = [blob("a", 1100), blob("a", 1200), blob("a", 900)], [blob("a", 1400), blob("a", 700), blob("b", 1001)]
+    assert neighbours([first, *far, *near]) == [near[2], first, near[0], near[1]]
+    large = [blob("a", 1001, 3000), blob("a", 4001, 2000)]
+    assert neighbours([first, *large]) == [first, large[0]]
+    assert neighbours([]) == []
 
 
 def test_an_end_leaves_nobody_waiting(loaders: Loaders) -> None:
