@@ -238,44 +238,46 @@ class BlobReading:
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _fetch(self, offset: int, stop: int, *, ahead: bool = False) -> None:
-        """Begin to fetch what is not here. Resolves only ahead of the requests; those have done it themselves."""
-        if ahead:
-            self._resolve(offset, stop)
+        """Find out what a range is made of, and begin to fetch what is not here."""
+        self._resolve(offset, stop)
         wanted = [blob for _, segments in self._segments(offset, stop) for _, _, blob, _, _ in segments if blob]
         if wanted:
             self._loader.fetch(wanted, ahead=ahead)
 
     def _segments(self, offset: int, stop: int) -> Iterator[tuple[int, tuple[_Segment, ...]]]:
-        for number in range(offset >> SHIFT, -(-stop // BLOCK)):
-            segments = self._table.get(number)
-            if segments is None:  # forgotten meanwhile: there are many
-                segments = self._resolve(number << SHIFT, min(self.size, (number + 1) << SHIFT))
-            yield number << SHIFT, segments
+        """(offset, segments) of the blocks of a range."""
+        for number in range(offset >> SHIFT, -(-stop // BLOCK) if offset < stop else 0):
+            # Forgotten meanwhile, where there are many.
+            yield number << SHIFT, self._table.get(number) or self._look(number, number + 1)[number]
 
-    def _resolve(self, offset: int, stop: int) -> tuple[_Segment, ...]:
-        """Find out what the blocks of a range are made of, where that is not known; the segments of the last one."""
-        first, after = offset >> SHIFT, -(-stop // BLOCK)
-        while first < after and first in self._table:
-            first += 1
-        if first == after:
-            return self._table.get(after - 1) or self._resolve(offset, stop)
-        begin, end = first << SHIFT, min(after << SHIFT, self.size)
+    def _resolve(self, offset: int, stop: int) -> None:
+        """Find out what the blocks of a range are made of, where that is not known."""
+        unknown = [number for number in range(offset >> SHIFT, -(-stop // BLOCK)) if number not in self._table]
+        if unknown and offset < stop:
+            self._look(unknown[0], unknown[-1] + 1)
+
+    def _look(self, first: int, after: int) -> dict[int, tuple[_Segment, ...]]:
+        """What blocks [first, after) are made of. Raises Corrupt for a map with gaps."""
         found: dict[int, list[_Segment]] = {number: [] for number in range(first, after)}
-        for part in self._blobs.parts(begin, end):
+        at, end = first << SHIFT, min(after << SHIFT, self.size)
+        for part in self._blobs.parts(at, end):
+            if part.start != at or part.stop > end:
+                break
             blob = None if part.blob is None else self._loader.blob(part.blob)
             lost: SnapchainError | None = part.lost
             if blob is not None and part.skip + part.stop - part.start > blob.stored.size:
                 lost = Corrupt("the map contradicts itself about the size of a blob")
-            at = part.start
             while at < part.stop:
                 number = at >> SHIFT
                 base = number << SHIFT
                 some = min(part.stop, base + BLOCK)
                 found[number].append((at - base, some - base, blob, part.skip + at - part.start, lost))
                 at = some
+        if at != end:
+            raise Corrupt(f"the map contradicts itself at guest byte {at}")
+        segments = {number: tuple(each) for number, each in found.items()}
         with self._lock:
-            for number, segments in found.items():
-                self._table[number] = tuple(segments)
+            self._table.update(segments)
             while len(self._table) > _MOST_BLOCKS:
                 del self._table[next(iter(self._table))]
-        return tuple(found[after - 1])
+        return segments

@@ -239,6 +239,22 @@ def test_a_map_that_reaches_beyond_its_blob_gives_no_bytes(loaders: Loaders) -> 
     assert reading.ready(0, 16 * KiB) is None
 
 
+@pytest.mark.parametrize("cut", [(0, 10, 20, 64), (1, 64, 64, 64), (0, 40, 30, 64), (0, 40, 40, 63), (0, 40, 40, 65)])
+def test_a_map_with_gaps_or_overlaps_is_damage(loaders: Loaders, cut: tuple[int, int, int, int]) -> None:
+    """A reply with other bytes than it announces would be taken for the next reply."""
+
+    class Forged(MadeDisk):
+        def parts(self, start: int, stop: int, /) -> list[Part]:
+            one, other, third, last = (start + each * (stop - start) // 64 for each in cut)
+            return [Part(one, other), Part(third, last)]
+
+    disk = Forged(1)
+    reading = reading_of(disk, loaders(disk))
+    with pytest.raises(Corrupt, match="contradicts itself at guest byte"):
+        shown(reading, 0, 16 * KiB)
+    assert reading.ready(0, 16 * KiB) is None
+
+
 def test_blocks_ahead_are_fetched_without_being_waited_for(loaders: Loaders) -> None:
     disk = MadeDisk(8)
     reading = reading_of(disk, loaders(disk, workers=1))
