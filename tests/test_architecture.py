@@ -37,10 +37,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     # A replica is a chain of images: it writes them, merges them, and reads them back to prove them.
     # It starts the QEMU of a guest that comes to its host.
     "replica": FLOOR | {"objects", "destination", "image", "source", "merge", "guest"},
+    # Serves what it can read at any offset, whatever that is: it knows no kind of destination.
+    "nbd": FLOOR | {"destination"},
     # The one door: opens what a URL names.
     "destinations": FLOOR | {"objects", "destination", "repository", "replica"},
     "ops": FLOOR
-    | {"objects", "image", "source", "guest", "merge", "destination", "destinations", "repository", "replica"},
+    | {"objects", "image", "source", "guest", "merge", "destination", "destinations", "repository", "replica", "nbd"},
     # The command line parses, opens what is named, calls ops and shows. It sees errors, to turn them into exit codes,
     # host, to run --password-command, and model, to say which points to keep.
     "cli": FLOOR | {"destination", "destinations", "ops", "guest"},
@@ -60,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "destinations",
         "repository",
         "replica",
+        "nbd",
         "ops",
         "cli",
     },
@@ -81,7 +84,19 @@ THIRD_PARTY: dict[str, set[str]] = {
     "click": {"cli"},
     "rich": {"cli"},
     "cryptography": {"repository"},
-    "numpy": {"model", "image", "source", "guest", "merge", "destination", "repository", "replica", "ops", "testing"},
+    "numpy": {
+        "model",
+        "image",
+        "source",
+        "guest",
+        "merge",
+        "destination",
+        "repository",
+        "replica",
+        "nbd",
+        "ops",
+        "testing",
+    },
     "blake3": {"model", "image", "source", "merge", "repository", "replica", "ops", "testing"},
     "zstandard": {"image", "repository", "replica"},
     "pydantic": {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from snapchain.destination.traits import Traits
 from snapchain.errors import Corrupt
@@ -191,6 +191,47 @@ class WholeDisk(Protocol):
     def read_into(self, offset: int, buffer: memoryview, /) -> None: ...
 
 
+class PointDisk(WholeDisk, Protocol):
+    """A point as a WholeDisk. content_id: as it is recorded"""
+
+    @property
+    def content_id(self) -> str: ...
+
+
+class StoredBlob(NamedTuple):
+    """Bytes that a destination stores once, whatever refers to them. size: bytes unpacked
+
+    where: the object that holds it, its offset there, its stored bytes; what follows is for the destination alone
+    """
+
+    id: bytes
+    size: int
+    where: tuple[str, int, int, *tuple[Any, ...]]
+
+
+class Part(NamedTuple):
+    """Guest bytes [start, stop): those of a blob from `skip` on; zeroes where there is none. lost: why they are lost"""
+
+    start: int
+    stop: int
+    blob: StoredBlob | None = None
+    skip: int = 0
+    lost: Corrupt | None = None
+
+
+@runtime_checkable
+class BlobDisk(Protocol):
+    """A WholeDisk whose bytes are those of blobs, so that a reader can keep the unpacked blobs. Thread-safe."""
+
+    def parts(self, start: int, stop: int, /) -> Sequence[Part]:
+        """What gives the bytes of [start, stop), ascending, without a gap. Raises Corrupt, Unavailable."""
+        ...
+
+    def load(self, blobs: Sequence[StoredBlob], /) -> Iterator[tuple[StoredBlob, bytes]]:
+        """Each blob with its bytes, in any order; blobs of any disk of the destination. Raises Corrupt, Unavailable."""
+        ...
+
+
 class Work(Protocol[PlanT_co, ReportT_co]):
     """A change that was prepared: what it would do, and doing it."""
 
@@ -286,8 +327,14 @@ class ReadableDestination(Protocol):
         """
         ...
 
-    def whole(self, disk: str, point: str | None = None) -> AbstractContextManager[WholeDisk]:
-        """A point that can be read at any offset. Raises NotFound, Unsupported where points are read in one go."""
+    def whole(
+        self, disk: str, point: str | None = None, *, damaged: bool = False, on_event: OnEvent = ignore
+    ) -> AbstractContextManager[PointDisk]:
+        """A point that can be read at any offset. What it needs stays for as long as it is open.
+
+        damaged: where a part of the map is lost, the rest can be read
+        Raises NotFound, Unsupported where points are read in one go.
+        """
         ...
 
     def verify(

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 
 from snapchain.destination.address import in_full
-from snapchain.destination.reading import LeafSource, Sink, WholeDisk, Work
+from snapchain.destination.reading import LeafSource, PointDisk, Sink, Work
 from snapchain.destination.traits import REPLICA, Traits
 from snapchain.errors import InvalidInput, NotFound, Unsupported
 from snapchain.host.retry import RetryPolicy
@@ -314,10 +314,22 @@ class ReplicaDestination(ReplicaWriting):
 
         return read_copies(self, disk, points, on_event=on_event)
 
-    def whole(self, disk: str, point: str | None = None) -> AbstractContextManager[WholeDisk]:
-        """Raises Unsupported: a point of a replica comes as a stream."""
-        _ = disk, point
-        raise Unsupported("a point of a replica cannot be read at any offset", subject=self.url)
+    def whole(
+        self, disk: str, point: str | None = None, *, damaged: bool = False, on_event: OnEvent = ignore
+    ) -> AbstractContextManager[PointDisk]:
+        """As ReadableDestination. The files are locked for reading: a merge waits. Raises Unsupported over ssh."""
+        _ = damaged, on_event
+        directory = self.endpoint.directory
+        if directory is None:
+            raise Unsupported(
+                "a point of a replica on another host cannot be read at any offset",
+                subject=self.url,
+                hint="run it on that host, with dir:/path; a socket there can be forwarded: "
+                "ssh -L /run/local.sock:/run/remote.sock HOST",
+            )
+        from snapchain.replica.fetch_server import whole_point
+
+        return whole_point(directory, disk, in_full(point))
 
     def verify(
         self,

@@ -37,6 +37,7 @@ class Endpoint(Protocol):
     """A replica somewhere.
 
     url: for people; link: what lies between; replica: the directory to name to the receiver, None if it knows it
+    directory: where it is, None on another host
     """
 
     @property
@@ -47,6 +48,9 @@ class Endpoint(Protocol):
 
     @property
     def replica(self) -> str | None: ...
+
+    @property
+    def directory(self) -> Path | None: ...
 
     def connect(self) -> AbstractContextManager[Channel]:
         """Start a receiver and open a channel to it, for the length of the block. Raises Unavailable."""
@@ -82,6 +86,10 @@ class DirectoryEndpoint:
     @property
     def replica(self) -> str | None:
         return None
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
 
     @contextmanager
     def connect(self) -> Iterator[Channel]:
@@ -187,6 +195,10 @@ class SshEndpoint:
     @property
     def replica(self) -> str | None:
         return self._address.path
+
+    @property
+    def directory(self) -> None:
+        return None
 
     @contextmanager
     def ahead(self, logins: int = 1) -> Iterator[None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapchain.errors import Busy, Corrupt, Diverged, InvalidInput, NotFound, SnapchainError, Unsupported
@@ -22,6 +23,7 @@ from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.windows import data_leaves
 from snapchain.model.content import LEAF_BYTES, content_id, empty_sum, sum_of
 from snapchain.model.events import ByteCount
+from snapchain.model.extents import Extents
 from snapchain.model.points import chosen_point
 from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Catalogue, Layer, Point
@@ -74,6 +76,31 @@ def answer(receiver: Receiver, request: Fetch) -> None:
                 outbox.flush()
             raise
         outbox.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class ChainDisk:
+    """A PointDisk. What it gives is not proven: `verify --read-data` reads all of it for that."""
+
+    chain: ImageChain
+    extents: Extents
+    content_id: str
+
+    @property
+    def size(self) -> int:
+        return self.chain.size
+
+    def read_into(self, offset: int, buffer: memoryview, /) -> None:
+        """As WholeDisk."""
+        self.chain.read_into(offset, buffer)
+
+
+@contextmanager
+def whole_point(directory: Path, disk: str, wanted: str | None) -> Iterator[ChainDisk]:
+    """A point of a replica of this host. Its files are locked for reading while it is open. Raises as `answer`."""
+    found = open_replica(directory).disk(disk)
+    with _opened(found, lambda catalogue: _point(found, catalogue, wanted)) as opened:
+        yield ChainDisk(opened.chain, opened.chain.resolve().owned_by(0), opened.layers[-1].content_id)
 
 
 def answer_leaves(current: Transfer, request: WantLeaves) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from snapchain.destination.reading import Part, StoredBlob
 from snapchain.errors import Corrupt
 from snapchain.model.extents import DATA, Extents, Int64s, over
 from snapchain.repository.blobs import BlobReader
@@ -101,6 +102,20 @@ class ChainView:
         """As `BlobReader.read_all`. shown: bytes that are read of them"""
         self._allowance.spend(shown, sum(where.raw for _, where in wanted))
         return self._blobs.read_all(wanted)
+
+    def parts(self, start: int, stop: int) -> list[Part]:
+        """As BlobDisk."""
+        empty, targets = self.sources([(start, stop - start)])
+        found = [Part(start + at, start + at + length) for _, at, length in empty]
+        for where, (blob, pieces) in targets.items():
+            stored = StoredBlob(blob, where.raw, (where.pack, where.offset, where.stored, where.raw))
+            found += (Part(start + at, start + at + length, stored, skip) for _, at, skip, length in pieces)
+        return sorted(found, key=lambda part: part.start)
+
+    def load(self, blobs: Sequence[StoredBlob]) -> Iterator[tuple[StoredBlob, bytes]]:
+        """As BlobDisk."""
+        for place, plain in self._blobs.read_all([(blob.id, Location(*blob.where)) for blob in blobs]):
+            yield blobs[place], plain
 
     def locations(self, ranges: Sequence[tuple[int, int]]) -> list[Location]:
         """Where the blobs of some (offset, length) lie, ascending and apart."""

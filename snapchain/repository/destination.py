@@ -172,9 +172,11 @@ class RepositoryDestination(RepositoryWriting):
 
         return read_copies(self.repository, disk, points, on_event=on_event)
 
-    def whole(self, disk: str, point: str | None = None) -> AbstractContextManager[WholePoint]:
+    def whole(
+        self, disk: str, point: str | None = None, *, damaged: bool = False, on_event: OnEvent = ignore
+    ) -> AbstractContextManager[WholePoint]:
         """As ReadableDestination."""
-        return whole_point(self.repository, disk, point)
+        return whole_point(self.repository, disk, point, damaged=damaged, on_event=on_event)
 
     def verify(
         self,

@@ -9,13 +9,15 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Literal
 
-from snapchain.destination.reading import ReadingCost, Sink
+import numpy as np
+
+from snapchain.destination.reading import Part, ReadingCost, Sink, StoredBlob
 from snapchain.destination.records import HoldRecord, PointRecord
 from snapchain.errors import Corrupt
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model.content import Hashes
-from snapchain.model.events import Notice, OnEvent
-from snapchain.model.extents import Extents, Int64s
+from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.extents import Extents, Int64s, covering, over
 from snapchain.repository.catalogue import Point, find_point
 from snapchain.repository.chain import ChainView
 from snapchain.repository.filling import Filling
@@ -110,21 +112,46 @@ class RecordedLeaves:
 
 @dataclass(frozen=True, slots=True)
 class WholePoint:
-    """A point as a WholeDisk. What it gives is what its blobs hold: only who takes all of it can prove its content."""
+    """A PointDisk. What it gives is what its blobs hold: only who takes all of it can prove its content.
+
+    extents: DATA where the map is lost, too: nobody knows that it is zero
+    lost: these ranges, ascending and apart
+    """
 
     view: ChainView
+    extents: Extents
+    lost: Sequence[LostMap] = ()
 
     @property
     def size(self) -> int:
         return self.view.size
 
     @property
-    def extents(self) -> Extents:
-        return self.view.extents.owned_by(0)
+    def content_id(self) -> str:
+        return self.view.layers[-1].header.content_id
 
     def read_into(self, offset: int, buffer: memoryview, /) -> None:
         """As WholeDisk. Raises Corrupt."""
+        for gone in self.lost:
+            if gone.start < offset + len(buffer) and offset < gone.stop:
+                raise gone.error.detached()
         self.view.read_into(offset, buffer)
+
+    def parts(self, start: int, stop: int, /) -> Sequence[Part]:
+        """As BlobDisk."""
+        found: list[Part] = []
+        for gone in self.lost:
+            if gone.start >= stop or gone.stop <= start:
+                continue
+            if gone.start > start:
+                found += self.view.parts(start, gone.start)
+            found.append(Part(max(start, gone.start), min(stop, gone.stop), lost=gone.error))
+            start = min(stop, gone.stop)
+        return [*found, *self.view.parts(start, stop)] if start < stop else found
+
+    def load(self, blobs: Sequence[StoredBlob], /) -> Iterator[tuple[StoredBlob, bytes]]:
+        """As BlobDisk."""
+        return self.view.load(blobs)
 
 
 def point_record(point: Point, layers: int) -> PointRecord:
@@ -189,12 +216,29 @@ def read_point(
 
 
 @contextmanager
-def whole_point(repository: Repository, disk: str, wanted: str | None) -> Iterator[WholePoint]:
-    """A point that can be read at any offset; while it is, no collector takes its data away. Raises NotFound."""
+def whole_point(
+    repository: Repository, disk: str, wanted: str | None, *, damaged: bool = False, on_event: OnEvent = ignore
+) -> Iterator[WholePoint]:
+    """As ReadableDestination.whole; while it is open, no collector takes its data away."""
     catalogue = repository.catalogue(disk)
     layers = repository.chain_of(catalogue, find_point(catalogue, wanted))
-    with repository.reading({disk: [layer.id for layer in layers]}, f"read {disk}"):
-        yield WholePoint(ChainView(layers, repository.blobs))
+    lease = repository.reading(
+        {disk: [layer.id for layer in layers]}, f"read {disk}", on_wait=lambda words: on_event(Notice(words))
+    )
+    with lease:
+        lost: Sequence[LostMap] = ()
+        try:
+            view = ChainView(layers, repository.blobs)
+        except Corrupt:
+            if not damaged:
+                raise
+            layers, lost = tolerant(layers)
+            view = ChainView(layers, repository.blobs)
+        shown = view.extents.owned_by(0)
+        if lost:
+            first, stop = np.array([(each.start, each.stop) for each in lost], np.int64).T
+            shown = over(shown, covering(shown.size, first, stop))
+        yield WholePoint(view, shown, lost)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from snapchain.errors import Busy, Conflict, Diverged, InvalidInput, NotFound, U
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.consistency import Consistency
 from snapchain.model.content import LEAF_BYTES
+from snapchain.model.extents import DATA
 from snapchain.model.freshness import newest_of
 from snapchain.model.guest_checks import CheckKind, GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestChange, GuestState, TakenDisk, Transition, Vouched
@@ -124,6 +125,25 @@ class DestinationContract(DestinationFaults):
             with pytest.raises(NotFound):
                 Restoration(place, DISK, out / "a.raw", point=name).plan()
         assert list(out.iterdir()) == []
+
+    def test_points_are_read_at_any_offset(self, delivered: Delivered) -> None:
+        place, traits = delivered.site.open(), delivered.site.traits
+        if not traits.any_offset:
+            with pytest.raises(Unsupported, match="at any offset"):
+                place.whole(DISK, "1")
+            return
+        for number, moment in list(enumerate(delivered.history, 1))[:: traits.every]:
+            content = moment.shown.read_bytes()
+            with place.whole(DISK, str(number)) as disk:
+                assert (disk.size, disk.content_id) == (moment.size, moment.content_id)
+                for offset in range(disk.size - 7, 0, -(disk.size // 9)):
+                    buffer = bytearray(min(100_000, disk.size - offset))
+                    disk.read_into(offset, memoryview(buffer))
+                    assert buffer == content[offset : offset + len(buffer)]
+                for start, length, value in disk.extents.runs():
+                    assert value >= DATA or not any(content[start : start + length])
+        with pytest.raises(NotFound), place.whole(DISK, "no such label"):
+            pass
 
     def test_its_layers_can_be_seen(self, delivered: Delivered) -> None:
         found = inspect_point(delivered.site.open(), DISK, point="packed")

@@ -28,6 +28,7 @@ class Traits:
 
     one_chain: a disk is one chain of files, so an image that does not lie on it is Diverged
     merges: points can be let go by a policy
+    any_offset: points can be read at any offset, and not in one go alone
     damages, every: where each step takes long: how many of the stored files are tried with a flipped byte, and of
     other things that are alike every so manieth
     """
@@ -36,6 +37,7 @@ class Traits:
     merges: bool
     damages: int = 1000
     every: int = 1
+    any_offset: bool = True
 
 
 class Site(Protocol):

@@ -38,6 +38,7 @@ READING = {
     "watch": ["watch", "--qmp", "{here}/qmp", "repo", "--every", "1h", "--print-systemd"],
     "help": ["--help"],
     "version": ["--version"],
+    "serve": ["serve", "repo::web1", "--dry-run"],
     "a plan": ["ship", "web1.qcow2", "repo::new", "--dry-run"],
 }
 CHANGING = {

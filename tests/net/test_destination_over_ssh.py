@@ -44,7 +44,7 @@ class TestReplicaOverSsh(DestinationContract):
             def made() -> Site:
                 root = next(roots)
                 endpoint = SshEndpoint(RemoteAddress(there.alias, str(root)), program=program)
-                return ReplicaSite(root, endpoint, replace(FILES, damages=1, every=4))
+                return ReplicaSite(root, endpoint, replace(FILES, damages=1, every=4, any_offset=False))
 
             yield made
         subprocess.run([*there.ssh, *control, "-O", "exit", there.alias], capture_output=True, check=False)

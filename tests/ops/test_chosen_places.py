@@ -50,6 +50,7 @@ CHANGES = (
     "restore {mine}/repo::d {disk} --force",
     "restore {mine}/repo::d {images}/new.qcow2",
     "restore {mine}/repo::d {images}/new.qcow2 --chain",
+    "serve {mine}/repo::d --socket {images}/s",
     "nightly {mine}/night.toml",
     "init {images}/repo --no-encryption",
     "gc {images}/repo",

@@ -77,7 +77,7 @@ class BentEndpoint:
     def __init__(self, place: Place, *, there: Bend | None = None, back: Bend | None = None) -> None:
         from snapchain.replica.stream.compression import Link
 
-        self.url, self.link, self.replica = "bent", Link.NETWORK, None
+        self.url, self.link, self.replica, self.directory = "bent", Link.NETWORK, None, None
         self._place, self._there, self._back = place, there or _straight, back or _straight
         self.error: BaseException | None = None
 

@@ -396,7 +396,7 @@ def puppet(answer: Callable[[FrameReader, Callable[[bytes], None]], None], *, pa
     b_read, b_write = os.pipe()
 
     class Endpoint:
-        url, link, replica = "puppet", Link.NETWORK, None
+        url, link, replica, directory = "puppet", Link.NETWORK, None, None
 
         @contextmanager
         def connect(self) -> Iterator[Channel]:

@@ -1,0 +1,307 @@
+"""serve: points of a destination as read-only block devices, over NBD.
+
+    plan     which points, under which names: `web1/vda` for the newest one, `web1/vda@7` for one that was named
+    run      opens them, listens, and serves until it is stopped
+
+A point that is named is opened, with its lease, before the first client comes. With `all_points` the older points of a
+disk are listed too, and each is open while a client reads it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+from snapchain.destination.address import PointAddress
+from snapchain.destination.reading import BlobDisk, ReadableDestination
+from snapchain.destination.records import PointRecord
+from snapchain.errors import InvalidInput, NotFound
+from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.points import chosen_point
+from snapchain.nbd.cache import BlockCache, Loader
+from snapchain.nbd.exports import Export, Exports
+from snapchain.nbd.listening import (
+    default_socket,
+    parse_place,
+    tcp_listener,
+    tcp_uri,
+    tls_context,
+    unix_listener,
+    unix_uri,
+)
+from snapchain.nbd.reading import BlobReading, FileReading, Reading
+from snapchain.nbd.server import Server
+from snapchain.ops.guest_points import fault_of, guest_named
+from snapchain.ops.guest_records import read_record
+
+CACHE_BYTES = 256 << 20
+LEAST_CACHE = 16 << 20
+PATIENCE = 120.0
+"""Seconds for which a read waits for a store that does not answer, before it fails."""
+_MOST_NOTED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ServeRequest:
+    """What is served, and where.
+
+    addresses: disks or guests, with their points
+    socket: None for the default path, unless `listen` (HOST:PORT) is given
+    tls: the directory with the certificates; all_points: list all points of the disks
+    cache: bytes; patience: seconds
+    once: end when the last client has gone
+    """
+
+    addresses: Sequence[PointAddress]
+    socket: Path | None = None
+    listen: str | None = None
+    tls: Path | None = None
+    all_points: bool = False
+    cache: int = CACHE_BYTES
+    patience: float = PATIENCE
+    once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServedPoint:
+    """One export. uri: how clients name it"""
+
+    export: str
+    destination: str
+    disk: str
+    point: int
+    time: datetime
+    virtual_size: int
+    content_id: str
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServePlan:
+    """What is served. socket, listen: where, one of them; tls: whether clients need a certificate; cache: bytes"""
+
+    exports: tuple[ServedPoint, ...]
+    socket: str | None
+    listen: str | None
+    tls: bool
+    cache: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServeReport:
+    """What was done. clients: that had an export; failed_reads: which were answered with an error"""
+
+    clients: int
+    requests: int
+    bytes_sent: int
+    failed_reads: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A point, and how it is reached. stays: it was named, and is opened at once"""
+
+    export: str
+    destination: ReadableDestination
+    disk: str
+    record: PointRecord
+    stays: bool
+
+
+class Serving:
+    """Points of opened destinations. destinations: by DEST as the addresses have it"""
+
+    def __init__(self, request: ServeRequest, destinations: dict[str, ReadableDestination]) -> None:
+        """Looks up the points.
+
+        Raises NotFound, InvalidInput, Unsupported where points cannot be read at any offset, and as `disks`.
+        """
+        if request.socket is not None and request.listen is not None:
+            raise InvalidInput("--socket and --listen are both given", hint="a server listens in one place")
+        if request.tls is not None and request.listen is None:
+            raise InvalidInput("--tls is for --listen: a unix socket stays on this host", subject=request.tls)
+        if request.cache < LEAST_CACHE:
+            raise InvalidInput(f"the cache has at least {LEAST_CACHE >> 20} MiB", hint="--cache-size 64M")
+        self._request = request
+        self._destinations = destinations
+        self._place = None if request.listen is None else parse_place(request.listen)
+        self._socket = None if self._place else (request.socket or default_socket()).absolute()
+        self._chosen = _without_doubles(
+            each
+            for address in request.addresses
+            for each in _chosen(destinations[address.dest], address, all_points=request.all_points)
+        )
+        for each in self._chosen:
+            each.destination.whole(each.disk, str(each.record.point))  # is not entered: raises where it cannot be done
+
+    def plan(self) -> ServePlan:
+        """What `run` will serve; nothing is opened."""
+        return self._plan(None if self._place is None else self._place[1])
+
+    def run(self, on_ready: Callable[[ServePlan], None], *, on_event: OnEvent = ignore) -> ServeReport:
+        """Serve until SIGTERM or Ctrl-C, or as the request says. on_ready: called when clients can connect
+
+        Raises what keeps a point from being opened, and Busy, Conflict and InvalidInput for the place to listen.
+        """
+        began = time.monotonic()
+        log = _Log(on_event)
+        with ExitStack() as stack:
+            tls = None if self._request.tls is None else tls_context(self._request.tls)
+            exports = stack.enter_context(Exports([*self._exports(stack, on_event)]))
+            port = None
+            if self._place is None:
+                assert self._socket is not None
+                listening = stack.enter_context(unix_listener(self._socket))
+            else:
+                listening = stack.enter_context(tcp_listener(*self._place, has_tls=tls is not None))
+                port = int(listening.getsockname()[1])
+            plan = self._plan(port)
+            server = Server(exports, [listening], on_fault=log.fault, on_note=log.note, tls=tls)
+            with suppress(KeyboardInterrupt), server:
+                on_ready(plan)
+                if self._request.once:
+                    server.wait_for_last()
+                else:
+                    threading.Event().wait()
+        return ServeReport(
+            clients=server.clients,
+            requests=server.tally.requests,
+            bytes_sent=server.tally.bytes_sent,
+            failed_reads=server.tally.failed,
+            seconds=time.monotonic() - began,
+        )
+
+    def _exports(self, stack: ExitStack, on_event: OnEvent) -> Iterator[Export]:
+        cache = BlockCache(self._request.cache)
+        loaders: dict[str, Loader] = {}
+
+        @contextmanager
+        def opened(chosen: _Chosen) -> Iterator[Reading]:
+            whole = chosen.destination.whole(
+                chosen.disk, str(chosen.record.point), damaged=chosen.destination.traits.names_damage, on_event=on_event
+            )
+            with whole as disk:
+                if disk.content_id != chosen.record.content_id:
+                    raise NotFound(
+                        f"point {chosen.record.point} is another one by now",
+                        subject=f"{chosen.destination.url}::{chosen.disk}",
+                    )
+                if not isinstance(disk, BlobDisk):
+                    yield FileReading(disk)
+                    return
+                with lock:
+                    loader = loaders.get(chosen.destination.url)
+                    if loader is None:
+                        loader = loaders[chosen.destination.url] = Loader(cache, disk.load)
+                        stack.callback(loader.close)
+                yield BlobReading(disk, disk, loader, patience=self._request.patience)
+
+        lock = threading.Lock()
+        for each in self._chosen:
+            words = f"{each.destination.url}::{each.disk}@{each.record.point} of {each.record.time:%Y-%m-%d %H:%M:%S}"
+            yield Export(each.export, each.record.virtual_size, words, partial(opened, each), stays=each.stays)
+
+    def _plan(self, port: int | None) -> ServePlan:
+        def uri(export: str) -> str:
+            if self._place is None:
+                assert self._socket is not None
+                return unix_uri(self._socket, export)
+            assert port is not None
+            return tcp_uri(self._place[0], port, export, tls=self._request.tls is not None)
+
+        return ServePlan(
+            exports=tuple(
+                ServedPoint(
+                    export=each.export,
+                    destination=each.destination.url,
+                    disk=each.disk,
+                    point=each.record.point,
+                    time=each.record.time,
+                    virtual_size=each.record.virtual_size,
+                    content_id=each.record.content_id,
+                    uri=uri(each.export),
+                )
+                for each in self._chosen
+            ),
+            socket=None if self._socket is None else str(self._socket),
+            listen=None if self._place is None else f"{self._place[0]}:{port}",
+            tls=self._request.tls is not None,
+            cache=self._request.cache,
+        )
+
+
+def _chosen(destination: ReadableDestination, address: PointAddress, *, all_points: bool) -> Iterator[_Chosen]:
+    """The exports of an address: of a disk, or of each disk of a guest."""
+    try:
+        disks = destination.disks(address.disk)
+    except NotFound:
+        every = destination.disks()
+        guest = guest_named(every, address.disk)
+        if guest is None:
+            raise
+        if all_points:
+            raise InvalidInput("all points are those of a disk, and this is a guest", subject=str(address)) from None
+        point = guest.point(address.point)
+        for recorded in read_record(destination, point, disk=guest.record_disk).disks:
+            if (fault := fault_of(point, recorded, subject=str(address))) is not None:
+                raise fault from None
+            name, record = recorded.disk, point.disks[recorded.disk]
+            yield _Chosen(_name(name, record, address), destination, name, record, stays=True)
+        return
+    for each in disks:
+        record = chosen_point(each.name, each.points, address.point)
+        yield _Chosen(_name(each.name, record, address), destination, each.name, record, stays=True)
+        if all_points:
+            if address.point is not None:
+                raise InvalidInput("a point is named, and all points are asked for", subject=str(address))
+            for other in each.points:
+                yield _Chosen(f"{each.name}@{other.point}", destination, each.name, other, stays=False)
+
+
+def _name(disk: str, record: PointRecord, address: PointAddress) -> str:
+    """By its number, whatever named it: a label may move."""
+    return disk if address.point is None else f"{disk}@{record.point}"
+
+
+def _without_doubles(found: Iterator[_Chosen]) -> list[_Chosen]:
+    """Raises InvalidInput for two exports of one name."""
+    names: dict[str, _Chosen] = {}
+    for each in found:
+        other = names.setdefault(each.export, each)
+        if other is not each:
+            raise InvalidInput(
+                f"two points would have the name {each.export}",
+                subject=f"{other.destination.url} and {each.destination.url}",
+                hint="serve them by two commands",
+            )
+    return list(names.values())
+
+
+class _Log:
+    """Words for the user, from any thread; the same ones once, and some kinds of it only."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+        self._lock = threading.Lock()
+        self._noted: set[str] = set()
+
+    def fault(self, export: str, offset: int, length: int, error: Exception) -> None:
+        """A read failed."""
+        self.note(f"{export}: bytes {offset} to {offset + length} could not be read: {error}")
+
+    def note(self, words: str) -> None:
+        """Something that is worth a line."""
+        with self._lock:
+            if words in self._noted or len(self._noted) > _MOST_NOTED:
+                return
+            if len(self._noted) == _MOST_NOTED:
+                words = f"{_MOST_NOTED} different notes were made, and no more are"
+            self._noted.add(words)
+        self._on_event(Notice(words))
