@@ -14,6 +14,7 @@ it counts, and misleads, no more than that.  Packs that are condemned are left o
 from __future__ import annotations
 
 import random
+from collections.abc import Container, Iterable
 from contextlib import suppress
 
 from snapchain.errors import SnapchainError
@@ -51,15 +52,34 @@ def tidy(store: ObjectStore, keys: Keyring, index: SparseIndex, *, pack_size: in
     replaced = [part.name for part in small] if packs else []
     for name in replaced:
         del lists[name]
-    for group in indexes.split(packs.values(), pack_size):
-        name = indexes.write(store, keys, group, era=index.era)
-        lists[name] = samples.ids_of(group)
-    taken = _taken_in(index, sum(map(len, lists.values())) // samples.EVERY)
+    lists |= _written(store, keys, packs.values(), era=index.era, pack_size=pack_size)
+    _delete(store, replaced)
+    useless = _useless(index)
+    taken = _taken_in(index, useless, sum(map(len, lists.values())) // samples.EVERY)
     parts = [index.sampled[name] for name in taken]
     for whole in samples.together([samples.of(lists, replaced), *parts], {*index.counting, *lists}):
         samples.write(store, keys, whole)
-    for name in (*replaced, *taken):
-        with suppress(SnapchainError):  # who may not delete leaves them to a gc; nobody reads them any more
+    _delete(store, [*useless, *taken])
+
+
+def _written(
+    store: ObjectStore, keys: Keyring, packs: Iterable[IndexedPack], *, era: int, pack_size: int | None
+) -> dict[str, Ids]:
+    """Indexes of these packs, by name: the ids in each. All of them, or none."""
+    made: dict[str, Ids] = {}
+    try:
+        for group in indexes.split(packs, pack_size):
+            made[indexes.write(store, keys, group, era=era)] = samples.ids_of(group)
+    except SnapchainError:
+        _delete(store, made)  # else each shipment would add some, until the disk is full
+        raise
+    return made
+
+
+def _delete(store: ObjectStore, names: Iterable[str]) -> None:
+    """Delete these, as far as the store lets us."""
+    with suppress(SnapchainError):  # who may not delete leaves them to a gc; nobody reads them any more
+        for name in names:
             store.delete(name)
 
 
@@ -72,10 +92,24 @@ def _bytes(part: IndexPart) -> int:
     return part.ids.nbytes + part.rows.nbytes
 
 
-def _taken_in(index: SparseIndex, ids: int) -> list[str]:
+def _useless(index: SparseIndex) -> set[str]:
+    """The objects of samples that tell of nothing but what others tell of, or what does not count any more."""
+    useless: set[str] = set()
+    told: set[str] = set()
+    for name, part in sorted(index.sampled.items(), key=lambda item: (-len(item[1].ids), item[0])):
+        tells = {*part.indexes, *part.replaced} & index.counting.keys()
+        if tells <= told:
+            useless.add(name)
+        told |= tells
+    return useless
+
+
+def _taken_in(index: SparseIndex, useless: Container[str], ids: int) -> list[str]:
     """The samples that new ones of so many ids are put together with, the smallest first."""
     taken: list[str] = []
     for name, part in sorted(index.sampled.items(), key=lambda item: len(item[1].ids)):
+        if name in useless:
+            continue
         if len(part.ids) > 2 * ids:
             break
         taken.append(name)
