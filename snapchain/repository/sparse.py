@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
-from snapchain.errors import Corrupt, NotFound
+from snapchain.errors import Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository import samples
 from snapchain.repository.crypto import Keyring
@@ -105,18 +105,20 @@ class SparseIndex(ListedIndex):
         self.sampled = {}
         for info in listed:
             if is_samples(info.name):
-                with suppress(Corrupt):  # the next gc drops it
+                with suppress(Corrupt, Unsupported):  # the next gc drops it
                     self.sampled[info.name] = samples.parse(self._keys, info.name, self._store.get(info.name))
         replaced = {name for part in self.sampled.values() for name in part.replaced}
         known = {name for part in self.sampled.values() for name in part.indexes}
         wanted = [info for name, info in self.counting.items() if name in known or name not in replaced]
         if not self.is_whole:
             wanted = list(_newest(info for info in wanted if info.name not in known))
-        self.loose = []
-        for part in read_all(self._store, self._keys, wanted, self.unreadable):
+        unreadable: list[SnapchainError] = []
+        parts = list(read_all(self._store, self._keys, wanted, unreadable))
+        # From here on nothing is gone: what is called again after that would be taken in twice.
+        self.unreadable += unreadable
+        for part in parts:
             self.take(part)
-            if part.name not in known:
-                self.loose.append(part)
+        self.loose = [part for part in parts if part.name not in known]
 
     def _read_holders(self, blobs: Iterable[bytes]) -> bool:
         """Read the index objects that a sample tells of, for one of these; whether there were any."""

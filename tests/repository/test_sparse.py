@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import Unavailable
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import ObjectInfo
+from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository import condemned, damage, eras, index as indexes, samples, sparse
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import BLOB_ROW, pack_name
@@ -215,6 +215,28 @@ def test_an_index_that_is_put_together_with_others_meanwhile_is_no_error() -> No
     assert index.find(blob(300)) is not None
 
 
+def test_what_is_read_again_since_others_put_some_together_is_known_once() -> None:
+    store = CountingStore(MemoryStore())
+    names = [indexes.write(store, KEYS, [listed(number)], era=0) for number in range(4)]
+    for number in range(4):
+        store.put(pack_name(pack(number)), bytes(1000 + number))
+    damaged = indexes.write(store, KEYS, [listed(4)], era=0)
+    store.put(damaged, bytes(60))
+    index = sparse.load(store, KEYS)
+    before = list(store.list("index/"))
+    last = max(names)
+    (number,) = (number for number, name in enumerate(names) if name == last)
+    indexes.write(store, KEYS, [listed(number)], era=0)
+    store.delete(last)
+    again = Pieces(store.inner)
+    again.before = before
+    index._store = again
+    assert index.find(blob(number * BLOBS)) is not None
+    assert len(again.of("list")) == 2
+    assert len(indexes.BlobIndex.find_all(index, blob(1))) == 1
+    assert [error.subject for error in index.unreadable] == [damaged]
+
+
 def test_a_damaged_sample_and_a_damaged_index_cost_space_alone() -> None:
     store = MemoryStore()
     made = filled(store, 4)
@@ -227,6 +249,16 @@ def test_a_damaged_sample_and_a_damaged_index_cost_space_alone() -> None:
     store.put(sampled, bytes(100))
     again = sparse.load(store, KEYS)
     assert again.find(blob(300)) is not None  # its index is one without a sample now
+
+
+def test_samples_of_a_newer_format_say_nothing() -> None:
+    store = MemoryStore()
+    filled(store, 4)
+    (sampled,) = (info.name for info in store.list("index/sampled-"))
+    data = bytearray(store.get(sampled))
+    data[7] = 2
+    store.put(sampled, bytes(data))
+    assert sparse.load(store, KEYS).find(blob(301)) is not None
 
 
 def test_a_store_that_does_not_answer_is_an_error() -> None:
@@ -248,7 +280,7 @@ def test_a_store_that_does_not_answer_is_an_error() -> None:
 class Pieces(CountingStore):
     """Lists in pieces: an era ends between the first and the second, and the collector has done its work."""
 
-    def __init__(self, inner: MemoryStore) -> None:
+    def __init__(self, inner: ObjectStore) -> None:
         super().__init__(inner)
         self.before: list[ObjectInfo] = []
 
