@@ -12,13 +12,17 @@ from hypothesis import given, settings, strategies as st
 from snapchain.errors import Unavailable
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectInfo, ObjectStore
-from snapchain.repository import condemned, damage, eras, index as indexes, samples, sparse
+from snapchain.repository import condemned, damage, eras, index as indexes, samples, sparse, unlisted
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import BLOB_ROW, pack_name
 from snapchain.repository.index import IndexedPack
 from snapchain.repository.packs import Location
+from snapchain.repository.soundness import named
 from snapchain.repository.sparse import SparseIndex
 from tests.repository.counting import CountingStore
+from tests.repository.synthetic import LEAF, again, drawn, repository
+from tests.repository.test_repair import data_packs
+from tests.repository.test_verified import DISK, noise, published
 
 KEYS = Keyring("aes-256-gcm", "00" * 16, bytes(32))
 BLOBS = 100
@@ -314,3 +318,33 @@ def test_a_listing_of_two_moments_is_made_again(load: object, kind: str, monkeyp
     index = load(store)  # type: ignore[operator]
     assert index.find(blob(0)) is None
     assert index.find(blob(101)) is not None
+
+
+def test_a_shipment_reads_around_a_bad_sector_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that knows all indexes: a copy is looked for, and the store is not asked time and again."""
+
+    class Bad(CountingStore):
+        packs: frozenset[str] = frozenset()
+
+        def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
+            if name in self.packs:
+                raise Unavailable("input/output error", subject=name)
+            return super().get(name, offset=offset, length=length)
+
+    store = Bad(MemoryStore())
+    root = drawn(4 * LEAF, noise(*range(4)), b"")
+    repo = published(repository(store, block_size=LEAF), [root])
+    (first,) = data_packs(repo)
+    known = {info.name: store.get(info.name) for info in store.list("index/")}
+    for name in known:
+        store.delete(name)
+    monkeypatch.setattr(unlisted, "MOST", 0)
+    published(again(repo), [root], "copy")  # a writer that did not know of the first
+    for name, body in known.items():
+        store.put(name, body)
+    damage.record(store, repo.keys, [first.rpartition("/")[2]])
+    store.packs = frozenset([first])
+    shipping = again(repo)
+    assert not shipping.near_index().is_whole
+    (layer,) = shipping.layers(repo.catalogue(DISK).parents).values()
+    assert [len(shipping.blobs.read(*each)) for each in named(layer)]
