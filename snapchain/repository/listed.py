@@ -42,10 +42,15 @@ class ListedIndex(BlobIndex):
 def load(store: ObjectStore, keys: Keyring) -> ListedIndex:
     """What all indexes list. An index object that cannot be read is left out: see `unreadable`."""
 
+    said: dict[str, dict[str, int]] = {}  # each is read once, however often others put some together meanwhile
+
     def attempt() -> ListedIndex:
         index = ListedIndex(store, keys)
-        for part in read_all(store, keys, open_index(store, keys, index, list(store.list("index/"))), index.unreadable):
-            index.sizes.update(part.packs)
+        found = open_index(store, keys, index, list(store.list("index/")))
+        for part in read_all(store, keys, [info for info in found if info.name not in said], index.unreadable):
+            said[part.name] = part.packs
+        for info in found:
+            index.sizes.update(said.get(info.name, {}))
         return index
 
     return retried(attempt)
