@@ -33,7 +33,8 @@ class ListedIndex(BlobIndex):
         with self._reading:
             if self._all is None:
                 self._all = indexes.load(self._store, self._keys)
-                self.sizes = self._all.sizes | self.sizes
+                for pack, size in self._all.sizes.items():
+                    self.sizes.setdefault(pack, size)
         found = super().find_all(blob)
         found += [where for where in self._all.find_all(blob) if where not in found]
         return sorted(found, key=lambda where: not self.may_use(where.pack))

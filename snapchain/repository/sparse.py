@@ -82,7 +82,11 @@ class SparseIndex(ListedIndex):
 
     def find_all(self, blob: bytes) -> list[Location]:
         """All places of the blob, those in packs that are to be avoided or deleted last."""
-        return BlobIndex.find_all(self, blob) if self.is_whole else super().find_all(blob)
+        if self.is_whole:
+            return BlobIndex.find_all(self, blob)
+        # Nobody has compared the packs with the indexes: one that is missing is known to be from here on.
+        found = super().find_all(blob)
+        return sorted(found, key=lambda where: not (self.may_use(where.pack) and self._is_there(where.pack)))
 
     # --- Reading.
 

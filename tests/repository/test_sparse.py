@@ -17,7 +17,7 @@ from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import BLOB_ROW, pack_name
 from snapchain.repository.index import IndexedPack
 from snapchain.repository.packs import Location
-from snapchain.repository.soundness import named
+from snapchain.repository.soundness import is_whole, named
 from snapchain.repository.sparse import SparseIndex
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import LEAF, again, drawn, repository
@@ -348,3 +348,24 @@ def test_a_shipment_reads_around_a_bad_sector_that_is_known(monkeypatch: pytest.
     assert not shipping.near_index().is_whole
     (layer,) = shipping.layers(repo.catalogue(DISK).parents).values()
     assert [len(shipping.blobs.read(*each)) for each in named(layer)]
+
+
+def test_a_layer_of_which_all_copies_are_gone_is_not_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pack is known to be damaged, the other one is missing, and nobody has noticed yet."""
+    store = MemoryStore()
+    root = drawn(4 * LEAF, noise(*range(4)), b"")
+    repo = published(repository(store, block_size=LEAF), [root])
+    (first,) = data_packs(repo)
+    known = {info.name: store.get(info.name) for info in store.list("index/")}
+    for name in known:
+        store.delete(name)
+    monkeypatch.setattr(unlisted, "MOST", 0)
+    published(again(repo), [root], "copy")
+    (second,) = set(data_packs(repo)) - {first}
+    for name, body in known.items():
+        store.put(name, body)
+    (layer,) = repo.layers(repo.catalogue(DISK).parents).values()
+    damage.record(store, repo.keys, [first.rpartition("/")[2]])
+    assert is_whole(layer, again(repo).near_index())
+    store.delete(second)
+    assert not is_whole(layer, again(repo).near_index())
