@@ -1,14 +1,14 @@
-"""Keeps the indexes few, and sampled: who has shipped puts together what many small shipments have written.
+"""Keeps the indexes few, and sampled: a shipment that ends puts together what many small shipments have written.
 
-    indexes without a sample: LOOSE of them, or LOOSE_BYTES     are read by each shipment; from then on
-    the small ones                                              become one or a few, by their packs
-    all of them                                                 are sampled, so that nobody has to read them
+    indexes without samples              each shipment reads them. When there are LOOSE of them, or LOOSE_BYTES:
+    the small ones among them            are put together into one or a few
+    all of them                          are sampled, so that no shipment has to read them without need
 
 So a shipment reads as few objects in a repository of ten thousand disks as in one of ten.  Samples are put together as
-in a log-structured merge: one takes in those that are at most twice as large.
+in a log-structured merge: new ones take in those that are at most twice as large.
 
-What is written here is written under a writer's lease and from what its index knows, as what a shipment writes is; so
-it counts, and misleads, no more than that.  Packs that are condemned are left out.
+A writer does this under its lease, from what its own index lists.  So the new index can be relied on as much as any
+that the writer stores for its own packs.  Condemned packs are left out.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from snapchain.repository.sparse import SparseIndex
 
 LOOSE = 64
 LOOSE_BYTES = 4 * 1024 * 1024
-"""Index objects without a sample, and the bytes of them, from which on they are tidied up."""
+"""So many index objects without samples, or so many bytes of them, are tidied up."""
 SMALL_BYTES = indexes.INDEX_BYTES // 4
-"""Index objects below this are put together; for others a sample is enough."""
+"""Index objects below this are put together; larger ones are only sampled."""
 
 
 def tidy(store: ObjectStore, keys: Keyring, index: SparseIndex, *, pack_size: int | None) -> None:
-    """Tidy up if it is time to. Many that are at work at once leave it to one of them, more or less.
+    """Tidy up if there is enough to do. Of n writers at work each does it with a chance of 1/n.
 
-    Raises the errors of the store; whatever was done by then does no harm.
+    Raises the errors of the store. Whatever was done until then does no harm.
     """
     loose = list(index.loose)
     if not _is_time(loose) or index.newest_era != index.era or index.condemned.unreadable:
         return
     if random.random() * count_writers(store) > 1:  # noqa: S311 - no secret
         return
-    # One that lists a damaged pack stays as it is: the blobs there may have copies to be found, or be read again.
+    # An index that lists a damaged pack stays as it is: a copy of a blob may be found through it.
     small = [part for part in loose if _bytes(part) < SMALL_BYTES and not part.packs.keys() & index.avoid]
     packs: dict[str, IndexedPack] = {}
     for part in small if len(small) > 1 else ():
@@ -71,14 +71,14 @@ def _written(
         for group in indexes.split(packs, pack_size):
             made[indexes.write(store, keys, group, era=era)] = samples.ids_of(group)
     except SnapchainError:
-        _delete(store, made)  # else each shipment would add some, until the disk is full
+        _delete(store, made)  # else each further shipment would add some, until the disk is full
         raise
     return made
 
 
 def _delete(store: ObjectStore, names: Iterable[str]) -> None:
-    """Delete these, as far as the store lets us."""
-    with suppress(SnapchainError):  # who may not delete leaves them to a gc; nobody reads them any more
+    """Delete these, up to the first one that the store refuses to delete."""
+    with suppress(SnapchainError):  # then they are left to a gc; nobody reads them any more
         for name in names:
             store.delete(name)
 
@@ -93,7 +93,7 @@ def _bytes(part: IndexPart) -> int:
 
 
 def _useless(index: SparseIndex) -> set[str]:
-    """The objects of samples that tell of nothing but what others tell of, or what does not count any more."""
+    """The objects of samples of which every index is in other samples, or does not count any more."""
     useless: set[str] = set()
     told: set[str] = set()
     for name, part in sorted(index.sampled.items(), key=lambda item: (-len(item[1].ids), item[0])):
@@ -105,7 +105,7 @@ def _useless(index: SparseIndex) -> set[str]:
 
 
 def _taken_in(index: SparseIndex, useless: Container[str], ids: int) -> list[str]:
-    """The samples that new ones of so many ids are put together with, the smallest first."""
+    """The samples to put together with new ones, the smallest first. ids: of the new ones."""
     taken: list[str] = []
     for name, part in sorted(index.sampled.items(), key=lambda item: len(item[1].ids)):
         if name in useless:
