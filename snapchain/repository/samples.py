@@ -31,7 +31,7 @@ from snapchain.repository.index import IndexedPack
 
 KIND = b"S"
 EVERY = 32
-"""One id in so many is sampled. A disk is recognised after 8 MiB on average; 100 million blobs have 25 MB of samples."""
+"""One id in so many is sampled. A disk is recognised after 8 MiB on average; 100 million blobs have 25 MB of them."""
 _PLACE_BITS = 24
 _PREFIX_BYTES = 5
 _MOST_IDS = 4_000_000

@@ -14,16 +14,17 @@ that the writer stores for its own packs.  Condemned packs are left out.
 from __future__ import annotations
 
 import random
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 
 from snapchain.errors import SnapchainError
 from snapchain.objects.store import ObjectStore
 from snapchain.repository import index as indexes, samples
 from snapchain.repository.crypto import Keyring
+from snapchain.repository.format import index_era
 from snapchain.repository.index import IndexedPack, IndexPart
 from snapchain.repository.leases import count_writers
-from snapchain.repository.samples import Ids
+from snapchain.repository.samples import Ids, Samples
 from snapchain.repository.sparse import SparseIndex
 
 LOOSE = 64
@@ -54,9 +55,11 @@ def tidy(store: ObjectStore, keys: Keyring, index: SparseIndex, *, pack_size: in
         del lists[name]
     lists |= _written(store, keys, packs.values(), era=index.era, pack_size=pack_size)
     _delete(store, replaced)
-    useless = _useless(index)
-    taken = _taken_in(index, useless, sum(map(len, lists.values())) // samples.EVERY)
-    parts = [index.sampled[name] for name in taken]
+    # Where a listing was made in pieces, there may be samples of indexes that did not exist yet: those stay.
+    known = {name: part for name, part in index.sampled.items() if not _is_of_later_era(part, index.era)}
+    useless = _useless(known, index.counting)
+    taken = _taken_in(known, useless, sum(map(len, lists.values())) // samples.EVERY)
+    parts = [known[name] for name in taken]
     for whole in samples.together([samples.of(lists, replaced), *parts], {*index.counting, *lists}):
         samples.write(store, keys, whole)
     _delete(store, [*useless, *taken])
@@ -92,22 +95,26 @@ def _bytes(part: IndexPart) -> int:
     return part.ids.nbytes + part.rows.nbytes
 
 
-def _useless(index: SparseIndex) -> set[str]:
+def _is_of_later_era(part: Samples, era: int) -> bool:
+    return any((index_era(name) or 0) > era for name in part.indexes)
+
+
+def _useless(sampled: Mapping[str, Samples], counting: Container[str]) -> set[str]:
     """The objects of samples of which every index is in other samples, or does not count any more."""
     useless: set[str] = set()
     told: set[str] = set()
-    for name, part in sorted(index.sampled.items(), key=lambda item: (-len(item[1].ids), item[0])):
-        tells = {*part.indexes, *part.replaced} & index.counting.keys()
+    for name, part in sorted(sampled.items(), key=lambda item: (-len(item[1].ids), item[0])):
+        tells = {each for each in (*part.indexes, *part.replaced) if each in counting}
         if tells <= told:
             useless.add(name)
         told |= tells
     return useless
 
 
-def _taken_in(index: SparseIndex, useless: Container[str], ids: int) -> list[str]:
+def _taken_in(sampled: Mapping[str, Samples], useless: Container[str], ids: int) -> list[str]:
     """The samples to put together with new ones, the smallest first. ids: of the new ones."""
     taken: list[str] = []
-    for name, part in sorted(index.sampled.items(), key=lambda item: len(item[1].ids)):
+    for name, part in sorted(sampled.items(), key=lambda item: len(item[1].ids)):
         if name in useless:
             continue
         if len(part.ids) > 2 * ids:

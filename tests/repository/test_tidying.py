@@ -14,7 +14,7 @@ from snapchain.repository.format import fresh_id, index_era, index_name, is_samp
 from snapchain.repository.index import IndexedPack
 from snapchain.testing.faults import crash_points
 from tests.repository.counting import CountingStore
-from tests.repository.test_sparse import KEYS, blob, listed, pack
+from tests.repository.test_sparse import KEYS, Pieces, blob, listed, pack
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +165,21 @@ def test_samples_of_which_nothing_counts_any_more_go_however_large() -> None:
     tidied(store)
     (left,) = sampled(store)
     assert old not in left.indexes
+
+
+def test_samples_of_an_era_that_began_while_the_indexes_were_listed_stay() -> None:
+    """The indexes were listed before the collector began, and the samples after it had written its own."""
+    store = MemoryStore()
+    for number in range(4):
+        shipped(store, number)
+    before = list(store.list("index/"))
+    era = eras.begin_era(store, KEYS, [info.name for info in before], conditional=True)
+    name = indexes.write(store, KEYS, [listed(number) for number in range(4)], era=era)
+    ours = samples.write(store, KEYS, samples.of({name: listed(0).ids}))
+    store_then = Pieces(store)
+    store_then.before = [*before, *store.list("index/sampled-")]
+    tidied(store_then)
+    assert ours in {info.name for info in store.list("index/")}
 
 
 @pytest.mark.parametrize("puts", range(3))
