@@ -274,7 +274,9 @@ def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
 
     def attempt() -> BlobIndex:
         index = BlobIndex()
-        for part in read_all(store, keys, open_index(store, keys, index, list(store.list("index/"))), index.unreadable):
+        found = open_index(store, keys, index, list(store.list("index/")))
+        # The small ones first: those are put together by others, and reading all may take minutes.
+        for part in read_all(store, keys, sorted(found, key=lambda info: info.size), index.unreadable):
             index.take(part)
         return index
 

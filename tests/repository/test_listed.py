@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import StoreWrapper
 from snapchain.repository import index as indexes, listed as listings
+from tests.repository.counting import CountingStore
 from tests.repository.test_sparse import KEYS, listed, pack
 
 
@@ -37,3 +40,14 @@ def test_all_packs_are_known_though_others_put_indexes_together_all_the_time() -
     index = listings.load(store, KEYS)
     assert index.sizes == {pack(number): 1000 + number for number in range(60)}
     assert store.reads < 2 * 60
+
+
+def test_small_indexes_are_read_before_others_put_them_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexes, "_READERS", 1)
+    store = CountingStore(MemoryStore())
+    large = {indexes.write(store, KEYS, [listed(10 * at + each) for each in range(9)], era=0) for at in range(9)}
+    small = {indexes.write(store, KEYS, [listed(9 + 10 * at)], era=0) for at in range(9)}
+    store.asked.clear()
+    assert len(indexes.load(store, KEYS).sizes) == 90
+    read = [each.name for each in store.of("get")]
+    assert (set(read[:9]), set(read[9:])) == (small, large)
