@@ -246,7 +246,10 @@ def parse(keys: Keyring, name: str, data: bytes) -> tuple[dict[str, int], Ids, R
         raise Corrupt("the index lists more packs than blobs", subject=name)
     if blobs and int(rows["pack"].max()) >= packs:
         raise Corrupt("the index names a pack that it does not list", subject=name)
-    return {bytes(row["pack"]).hex(): int(row["size"]) for row in table}, ids, rows
+    sizes = {bytes(row["pack"]).hex(): int(row["size"]) for row in table}
+    if len(sizes) != packs:
+        raise Corrupt("the index lists a pack twice", subject=name)
+    return sizes, ids, rows
 
 
 def open_index(store: ObjectStore, keys: Keyring, index: BlobIndex, listed: Sequence[ObjectInfo]) -> list[ObjectInfo]:
@@ -271,7 +274,9 @@ def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
 
     def attempt() -> BlobIndex:
         index = BlobIndex()
-        for part in read_all(store, keys, open_index(store, keys, index, list(store.list("index/"))), index.unreadable):
+        found = open_index(store, keys, index, list(store.list("index/")))
+        # The small ones first: those are put together by others, and reading all may take minutes.
+        for part in read_all(store, keys, sorted(found, key=lambda info: info.size), index.unreadable):
             index.take(part)
         return index
 

@@ -1,7 +1,7 @@
-"""Which packs the indexes list; and all their blobs, once somebody asks for one.
+"""Which packs the indexes list; and all their blobs, once one is looked up.
 
-A collector, and who repairs, has to know every pack.  They look for a blob only where there is damage, so mostly they
-get by without the 5 GiB that 100 million blobs take in memory.
+A collector and a repair need the sizes of all packs.  They look up blobs only where there is damage, so mostly they do
+without the 5 GiB that 100 million blobs take in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from snapchain.repository.packs import Location
 
 
 class ListedIndex(BlobIndex):
-    """A BlobIndex that reads the blobs of the store when one is asked for. Thread-safe."""
+    """A BlobIndex that reads what the indexes list when the first blob is looked up. Thread-safe."""
 
     def __init__(self, store: ObjectStore, keys: Keyring) -> None:
         super().__init__()
@@ -33,19 +33,24 @@ class ListedIndex(BlobIndex):
         with self._reading:
             if self._all is None:
                 self._all = indexes.load(self._store, self._keys)
-                self.sizes = self._all.sizes | self.sizes
+                for pack, size in self._all.sizes.items():
+                    self.sizes.setdefault(pack, size)
         found = super().find_all(blob)
         found += [where for where in self._all.find_all(blob) if where not in found]
         return sorted(found, key=lambda where: not self.may_use(where.pack))
 
 
 def load(store: ObjectStore, keys: Keyring) -> ListedIndex:
-    """What all indexes list. An index object that cannot be read is left out: see `unreadable`."""
+    """The packs that all indexes list. An index object that cannot be read is left out: see `unreadable`."""
+    said: dict[str, dict[str, int]] = {}  # each index is read once, however often others put some together meanwhile
 
     def attempt() -> ListedIndex:
         index = ListedIndex(store, keys)
-        for part in read_all(store, keys, open_index(store, keys, index, list(store.list("index/"))), index.unreadable):
-            index.sizes.update(part.packs)
+        found = open_index(store, keys, index, list(store.list("index/")))
+        for part in read_all(store, keys, [info for info in found if info.name not in said], index.unreadable):
+            said[part.name] = part.packs
+        for info in found:
+            index.sizes.update(said.get(info.name, {}))
         return index
 
     return retried(attempt)

@@ -468,7 +468,7 @@ class Repository:
         index = sparse.load(self.store, self.keys)
         if index.is_whole:
             self._compare(index)
-            self.blobs.use(index)
+        self.blobs.use(index)
         return index
 
     def _compare(self, index: BlobIndex) -> None:

@@ -1,15 +1,16 @@
-"""Samples of the indexes: which index knows the neighbours of a blob, without reading all of them.
+"""Samples of the indexes: which index has the neighbours of a blob, without reading all of them.
 
-The indexes of 100 million blobs have 5 GiB.  A shipment that resembles something does so for long stretches: what was
-stored together is found again together.  So every 32nd id, chosen by its last byte, is listed apart, with the index
-that has it.  A shipment that meets such an id reads that index, and finds the neighbours there (sparse.py).
+The indexes of 100 million blobs have 3.3 GiB.  Where a disk resembles another one, it does so for long stretches, and
+blobs that were stored together are looked up together again.  So every 32nd id, chosen by its last byte, is stored
+apart, with the index that lists it.  A shipment that meets such an id reads that index, and finds the neighbours there
+(sparse.py).
 
     u32     indexes     u32     replaced     u32     ids
-    indexes  * INDEX_ROW     of each every sampled id is listed here
-    replaced * INDEX_ROW     what they list the indexes above list as well: tidying.py put them together
+    indexes  * INDEX_ROW     all of their sampled ids follow below
+    replaced * INDEX_ROW     were put together (tidying.py): other indexes list the same
     ids      * u64           upper 40 bits: the first 5 bytes of a blob id; lower 24: place in the table of indexes
 
-Nothing depends on samples but how much is stored twice.  What an index says is read in the index.
+Samples only decide how much is stored twice.  Where a blob is, the index itself tells.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from snapchain.repository.index import IndexedPack
 
 KIND = b"S"
 EVERY = 32
-"""Ids of which one is listed. A disk is recognised after 8 MiB in the mean; 100 million blobs have samples of 25 MB."""
+"""One id in so many is sampled. A disk is recognised after 8 MiB on average; 100 million blobs have 25 MB of them."""
 _PLACE_BITS = 24
 _PREFIX_BYTES = 5
 _MOST_IDS = 4_000_000
-"""Of one object: 32 MiB of the 64 that readers accept."""
+"""In one object: 32 MiB, of the 64 MiB that readers accept."""
 _COUNTS = struct.Struct("<III")
 _INDEX_ROW = np.dtype([("era", "<u8"), ("name", "u1", (PACK_ID_BYTES,))])
 _ID = np.dtype("<u8")
@@ -45,9 +46,10 @@ Keys = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Samples:
-    """What one object says.
+    """The content of one object.
 
-    indexes: names of index objects, each of which is sampled whole; replaced: names of those that need not be read
+    indexes: names of index objects, of each of which all sampled ids are here
+    replaced: names of index objects that need not be read
     ids: uint64[n], ascending: prefix of an id and place in `indexes`
     """
 
@@ -56,7 +58,7 @@ class Samples:
     ids: Keys
 
     def holders(self, blob: bytes) -> Iterator[str]:
-        """Names of the indexes that should have this id."""
+        """Names of the indexes that list this id, or another one with the same first 5 bytes."""
         prefix = int.from_bytes(blob[:_PREFIX_BYTES], "big")
         first, stop = np.searchsorted(self.ids, np.array([prefix, prefix + 1], np.uint64) << np.uint64(_PLACE_BITS))
         for key in self.ids[first:stop].tolist():
@@ -64,7 +66,7 @@ class Samples:
 
 
 def is_sampled(blob: bytes) -> bool:
-    """Whether an id is listed."""
+    """Whether an id is one of those that are sampled."""
     return blob[-1] % EVERY == 0
 
 
@@ -80,7 +82,7 @@ def ids_of(packs: Sequence[IndexedPack]) -> Ids:
 
 
 def together(parts: Sequence[Samples], counting: Collection[str]) -> list[Samples]:
-    """The same in as few as are needed, less the indexes that do not count any more."""
+    """All of these in as few as possible, without the indexes that are not in `counting`."""
     names: dict[str, int] = {}
     replaced: dict[str, None] = {}
     found = [np.empty(0, np.uint64)]
@@ -108,7 +110,7 @@ def write(store: ObjectStore, keys: Keyring, samples: Samples) -> str:
 
 
 def parse(keys: Keyring, name: str, data: bytes) -> Samples:
-    """What an object says. Raises Corrupt."""
+    """The samples in an object. Raises Corrupt, or Unsupported for a newer format."""
     body = unseal(keys, KIND, name, data)
     if len(body) < _COUNTS.size:
         raise Corrupt("the samples are too short", subject=name)
@@ -125,7 +127,7 @@ def parse(keys: Keyring, name: str, data: bytes) -> Samples:
 
 
 def _prefixes(ids: Ids) -> Keys:
-    """Of those that are sampled, as the upper bits of a u64."""
+    """uint64[n]: the prefixes of the sampled ids, as upper 40 bits."""
     chosen = ids[ids[:, -1] % EVERY == 0][:, :_PREFIX_BYTES]
     wide = np.zeros((len(chosen), 8), np.uint8)
     wide[:, :_PREFIX_BYTES] = chosen
@@ -133,7 +135,7 @@ def _prefixes(ids: Ids) -> Keys:
 
 
 def _halves(samples: Samples) -> Iterator[Samples]:
-    """By the order of the indexes: those that are neighbours stay together."""
+    """Split by the order of the indexes, so that neighbours stay together, until each part is small enough."""
     if len(samples.ids) <= _MOST_IDS or len(samples.indexes) < 2:
         yield samples
         return

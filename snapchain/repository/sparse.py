@@ -1,13 +1,14 @@
-"""What a shipment reads of the indexes: all while they are small, else what its disk and its relatives need.
+"""What a shipment reads of the indexes: all of them while they are small, else those that its disk needs.
 
-    indexes of up to WHOLE_BYTES                       read as a whole
-    more: those that no sample is of, the newest       read at the first question
-          those of which a sample has the id asked for read then, for the neighbours of that id (samples.py)
+    indexes of up to WHOLE_BYTES              all are read at once
+    more: those of which there are no samples the newest are read at the first lookup
+          those of which there are samples    one is read when a sampled id in it is looked up: it has the neighbours
+                                              of that id (samples.py)
 
-A blob of which nothing tells is stored again; that costs space, and nothing else.  So `find` may miss what some index
-lists.  Who has to find every copy of a blob asks `find_all`, which reads everything.
+A blob that is not found is stored again.  That costs space, and nothing else, so `find` may miss a blob that an index
+lists.  `find_all` reads all indexes, for callers that need every copy of a blob.
 
-The packs of a large repository are not listed.  Each pack is looked at before something in it is relied on.
+The packs of a large repository are not listed.  Instead, each pack is looked up before something in it is relied on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
-from snapchain.errors import Corrupt, NotFound
+from snapchain.errors import Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository import samples
 from snapchain.repository.crypto import Keyring
@@ -30,18 +31,18 @@ from snapchain.repository.samples import Samples
 WHOLE_BYTES = 16 * 1024 * 1024
 """Of index objects, which are read as a whole up to this: some 300,000 blobs, or 75 GiB of guest data."""
 LOOSE_BYTES = 32 * 1024 * 1024
-"""The most that is read of indexes without a sample. There are more after an upgrade, until a gc."""
+"""The most that is read of indexes without samples. After an upgrade there may be more, until the next gc."""
 NEIGHBOUR_BLOBS = 4_000_000
-"""Of indexes that were read for a sample: 256 MB. After more, those read so far are forgotten."""
+"""From indexes that were read for a sampled id: 256 MB. When there are more, all of these are dropped from memory."""
 
 
 class SparseIndex(ListedIndex):
     """Thread-safe, as a BlobIndex is.
 
-    is_whole: whether it knows all that the index objects say
-    loose: index objects without a sample, as far as they were read
-    sampled: the samples that were read, by the names of their objects; counting: index objects, by name
-    newest_era: the highest when they were read
+    is_whole: whether it knows every blob that the index objects list
+    loose: the index objects without samples, as far as they were read
+    sampled: the samples that were read, by the names of their objects
+    counting: the index objects that count, by name; newest_era: the highest era; both as of the last reading
     """
 
     def __init__(self, store: ObjectStore, keys: Keyring, listed: Sequence[ObjectInfo]) -> None:
@@ -63,7 +64,7 @@ class SparseIndex(ListedIndex):
             self._is_read = True
 
     def find(self, blob: bytes) -> Location | None:
-        """As a BlobIndex does, except that it does not know all where `is_whole` is not set."""
+        """As a BlobIndex does. Unless `is_whole` is set, it may miss a blob that an index lists."""
         if self.is_whole:
             return BlobIndex.find(self, blob)
         self._begin()
@@ -75,14 +76,18 @@ class SparseIndex(ListedIndex):
                 return found
 
     def prepare(self, blobs: Iterable[bytes]) -> None:
-        """Read what helps to find these, which lie side by side on a disk, before they are asked for."""
+        """Read the indexes that should have these blobs, neighbours on a disk, before they are looked up."""
         if not self.is_whole:
             self._begin()
             self._read_holders(blobs)
 
     def find_all(self, blob: bytes) -> list[Location]:
         """All places of the blob, those in packs that are to be avoided or deleted last."""
-        return BlobIndex.find_all(self, blob) if self.is_whole else super().find_all(blob)
+        if self.is_whole:
+            return BlobIndex.find_all(self, blob)
+        # Nobody has compared the packs with the indexes: one that is missing is known to be from here on.
+        found = super().find_all(blob)
+        return sorted(found, key=lambda where: not (self.may_use(where.pack) and self._is_there(where.pack)))
 
     # --- Reading.
 
@@ -95,31 +100,34 @@ class SparseIndex(ListedIndex):
                 self._is_read = True
 
     def _read(self, listed: Sequence[ObjectInfo]) -> None:
-        """Read the samples, and the index objects that are read without being asked for. Raises NotFound.
+        """Read the samples, and the index objects that every shipment reads. Raises NotFound.
 
-        listed: all below index/, now. Objects that others have written since this index began are as good as the
-        others: what they list was there, and was not condemned, or is about to wait for this session.
+        listed: all below index/, now. Objects that other writers have created since this index was opened can be relied
+        on as well. A pack that they list was not condemned before then; a collector that has condemned it since waits
+        for this session.
         """
         self.newest_era, found = counting(listed)
         self.counting = {info.name: info for info in found}
         self.sampled = {}
         for info in listed:
             if is_samples(info.name):
-                with suppress(Corrupt):  # the next gc drops it
+                with suppress(Corrupt, Unsupported):  # the next gc drops it
                     self.sampled[info.name] = samples.parse(self._keys, info.name, self._store.get(info.name))
         replaced = {name for part in self.sampled.values() for name in part.replaced}
         known = {name for part in self.sampled.values() for name in part.indexes}
         wanted = [info for name, info in self.counting.items() if name in known or name not in replaced]
         if not self.is_whole:
             wanted = list(_newest(info for info in wanted if info.name not in known))
-        self.loose = []
-        for part in read_all(self._store, self._keys, wanted, self.unreadable):
+        unreadable: list[SnapchainError] = []
+        parts = list(read_all(self._store, self._keys, wanted, unreadable))
+        # From here on nothing is gone: what is called again after that would be taken in twice.
+        self.unreadable += unreadable
+        for part in parts:
             self.take(part)
-            if part.name not in known:
-                self.loose.append(part)
+        self.loose = [part for part in parts if part.name not in known]
 
     def _read_holders(self, blobs: Iterable[bytes]) -> bool:
-        """Read the index objects that a sample tells of, for one of these; whether there were any."""
+        """Read the index objects that have one of these by their samples. Returns whether any was read now."""
         sampled = [blob for blob in blobs if samples.is_sampled(blob)]
         if not sampled:
             return False
@@ -145,7 +153,7 @@ class SparseIndex(ListedIndex):
         return True
 
     def _is_there(self, pack: str) -> bool:
-        """Whether a pack is there and has the size that the index says. One that is not is damaged."""
+        """Whether a pack is there, of the size that the index lists. If not, it is avoided as a damaged one."""
         if pack in self.mine or pack in self._there:
             return True
         if self._store.size(pack_name(pack)) != self.sizes.get(pack):
@@ -156,12 +164,12 @@ class SparseIndex(ListedIndex):
 
 
 def load(store: ObjectStore, keys: Keyring) -> SparseIndex:
-    """What a shipment that has its lease may rely on."""
+    """What a shipment may rely on. Call it when the shipment has its lease."""
     return retried(lambda: SparseIndex(store, keys, list(store.list("index/"))))
 
 
 def _newest(loose: Iterable[ObjectInfo]) -> Iterator[ObjectInfo]:
-    """As many as are read, the newest first."""
+    """The newest ones, up to LOOSE_BYTES."""
     size = 0
     for info in sorted(loose, key=lambda info: info.modified or 0.0, reverse=True):
         size += info.size

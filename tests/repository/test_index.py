@@ -122,6 +122,9 @@ def test_a_body_of_another_length_than_its_counts_say_is_corrupt(counts: tuple[i
     elif counts[1] and not counts[0]:
         with pytest.raises(Corrupt, match="does not list"):
             indexes.parse(KEYS, "index/x", sealed)
+    elif counts[0] > 1:
+        with pytest.raises(Corrupt, match="a pack twice"):
+            indexes.parse(KEYS, "index/x", sealed)
     else:
         _, ids, rows = indexes.parse(KEYS, "index/x", sealed)
         assert len(ids) == len(rows) == counts[1]
@@ -206,3 +209,13 @@ def test_an_era_is_begun_once() -> None:
         eras.begin_era(store, KEYS, [], conditional=True)
     with pytest.raises(Corrupt, match="no collection can have reached"):
         eras.begin_era(store, KEYS, [f"index/{10**10 - 1}-{'0' * 32}"], conditional=True)
+
+
+def test_an_index_that_lists_a_pack_twice_is_refused() -> None:
+    """The places of those after it would be others."""
+    row = bytes(16) + (1000).to_bytes(8, "little")
+    rows = np.zeros(2, BLOB_ROW)
+    rows["pack"] = [0, 1]
+    body = b"".join(((2).to_bytes(4, "little") * 2, row, row, blob(1), blob(2), rows.tobytes()))
+    with pytest.raises(Corrupt, match="lists a pack twice"):
+        indexes.parse(KEYS, "index/x", seal(KEYS, b"I", "index/x", body))

@@ -11,14 +11,18 @@ from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import Unavailable
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import ObjectInfo
-from snapchain.repository import condemned, damage, eras, index as indexes, samples, sparse
+from snapchain.objects.store import ObjectInfo, ObjectStore
+from snapchain.repository import condemned, damage, eras, index as indexes, samples, sparse, unlisted
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import BLOB_ROW, pack_name
 from snapchain.repository.index import IndexedPack
 from snapchain.repository.packs import Location
+from snapchain.repository.soundness import is_whole, named
 from snapchain.repository.sparse import SparseIndex
 from tests.repository.counting import CountingStore
+from tests.repository.synthetic import LEAF, again, drawn, repository
+from tests.repository.test_repair import data_packs
+from tests.repository.test_verified import DISK, noise, published
 
 KEYS = Keyring("aes-256-gcm", "00" * 16, bytes(32))
 BLOBS = 100
@@ -215,6 +219,28 @@ def test_an_index_that_is_put_together_with_others_meanwhile_is_no_error() -> No
     assert index.find(blob(300)) is not None
 
 
+def test_what_is_read_again_since_others_put_some_together_is_known_once() -> None:
+    store = CountingStore(MemoryStore())
+    names = [indexes.write(store, KEYS, [listed(number)], era=0) for number in range(4)]
+    for number in range(4):
+        store.put(pack_name(pack(number)), bytes(1000 + number))
+    damaged = indexes.write(store, KEYS, [listed(4)], era=0)
+    store.put(damaged, bytes(60))
+    index = sparse.load(store, KEYS)
+    before = list(store.list("index/"))
+    last = max(names)
+    (number,) = (number for number, name in enumerate(names) if name == last)
+    indexes.write(store, KEYS, [listed(number)], era=0)
+    store.delete(last)
+    again = Pieces(store.inner)
+    again.before = before
+    index._store = again
+    assert index.find(blob(number * BLOBS)) is not None
+    assert len(again.of("list")) == 2
+    assert len(indexes.BlobIndex.find_all(index, blob(1))) == 1
+    assert [error.subject for error in index.unreadable] == [damaged]
+
+
 def test_a_damaged_sample_and_a_damaged_index_cost_space_alone() -> None:
     store = MemoryStore()
     made = filled(store, 4)
@@ -227,6 +253,16 @@ def test_a_damaged_sample_and_a_damaged_index_cost_space_alone() -> None:
     store.put(sampled, bytes(100))
     again = sparse.load(store, KEYS)
     assert again.find(blob(300)) is not None  # its index is one without a sample now
+
+
+def test_samples_of_a_newer_format_say_nothing() -> None:
+    store = MemoryStore()
+    filled(store, 4)
+    (sampled,) = (info.name for info in store.list("index/sampled-"))
+    data = bytearray(store.get(sampled))
+    data[7] = 2
+    store.put(sampled, bytes(data))
+    assert sparse.load(store, KEYS).find(blob(301)) is not None
 
 
 def test_a_store_that_does_not_answer_is_an_error() -> None:
@@ -248,7 +284,7 @@ def test_a_store_that_does_not_answer_is_an_error() -> None:
 class Pieces(CountingStore):
     """Lists in pieces: an era ends between the first and the second, and the collector has done its work."""
 
-    def __init__(self, inner: MemoryStore) -> None:
+    def __init__(self, inner: ObjectStore) -> None:
         super().__init__(inner)
         self.before: list[ObjectInfo] = []
 
@@ -282,3 +318,54 @@ def test_a_listing_of_two_moments_is_made_again(load: object, kind: str, monkeyp
     index = load(store)  # type: ignore[operator]
     assert index.find(blob(0)) is None
     assert index.find(blob(101)) is not None
+
+
+def test_a_shipment_reads_around_a_bad_sector_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that knows all indexes: a copy is looked for, and the store is not asked time and again."""
+
+    class Bad(CountingStore):
+        packs: frozenset[str] = frozenset()
+
+        def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
+            if name in self.packs:
+                raise Unavailable("input/output error", subject=name)
+            return super().get(name, offset=offset, length=length)
+
+    store = Bad(MemoryStore())
+    root = drawn(4 * LEAF, noise(*range(4)), b"")
+    repo = published(repository(store, block_size=LEAF), [root])
+    (first,) = data_packs(repo)
+    known = {info.name: store.get(info.name) for info in store.list("index/")}
+    for name in known:
+        store.delete(name)
+    monkeypatch.setattr(unlisted, "MOST", 0)
+    published(again(repo), [root], "copy")  # a writer that did not know of the first
+    for name, body in known.items():
+        store.put(name, body)
+    damage.record(store, repo.keys, [first.rpartition("/")[2]])
+    store.packs = frozenset([first])
+    shipping = again(repo)
+    assert not shipping.near_index().is_whole
+    (layer,) = shipping.layers(repo.catalogue(DISK).parents).values()
+    assert [len(shipping.blobs.read(*each)) for each in named(layer)]
+
+
+def test_a_layer_of_which_all_copies_are_gone_is_not_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pack is known to be damaged, the other one is missing, and nobody has noticed yet."""
+    store = MemoryStore()
+    root = drawn(4 * LEAF, noise(*range(4)), b"")
+    repo = published(repository(store, block_size=LEAF), [root])
+    (first,) = data_packs(repo)
+    known = {info.name: store.get(info.name) for info in store.list("index/")}
+    for name in known:
+        store.delete(name)
+    monkeypatch.setattr(unlisted, "MOST", 0)
+    published(again(repo), [root], "copy")
+    (second,) = set(data_packs(repo)) - {first}
+    for name, body in known.items():
+        store.put(name, body)
+    (layer,) = repo.layers(repo.catalogue(DISK).parents).values()
+    damage.record(store, repo.keys, [first.rpartition("/")[2]])
+    assert is_whole(layer, again(repo).near_index())
+    store.delete(second)
+    assert not is_whole(layer, again(repo).near_index())

@@ -9,12 +9,12 @@ from hypothesis import given, settings, strategies as st
 from snapchain.errors import Unavailable
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore, Refused, StoreWrapper
-from snapchain.repository import condemned, damage, eras, index as indexes, sparse, tidying
-from snapchain.repository.format import index_era, is_samples, pack_name
+from snapchain.repository import condemned, damage, eras, index as indexes, samples, sparse, tidying
+from snapchain.repository.format import fresh_id, index_era, index_name, is_samples, pack_name
 from snapchain.repository.index import IndexedPack
 from snapchain.testing.faults import crash_points
 from tests.repository.counting import CountingStore
-from tests.repository.test_sparse import KEYS, blob, listed, pack
+from tests.repository.test_sparse import KEYS, Pieces, blob, listed, pack
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +137,90 @@ def test_who_may_not_delete_leaves_what_nobody_reads_any_more(monkeypatch: pytes
     assert len(store.of("get", "index/0")) == 0
     index = sparse.load(store, KEYS)
     assert index.find(blob(100)) is not None
+
+
+def test_who_may_not_delete_does_not_store_all_samples_again_each_time() -> None:
+    store = NoDelete(MemoryStore())
+    for number in range(120):
+        shipped(store, number)
+        tidied(store)
+    stored = sum(len(part.ids) for part in sampled(store))
+    assert stored <= 120 * 8  # each id once for each doubling
+
+
+def sampled(store: ObjectStore) -> list[samples.Samples]:
+    names = [info.name for info in store.list("index/") if is_samples(info.name)]
+    return [samples.parse(KEYS, name, store.get(name)) for name in names]
+
+
+def test_samples_of_which_nothing_counts_any_more_go_however_large() -> None:
+    """A writer that has slept through a collection leaves some."""
+    store = MemoryStore()
+    old = index_name(0, fresh_id())
+    samples.write(store, KEYS, samples.of({old: np.concatenate([listed(number).ids for number in range(900)])}))
+    era = eras.begin_era(store, KEYS, [old], conditional=True)
+    eras.complete_era(store, KEYS, era)
+    for number in range(4):
+        shipped(store, number)
+    tidied(store)
+    (left,) = sampled(store)
+    assert old not in left.indexes
+
+
+def test_samples_of_an_era_that_began_while_the_indexes_were_listed_stay() -> None:
+    """The indexes were listed before the collector began, and the samples after it had written its own."""
+    store = MemoryStore()
+    for number in range(4):
+        shipped(store, number)
+    before = list(store.list("index/"))
+    era = eras.begin_era(store, KEYS, [info.name for info in before], conditional=True)
+    name = indexes.write(store, KEYS, [listed(number) for number in range(4)], era=era)
+    ours = samples.write(store, KEYS, samples.of({name: listed(0).ids}))
+    store_then = Pieces(store)
+    store_then.before = [*before, *store.list("index/sampled-")]
+    tidied(store_then)
+    assert ours in {info.name for info in store.list("index/")}
+
+
+@pytest.mark.parametrize("puts", range(3))
+def test_a_full_disk_is_not_filled_further_by_each_shipment(puts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two indexes and their samples would be written."""
+    monkeypatch.setattr(indexes, "INDEX_BYTES", 12_000)
+
+    class Full(StoreWrapper):
+        left = puts
+
+        def put(self, name: str, data: object) -> None:
+            if not self.left:
+                raise Refused("no space left", subject=name)
+            self.left -= 1
+            super().put(name, data)  # type: ignore[arg-type]
+
+    store = MemoryStore()
+    for number in range(4):
+        shipped(store, number)
+    before = known(store)
+    index = sparse.load(store, KEYS)
+    index.find(blob(10**9))
+    with pytest.raises(Refused, match="no space left"):
+        tidying.tidy(Full(store), KEYS, index, pack_size=None)
+    assert names(store) == (4 if puts < 2 else 2, 0)
+    assert known(store) == before
+
+
+def test_a_store_that_fails_is_not_asked_to_delete_one_after_another() -> None:
+    """Each request may take minutes until it is given up, and the shipment is over."""
+
+    class Gone(StoreWrapper):
+        def delete(self, name: str) -> None:
+            raise Unavailable("no answer", subject=name)
+
+    store = CountingStore(Gone(MemoryStore()))
+    for number in range(20):
+        shipped(store, number)
+    store.asked.clear()
+    tidied(store)
+    assert len(store.of("delete")) <= 2
 
 
 def test_what_is_condemned_is_left_out_and_what_is_damaged_stays_listed() -> None:
