@@ -21,12 +21,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError, Unavailable
+from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.model.retention import Policy
 from snapchain.objects.store import Data, ObjectInfo, ObjectStore, StoreWrapper
 from snapchain.repository import collecting, leases, repository as repositories
@@ -44,6 +45,7 @@ DIED = 66
 """Exit status of a process that died as planned."""
 FAULTS = {"fails": 0.002, "loses its reply": 0.002, "takes long": 0.01, "gives other bytes": 0.0005, "dies": 0.0004}
 STORM_SECONDS, STORM_EACH = 2.0, 25.0
+REPEATS = 3
 Result = TypeVar("Result")
 
 
@@ -61,6 +63,14 @@ class Failing(StoreWrapper):
         return happens
 
     def _call(self, effect: Callable[[], Result], name: str, *, changes: bool = False) -> Result:
+        """A call; one that changes nothing is repeated as a client of S3 repeats it."""
+        for _ in range(0 if changes else REPEATS):
+            with suppress(Unavailable):
+                return self._called(effect, name)
+            time.sleep(self._draw.uniform(0, 0.2))
+        return self._called(effect, name, changes=changes)
+
+    def _called(self, effect: Callable[[], Result], name: str, *, changes: bool = False) -> Result:
         storm = time.monotonic() % STORM_EACH < STORM_SECONDS and self._draw.random() < 0.5
         if storm or self._happens("fails"):
             self._counts["storm"] += storm
@@ -127,8 +137,8 @@ class Host:
             except (Busy, Conflict, Unavailable) as error:
                 self.counts[type(error).__name__] += 1
                 time.sleep(self.draw.uniform(0, 0.5))
-            except Corrupt:
-                self.counts["Corrupt"] += 1  # some byte was given wrong, and was seen to be wrong
+            except (Corrupt, Unsupported) as error:
+                self.counts[type(error).__name__] += 1  # some byte was given wrong, and was seen to be wrong
             print(json.dumps({"counts": self.counts}), flush=True)
             self.counts.clear()
 
