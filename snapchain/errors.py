@@ -2,7 +2,7 @@
 
     SnapchainError
     ├── InvalidInput  (ValueError)   2   the request is wrong: change it
-    │   └── WrongPassphrase         12   the passphrase opens nothing: give another one
+    │   └── WrongPassphrase          2   the passphrase opens nothing: give another one
     ├── NotFound      (LookupError)  3   the thing named is not there
     ├── Conflict                     4   somebody else was faster: look again, then retry
     │   └── Diverged                 4   both sides have changed: choose one
@@ -59,9 +59,6 @@ class InvalidInput(SnapchainError, ValueError):
 
 class WrongPassphrase(InvalidInput):
     """A passphrase was given, and the repository does not open with it."""
-
-    exit_code = 12
-    kind = "wrong-passphrase"
 
 
 class NotFound(SnapchainError, LookupError):

@@ -9,7 +9,7 @@ from snapchain.errors import SnapchainError
 TREE = {
     "SnapchainError": ("Exception", "error", 1),
     "InvalidInput": ("SnapchainError", "invalid-input", 2),
-    "WrongPassphrase": ("InvalidInput", "wrong-passphrase", 12),
+    "WrongPassphrase": ("InvalidInput", "invalid-input", 2),
     "NotFound": ("SnapchainError", "not-found", 3),
     "Conflict": ("SnapchainError", "conflict", 4),
     "Diverged": ("Conflict", "diverged", 4),

