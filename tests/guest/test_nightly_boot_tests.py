@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,10 @@ ROOM = "clones"
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Host:
-    return Host(tmp_path)
+def host() -> Iterator[Host]:
+    """In a directory of a short name: the sockets of clones are below it."""
+    with tempfile.TemporaryDirectory(prefix="sc") as short:
+        yield Host(Path(short))
 
 
 def configured(host: Host, *lines: str) -> None:
