@@ -21,7 +21,7 @@ from pathlib import Path
 from snapchain.destination.address import PointAddress
 from snapchain.destination.reading import BlobDisk, ReadableDestination
 from snapchain.destination.records import PointRecord
-from snapchain.errors import InvalidInput, NotFound
+from snapchain.errors import Corrupt, InvalidInput, NotFound
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.points import chosen_point
 from snapchain.nbd.cache import BlockCache, Loader
@@ -45,6 +45,9 @@ LEAST_CACHE = 16 << 20
 PATIENCE = 120.0
 """Seconds for which a read waits for a store that does not answer, before it fails."""
 _MOST_NOTED = 1000
+_AFTER_DAMAGE = (
+    "`snapchain verify --read-data` tells which points are affected, and `snapchain repair` stores lost data again"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,11 @@ class Serving:
         if request.socket is not None and request.listen is not None:
             raise InvalidInput("--socket and --listen are both given", hint="a server listens in one place")
         if request.tls is not None and request.listen is None:
-            raise InvalidInput("--tls is for --listen: a unix socket stays on this host", subject=request.tls)
+            raise InvalidInput(
+                "--tls is for --listen: a unix socket stays on this host",
+                subject=request.tls,
+                hint="say --listen HOST:PORT too, or leave --tls out",
+            )
         if request.cache < LEAST_CACHE:
             raise InvalidInput(f"the cache has at least {LEAST_CACHE >> 20} MiB", hint="--cache-size 64M")
         self._request = request
@@ -276,6 +283,10 @@ def _without_doubles(found: Iterator[_Chosen]) -> list[_Chosen]:
     for each in found:
         other = names.setdefault(each.export, each)
         if other is not each:
+            if other.destination.url == each.destination.url:
+                raise InvalidInput(
+                    f"the export {each.export} is named twice", subject=each.destination.url, hint="name it once"
+                )
             raise InvalidInput(
                 f"two points would have the name {each.export}",
                 subject=f"{other.destination.url} and {each.destination.url}",
@@ -295,6 +306,8 @@ class _Log:
     def fault(self, export: str, offset: int, length: int, error: Exception) -> None:
         """A read failed."""
         self.note(f"{export}: bytes {offset} to {offset + length} could not be read: {error}")
+        if isinstance(error, Corrupt):
+            self.note(_AFTER_DAMAGE)
 
     def note(self, words: str) -> None:
         """Something that is worth a line."""
