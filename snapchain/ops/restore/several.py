@@ -189,7 +189,7 @@ def choose(
         raise NotFound(
             "no disk or guest with a point has such a name",
             subject=min(unmatched),
-            hint=f"`snapchain log {shell_word(url)}` lists them",
+            hint=f"`snapchain log {shell_word(url)}` lists them; a pattern fits the whole name: 'web1*', not web1",
         )
     taken: set[str] = set()
     return tuple(
