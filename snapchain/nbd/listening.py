@@ -75,8 +75,8 @@ _LONGEST = LONGEST_SOCKET - len(_SUFFIX)
 def unix_listener(path: Path) -> Iterator[socket.socket]:
     """A unix socket of mode 0600 that listens, and is removed at the end.
 
-    Raises Busy where another server listens there, Conflict where something else has the name, NotFound for a directory
-    that is missing, InvalidInput.
+    Raises Busy where another server listens there, Conflict where the name is not that of a socket, NotFound for a
+    missing directory, InvalidInput.
     """
     path = path.absolute()
     if len(os.fsencode(path)) > _LONGEST:
