@@ -36,9 +36,9 @@ _MOST_PEM = 1 << 20
 _TLS_FILES = "--tls DIR has ca-cert.pem, server-cert.pem and server-key.pem without a passphrase, as QEMU takes them"
 
 
-def default_socket() -> Path:
-    """Of this process: below /run/snapchain for root, below $XDG_RUNTIME_DIR for others."""
-    return base() / f"serve-{os.getpid()}.sock"
+def default_socket(*, of: str | None = None) -> Path:
+    """Of this process: below /run/snapchain for root, below $XDG_RUNTIME_DIR for others. of: in place of its number"""
+    return base() / f"serve-{of or os.getpid()}.sock"
 
 
 def unix_uri(path: Path, export: str) -> str:

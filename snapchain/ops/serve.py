@@ -149,8 +149,10 @@ class Serving:
             each.destination.whole(each.disk, str(each.record.point))  # is not entered: raises where it cannot be done
 
     def plan(self) -> ServePlan:
-        """What `run` will serve; nothing is opened."""
-        return self._plan(None if self._place is None else self._place[1])
+        """What `run` will serve; nothing is opened. The default socket has PID for the number of the later process."""
+        if self._place is not None:
+            return self._plan(self._place[1], None)
+        return self._plan(None, self._socket if self._request.socket else default_socket(of="PID"))
 
     def run(self, on_ready: Callable[[ServePlan], None], *, on_event: OnEvent = ignore) -> ServeReport:
         """Serve until SIGTERM or Ctrl-C, or as the request says. on_ready: called when clients can connect
@@ -169,7 +171,7 @@ class Serving:
             else:
                 listening = stack.enter_context(tcp_listener(*self._place, has_tls=tls is not None))
                 port = int(listening.getsockname()[1])
-            plan = self._plan(port)
+            plan = self._plan(port, self._socket)
             server = Server(exports, [listening], on_fault=log.fault, on_note=log.note, tls=tls)
             with suppress(KeyboardInterrupt), server:
                 on_ready(plan)
@@ -215,11 +217,11 @@ class Serving:
             words = f"{each.destination.url}::{each.disk}@{each.record.point} of {each.record.time:%Y-%m-%d %H:%M:%S}"
             yield Export(each.export, each.record.virtual_size, words, partial(opened, each), stays=each.stays)
 
-    def _plan(self, port: int | None) -> ServePlan:
+    def _plan(self, port: int | None, socket: Path | None) -> ServePlan:
         def uri(export: str) -> str:
             if self._place is None:
-                assert self._socket is not None
-                return unix_uri(self._socket, export)
+                assert socket is not None
+                return unix_uri(socket, export)
             assert port is not None
             return tcp_uri(self._place[0], port, export, tls=self._request.tls is not None)
 
@@ -237,7 +239,7 @@ class Serving:
                 )
                 for each in self._chosen
             ),
-            socket=None if self._socket is None else str(self._socket),
+            socket=None if socket is None else str(socket),
             listen=None if self._place is None else f"{self._place[0]}:{port}",
             tls=self._request.tls is not None,
             cache=self._request.cache,

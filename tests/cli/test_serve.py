@@ -92,6 +92,7 @@ def test_a_dry_run_listens_nowhere(run: Run, shipped: Path, tmp_path: Path) -> N
     said = run("serve", DISK, "-n")
     assert "would serve 1 export on " in said.out
     assert "nbd+unix:///web1/vda?socket=" in said.out
+    assert "serve-PID.sock" in said.out, "the server will be another process"
 
 
 @pytest.mark.parametrize(
