@@ -56,7 +56,8 @@ def _run(words: Sequence[str]) -> int:
         sys.stdout.flush()  # a reader that has gone shows here, not in the interpreter's last breath
         return int(status or 0)
     except BaseException as error:  # noqa: BLE001 - the last handler: everything becomes words and an exit code
-        return exits.report(error, as_json="--json" in words)
+        verb = words[0] if words and not words[0].startswith("-") else ""
+        return exits.report(error, as_json="--json" in words, verb=verb)
 
 
 def _answered_from_table(words: Sequence[str]) -> bool:

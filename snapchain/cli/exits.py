@@ -33,17 +33,18 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 
-def report(error: BaseException, *, as_json: bool, left_behind: str | None = None) -> int:
+def report(error: BaseException, *, as_json: bool, left_behind: str | None = None, verb: str = "") -> int:
     """Print an exception, and return the exit code.
 
     as_json: one object on stdout, else lines on stderr
     left_behind: the hint after an interrupt: what the command leaves, and how to continue
+    verb: of the command line, for usage errors that do not name it themselves
     """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else BUG
     if isinstance(error, ReaderGone):
         return BROKEN_PIPE
-    facts = _facts(error, left_behind)
+    facts = _facts(error, left_behind, verb)
     if os.environ.get("SNAPCHAIN_DEBUG"):
         traceback.print_exception(error)
     if as_json:
@@ -70,7 +71,7 @@ def _write_json(facts: dict[str, Any]) -> None:
     sys.stderr.flush()
 
 
-def _facts(error: BaseException, left_behind: str | None) -> dict[str, Any]:
+def _facts(error: BaseException, left_behind: str | None, verb: str) -> dict[str, Any]:
     if isinstance(error, OSError) and isinstance(error.filename, str):
         # The kernel's error about a file: usually another program moved or replaced it meanwhile.
         error = translated(error)
@@ -85,16 +86,16 @@ def _facts(error: BaseException, left_behind: str | None) -> dict[str, Any]:
 
     # Public names of typer that lead to its usage errors, whichever version keeps them in whichever module.
     if isinstance(error, typer.BadParameter.__mro__[1:3]):  # UsageError, ClickException
-        return _usage(error)
+        return _usage(error, verb)
     if isinstance(error, typer.Abort):
         return _row("interrupted", "no more input", INTERRUPTED)
     message = f"this is a bug in snapchain: {type(error).__name__}: {error}"
     return _row("bug", message, BUG, hint="run it again with SNAPCHAIN_DEBUG=1 and report what it shows")
 
 
-def _usage(error: Any) -> dict[str, Any]:
+def _usage(error: Any, verb: str) -> dict[str, Any]:
     context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "snapchain"
+    command = context.command_path if context is not None else f"snapchain {verb}".rstrip()
     return _row("invalid-input", error.format_message(), USAGE, hint=f"{command} --help")
 
 

@@ -156,8 +156,9 @@ def _draw_decisions(console: Console, plan: NightlyPlan, *, points: bool) -> Non
         rules = ", ".join(
             f"{rule} ({count})" for rule, count in kept_by_rule(row.reasons for row in each.points if row.kept).items()
         )
-        words = f"{name} at {each.destination}: would drop {_points(each.points_dropped)} of {len(each.points)}"
-        render.line(console, f"{words}; kept by {rules or 'nothing'}", indent=2)
+        kept = len(each.points) - len(each.points_dropped)
+        words = f"{name} at {each.destination}: would drop {_points(each.points_dropped)} and keep {kept}"
+        render.line(console, f"{words}: {rules}" if kept else words, indent=2)
         if points:
             render.table(
                 console,

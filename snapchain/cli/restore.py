@@ -188,10 +188,20 @@ def restore(
     is_stream = str(out_path) == _STREAM
     for_guests = defines or connect is not None or new_name is not None or new_identity
     if match:
-        if chain or force or allow_damaged or for_guests or is_stream:
+        if is_stream:
+            raise InvalidInput("standard output takes one disk, and --match chooses several", hint="name a directory")
+        others = {
+            "--chain": chain,
+            "--force": force,
+            "--allow-damaged": allow_damaged,
+            "--define": defines,
+            "--connect": connect is not None,
+            "--new-name": new_name is not None,
+            "--new-identity": new_identity,
+        }
+        if any(others.values()):
             raise InvalidInput(
-                "--match goes with neither standard output nor --chain, --force, --allow-damaged, --define, --connect, "
-                "--new-name and --new-identity",
+                f"--match does not work together with {', '.join(name for name, given in others.items() if given)}",
                 hint="restore such a disk or guest by its name: DEST::DISK",
             )
         dest = _destination_alone(source)
@@ -457,8 +467,12 @@ def _draw_several(console: Console, report: SeveralReport) -> None:
 
 
 def _draw_failed(console: Console, done: SeveralPlan | SeveralReport) -> None:
+    shown: set[str] = set()
     for each in done.failed:
         render.line(console, f"{each.name} cannot be restored: {each.message}", style="red")
+        if each.hint and each.hint not in shown:
+            render.line(console, f"hint: {each.hint}", indent=2)
+            shown.add(each.hint)
 
 
 def _to_fetch(plan: RestorePlan | SeveralPlan) -> str:

@@ -32,7 +32,7 @@ _PLACE = "Where"
     snapchain serve dir:/srv/replica::web1/vda --once --json
     snapchain serve /backup::web1/vda --listen 0.0.0.0:10809 --tls /etc/pki/qemu
     nbdinfo 'nbd+unix:///web1/vda?socket=/run/web1.sock'
-    qemu-img convert -O qcow2 'nbd+unix:///web1/vda%407?socket=/run/web1.sock' web1.qcow2
+    qemu-img convert -f raw -O qcow2 'nbd+unix:///web1/vda%407?socket=/run/web1.sock' web1.qcow2
     """,
     when_interrupted="nothing is left: start it again",
 )
@@ -101,18 +101,19 @@ def serve(
 ) -> None:
     """Serve points as read-only block devices over NBD, until SIGTERM or Ctrl-C, which end it with exit code 0.
 
-    An export has the name of its disk, such as web1/vda, and of a point that was named its number too: web1/vda@7. A
-    guest is served as all disks of a guest point. The URI of each export is printed when clients can connect; with
-    --json as one object a line: the exports when they are ready, and the totals at the end. A server with one export
-    has it under the empty name, too.
+    An export has the name of its disk: web1/vda. If you name a point, the export has its number too: web1/vda@7. A
+    guest is served as all disks of a guest point. The URI of each export is printed when clients can connect. With
+    --json there are two lines: an object with the exports when they are ready, and one with the totals at the end. A
+    server with one export serves it under the empty name, too.
 
-    Any NBD client can read: QEMU, qemu-img, nbdcopy, nbd-client, several at once. Zeroes are not sent: clients that ask
-    learn which ranges hold data. Each byte of a repository is
-    proven before it is sent. A range whose bytes are lost
-    gives an I/O error there and a note here, and all other ranges can be read. Writes are refused.
+    Any NBD client can read: QEMU, qemu-img, nbdcopy, nbd-client, several at once. Give qemu-img the format, -f raw: it
+    would else guess it from bytes that the guest wrote. Zeroes are not sent: clients that ask learn which ranges hold
+    data. Each byte of a repository is proven before it is sent. A range whose bytes are lost gives an I/O error there
+    and a note here, and all other ranges can be read. Writes are refused.
 
     While a store does not answer, reads wait for --patience, then fail; later reads work again. As long as a point of
-    a repository is served, gc keeps what it needs. With --all-points that is so while a client has the point open.
+    a repository is served, gc keeps what it needs. A point that only --all-points lists is kept while a client has it
+    open.
 
     A replica must be on this host: dir:/path. Its bytes are those of its files, and are not proven. While it is
     served, merges leave these files as they are.
@@ -176,4 +177,4 @@ def _draw_report(console: Console, report: ServeReport) -> None:
 
 def _draw_problems(console: Console, report: ServeReport) -> None:
     if report.failed_reads:
-        render.line(console, f"{counted(report.failed_reads, 'read')} failed", style="red")
+        render.line(console, f"{counted(report.failed_reads, 'read')} failed: the notes say why", style="red")

@@ -80,7 +80,7 @@ def _draw_all(console: Console, found: StoredUsage) -> None:
             ("compressed", _with_ratio(found.blob_bytes, found.compression)),
             ("maps", size(found.map_bytes) if found.map_bytes else ""),
             ("unreferenced", size(found.unreferenced_bytes) if found.unreferenced_bytes else ""),
-            ("a month", "" if found.month_cost is None else f"{found.month_cost:.2f} {found.currency}"),
+            ("a month", _month(found.month_cost, found.currency)),
         ],
     )
     if found.disks:
@@ -89,6 +89,12 @@ def _draw_all(console: Console, found: StoredUsage) -> None:
             ["disk", "points>", "guest data>?", "stored>", "own>", "shared>", "newest>", "30 days>"],
             [_row(each) for each in found.disks],
         )
+
+
+def _month(cost: float | None, currency: str | None) -> str:
+    if cost is None:
+        return ""
+    return f"under 0.01 {currency}" if 0 < cost < 0.01 else f"{cost:.2f} {currency}"
 
 
 def _row(disk: DiskUsage) -> list[str]:

@@ -33,7 +33,7 @@ _MOST_AHEAD = 32 << 20
 
 
 class Blob:
-    """data: its bytes while the cache holds them; used: since the cache last looked; loading: who fetches it"""
+    """data: its bytes while the cache holds them; used: since eviction last came to it; loading: who fetches it"""
 
     __slots__ = ("__weakref__", "data", "loading", "stored", "used")
 
@@ -45,7 +45,8 @@ class Blob:
 
 
 class BlockCache:
-    """Bytes of blobs, `limit` at most. Thread-safe. What was used since it was last looked at stays for another turn.
+    """Bytes of blobs, `limit` at most. Thread-safe. A blob that was used since eviction last came to it is
+    spared once.
 
     held: bytes that are here
     """
@@ -57,7 +58,7 @@ class BlockCache:
         self._blobs: deque[Blob] = deque()
 
     def keep(self, blob: Blob, data: bytes) -> None:
-        """Hold the bytes of a blob, and let go of others instead."""
+        """Hold the bytes of a blob; evict others where there is no room."""
         with self._lock:
             if blob.data is not None:
                 return
@@ -108,7 +109,7 @@ class Loader:
     def fetch(self, blobs: Iterable[Blob], *, ahead: bool = False) -> None:
         """Begin to fetch those that are not here and that nobody fetches.
 
-        ahead: nobody waits for them: they come after those that are waited for, and not at all when there are many
+        ahead: nobody waits for them: they come after blobs that somebody waits for, and are dropped when there are many
         Raises Unavailable at the end.
         """
         count = 0
@@ -135,7 +136,7 @@ class Loader:
             self._crew.submit(partial(self._fetch_some, ahead=ahead), ahead=ahead)
 
     def soon(self, work: Callable[[], None]) -> None:
-        """Do something before anything that nobody waits for. The errors of snapchain that it raises are dropped."""
+        """Do something, before all work that nobody waits for. The errors of snapchain that it raises are dropped."""
         self._crew.submit(partial(_unheard, work), ahead=False)
 
     def later(self, work: Callable[[], None]) -> None:
@@ -171,7 +172,7 @@ class Loader:
             _settle(each, Unavailable("the server ends"))
 
     def _fetch_some(self, *, ahead: bool) -> None:
-        """The first that is wanted, and its neighbours: what came while all threads were busy comes together."""
+        """Fetch the first wanted blob with its wanted neighbours: what piled up meanwhile becomes one request."""
         with self._lock:
             queue = self._later if ahead else self._wanted
             some = neighbours(list(islice(queue.values(), _LOOKED_AT)))

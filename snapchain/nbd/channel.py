@@ -80,8 +80,8 @@ class PlainChannel:
 class TlsChannel:
     """A Channel over TLS.
 
-    OpenSSL allows one thread at a time, and a thread that receives waits: so the socket is read and written here, and
-    OpenSSL only turns bytes into bytes, under a lock that nobody holds while waiting.
+    OpenSSL allows one thread at a time, and a thread that receives mostly waits. So the socket is read and written
+    here, and OpenSSL only encrypts and decrypts in memory, under a lock that nobody holds while waiting.
     """
 
     def __init__(self, connected: socket.socket, context: ssl.SSLContext) -> None:

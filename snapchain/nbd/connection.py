@@ -1,10 +1,10 @@
 """One client: the negotiation, then its requests until it hangs up.
 
-    receiver   takes requests, as many at once as have come; gives what is in memory at once, in one call of the kernel
-    answerer   waits for what must be fetched, in the order in which it was asked for; begun at the first such request
+    receiver   takes all requests that have come; answers those whose bytes are in memory, in one call of the kernel
+    answerer   waits for what must be fetched, in the order of the requests; begun at the first of them
 
-The client may get answers in another order than it asked. Each of the two threads has at most a portion of an answer
-in memory. A client that does not take its answers stops only its own threads.
+Replies may come in another order than the requests. Each of the two threads has at most a portion of an answer in
+memory. A client that does not read its replies stops only its own threads.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from snapchain.nbd.reading import PORTION, SHIFT
 HANDSHAKE_SECONDS = 30.0
 _MOST_OPTIONS = 1000
 _REQUESTS = 64
-"""That are taken from the kernel at once, and that may wait for the answerer."""
+"""The most that are taken from the kernel at once, and the most that may wait for the answerer."""
 
 
 @dataclass(slots=True)

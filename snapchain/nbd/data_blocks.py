@@ -1,4 +1,4 @@
-"""The blocks of an export that hold data, numbered from 0: whoever counts in these numbers jumps over holes.
+"""The blocks of an export that hold data, numbered from 0, so that reading ahead jumps over holes.
 
 block     0    1    2    3    4    5    6
         data data hole hole hole data data

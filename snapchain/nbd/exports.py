@@ -17,7 +17,8 @@ from snapchain.nbd.reading import Reading
 class Export:
     """A point that is served.
 
-    opens: reads it for as long as it is open; stays: it is opened with the server, else while a client reads it
+    opens: a context manager that gives its Reading
+    stays: it is open as long as the server, else while a client reads it
     """
 
     name: str
@@ -48,7 +49,7 @@ class Exports:
         self._stack.close()
 
     def end(self) -> None:
-        """Let nobody wait for a store any more."""
+        """End all waiting for a store: whoever waits gets Unavailable."""
         with self._lock:
             opened = [each.reading for each in self._opened.values()]
         for reading in opened:
@@ -65,7 +66,7 @@ class Exports:
         return Described(found.name, found.size, found.description)
 
     def open(self, name: str) -> OpenedExport:
-        """As Offer. What comes is closed by whoever opens it."""
+        """As Offer. The caller closes what is returned."""
         export = self._named(name)
         with self._lock:
             opened = self._opened.setdefault(export.name, _Opened())

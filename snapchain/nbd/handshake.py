@@ -81,7 +81,8 @@ class Next(Enum):
 class Handshake(Generic[OpenedT]):
     """With one client.
 
-    structured: whether replies to requests are; contexts: whether the client may ask for the block status
+    structured: whether replies to requests are structured
+    contexts: whether the client may ask for the block status
     opened: the export, once `answer` has said SERVE
     """
 
@@ -93,7 +94,7 @@ class Handshake(Generic[OpenedT]):
         self._context_of: str | None = None
 
     def secured(self) -> None:
-        """From here on all goes through TLS. What was agreed before does not count: anybody may have said it."""
+        """From here on everything goes through TLS. What was agreed before does not count: anybody may have sent it."""
         self._needs_tls, self._has_tls = False, True
         self.structured = self.contexts = False
         self._context_of = None
@@ -104,7 +105,7 @@ class Handshake(Generic[OpenedT]):
             return option_reply(option, Reply.ACK), Next.CLOSE
         is_old = not self._flags & HandshakeFlag.FIXED_NEWSTYLE
         if option == Option.EXPORT_NAME or is_old:
-            # No error can be told to a client that says so.
+            # The protocol has no error reply for such a client.
             return self._export_name(data) if option == Option.EXPORT_NAME else (b"", Next.CLOSE)
         if option == Option.STARTTLS:
             return self._start_tls(data)
@@ -132,7 +133,9 @@ class Handshake(Generic[OpenedT]):
 
     def _start_tls(self, data: bytes) -> tuple[bytes, Next]:
         if data or self._has_tls:
-            return option_error(Option.STARTTLS, Reply.ERR_INVALID, "there is TLS already, or data"), Next.OPTION
+            return option_error(
+                Option.STARTTLS, Reply.ERR_INVALID, "TLS is active already, or the option has data"
+            ), Next.OPTION
         if not self._needs_tls:
             return option_error(Option.STARTTLS, Reply.ERR_POLICY, "this server has no certificate"), Next.OPTION
         return option_reply(Option.STARTTLS, Reply.ACK), Next.TLS
@@ -163,7 +166,7 @@ class Handshake(Generic[OpenedT]):
         if option not in (Option.LIST, Option.STRUCTURED_REPLY):
             return option_error(option, Reply.ERR_UNSUP, f"option {option} is not supported")
         if data:
-            raise InvalidOption("it has data")
+            raise InvalidOption("this option takes no data")
         if option == Option.STRUCTURED_REPLY:
             self.structured = True
             return option_reply(option, Reply.ACK)

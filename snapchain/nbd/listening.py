@@ -11,6 +11,7 @@ A directory with certificates has the names that QEMU and libnbd use:
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
@@ -32,11 +33,12 @@ PORT = 10809
 _BACKLOG = 1024
 """A client that does not wait is refused when so many are waiting."""
 _MOST_PEM = 1 << 20
+_TLS_FILES = "--tls DIR has ca-cert.pem, server-cert.pem and server-key.pem without a passphrase, as QEMU takes them"
 
 
-def default_socket() -> Path:
-    """Of this process: below /run/snapchain for root, below $XDG_RUNTIME_DIR for others."""
-    return base() / f"serve-{os.getpid()}.sock"
+def default_socket(*, of: str | None = None) -> Path:
+    """Of this process: below /run/snapchain for root, below $XDG_RUNTIME_DIR for others. of: in place of its number"""
+    return base() / f"serve-{of or os.getpid()}.sock"
 
 
 def unix_uri(path: Path, export: str) -> str:
@@ -73,7 +75,8 @@ _LONGEST = LONGEST_SOCKET - len(_SUFFIX)
 def unix_listener(path: Path) -> Iterator[socket.socket]:
     """A unix socket of mode 0600 that listens, and is removed at the end.
 
-    Raises Busy where another server listens there, Conflict where something else has the name, InvalidInput.
+    Raises Busy where another server listens there, Conflict where the name is not that of a socket, NotFound for a
+    missing directory, InvalidInput.
     """
     path = path.absolute()
     if len(os.fsencode(path)) > _LONGEST:
@@ -83,6 +86,12 @@ def unix_listener(path: Path) -> Iterator[socket.socket]:
     if path.parent == base():
         with PrivateDirectory(base(), make=True):
             pass
+    with os_errors(path.parent):
+        is_there = path.parent.exists()
+    if not is_there:
+        raise NotFound(
+            "there is no such directory", subject=path.parent, hint="make it, or name a path in another directory"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         with os_errors(path), Directory.open(path.parent) as directory:
             if directory.rights is not None:
@@ -124,7 +133,7 @@ def _check_free(directory: Directory, path: Path) -> None:
 def tcp_listener(host: str, port: int, *, has_tls: bool) -> Iterator[socket.socket]:
     """A TCP socket that listens. port: 0 for any that is free
 
-    Raises InvalidInput without TLS for an address that is not this host's alone, Unavailable for a port that is taken.
+    Raises InvalidInput without TLS for an address that is not this host's alone, Busy for a port that is taken.
     """
     subject = f"{host}:{port}"
     try:
@@ -139,9 +148,18 @@ def tcp_listener(host: str, port: int, *, has_tls: bool) -> Iterator[socket.sock
         )
     with socket.socket(family, socket.SOCK_STREAM) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with os_errors(subject):
-            listening.bind(address)
-            listening.listen(_BACKLOG)
+        try:
+            with os_errors(subject):
+                listening.bind(address)
+                listening.listen(_BACKLOG)
+        except SnapchainError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
+                raise Busy(
+                    "another program listens on this port",
+                    subject=subject,
+                    hint="stop it, or name another port; port 0 takes a free one",
+                ) from error
+            raise
         yield listening
 
 
@@ -156,8 +174,12 @@ def tls_context(directory: Path) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_REQUIRED
     authority, certificate, key = (directory / name for name in ("ca-cert.pem", "server-cert.pem", "server-key.pem"))
     revoked = directory / "ca-crl.pem"
-    for each in (authority, certificate, key):
-        read_own(each, cap=_MOST_PEM)
+    try:
+        for each in (authority, certificate, key):
+            read_own(each, cap=_MOST_PEM)
+    except NotFound as error:
+        error.hint = _TLS_FILES
+        raise
     if key.stat().st_mode & 0o077:
         raise InvalidInput("other users may read the key", subject=key, hint=f"chmod 600 {key}")
     try:
@@ -171,6 +193,6 @@ def tls_context(directory: Path) -> ssl.SSLContext:
         raise InvalidInput(
             f"not the certificates and the key of a TLS server: {error}",
             subject=directory,
-            hint="ca-cert.pem, server-cert.pem and server-key.pem without a passphrase, as QEMU takes them",
+            hint=_TLS_FILES,
         ) from error
     return context

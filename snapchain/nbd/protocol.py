@@ -6,7 +6,7 @@
     EXPORT_NAME or GO ends the negotiation
     requests, 28 bytes each                      replies: in any order, each with the request's cookie
 
-All numbers are big-endian. Lengths are judged here, before anybody takes memory for them.
+All numbers are big-endian. Lengths are checked here, before memory is allocated for them.
 """
 
 from __future__ import annotations
@@ -221,11 +221,11 @@ def export_name_reply(size: int, flags: int, *, zeroes: bool) -> bytes:
 
 
 class InvalidOption(ValueError):
-    """The data of an option are not what the option has."""
+    """The data of an option do not have the form that the option needs."""
 
 
 def parse_name(data: bytes) -> str:
-    """Raises InvalidOption for what no name can be."""
+    """The name in an option. Raises InvalidOption for what cannot be a name."""
     if len(data) > MOST_NAME:
         raise InvalidOption(f"a name of {len(data)} bytes")
     try:

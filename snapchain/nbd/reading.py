@@ -1,6 +1,6 @@
 """How an export is read: in pieces, from blobs that are cached, or as it is.
 
-    a disk of blobs    [block 0][block 1]      256 KiB of the guest each; known of each: its parts of which blobs
+    a disk of blobs    [block 0][block 1]      256 KiB of the guest each, made of parts of blobs
                           |    /    |
                         blob  blob  blob       in the cache, or fetched by the loader
     any other disk     its files are in the page cache of this host already
@@ -69,7 +69,7 @@ class Reading(Protocol):
 
 
 class FileReading:
-    """Of a disk whose bytes are at hand."""
+    """Reads a disk whose files are on this host."""
 
     most_ahead = 0
 
@@ -115,7 +115,7 @@ _Segment = tuple[int, int, Blob | None, int, SnapchainError | None]
 
 
 class BlobReading:
-    """Of a disk that is made of blobs.
+    """Reads a disk that is made of blobs.
 
     patience: seconds for which a request waits for a store that does not answer
     """
@@ -135,7 +135,7 @@ class BlobReading:
         self._loader.close()
 
     def ready(self, offset: int, length: int) -> list[Piece] | None:
-        """See `Reading`. The way of every request whose bytes are in the cache, so it is short."""
+        """See `Reading`. Every request whose bytes are in the cache takes this path, so it must be fast."""
         if length > PORTION:
             return None
         found: list[Piece] = []
@@ -247,7 +247,7 @@ class BlobReading:
     def _segments(self, offset: int, stop: int) -> Iterator[tuple[int, tuple[_Segment, ...]]]:
         """(offset, segments) of the blocks of a range."""
         for number in range(offset >> SHIFT, -(-stop // BLOCK) if offset < stop else 0):
-            # Forgotten meanwhile, where there are many.
+            # Where there are many, a block may have been forgotten since it was looked up.
             yield number << SHIFT, self._table.get(number) or self._look(number, number + 1)[number]
 
     def _resolve(self, offset: int, stop: int) -> None:

@@ -1,6 +1,6 @@
 """The server: listens, gives each client a thread, and ends them all.
 
-Clients beyond the limit are disconnected at once, so that what was agreed with the others holds.
+Clients beyond the limit are disconnected at once, so that the others keep what was agreed with them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Server:
             thread.join()
 
     def wait_for_last(self) -> None:
-        """Until there was a client that got an export, and none is left."""
+        """Wait until a client has opened an export, and no client has one open any more."""
         with self._changed:
             self._changed.wait_for(lambda: self.clients > 0 and not self._served)
 

@@ -2,10 +2,11 @@
 
 Additive increase, multiplicative decrease, as TCP's: a refusal halves the number of requests that may be under way, and
 each round of answers adds one.  Of the requests that were under way together, one refusal counts: the others were sent
-at the same pace.  A refused request waits without its place, for a random time that doubles, and is sent again.
+at the same pace.  A refused request frees its slot, waits for a random time, and is sent again. The limit of
+that time doubles.
 
-All threads of a store share the pace, and a budget of repetitions: each takes one, each answer gives one back.  So
-a server that refuses most of what it gets is given up before each request has been repeated in vain.
+All threads of a store share the pace, and a budget of repetitions: each repetition takes one, each answer gives one
+back.  So where a server refuses most requests, the command fails before it has repeated each of them in vain.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Pace:
 
     @contextmanager
     def _turn(self) -> Iterator[int]:
-        """Be one of those under way; the number of cuts so far."""
+        """Wait for a slot, and hold it during the block. Yields how often the pace was halved so far."""
         with self._changed:
             self._changed.wait_for(lambda: self._running < int(self._allowed))
             self._running += 1
@@ -81,7 +82,7 @@ class Pace:
                 self._changed.notify()
 
     def _refused(self, cuts: int) -> None:
-        """Halve the pace, but for a request that was sent before it was last halved."""
+        """Halve the pace, unless it was halved since the request was sent. cuts: what `_turn` gave"""
         with self._changed:
             if cuts == self._cuts:
                 self._cuts += 1

@@ -282,7 +282,7 @@ def _answer_means(response: dict[str, dict[str, Any]], operation: str) -> tuple[
     is_s3 = bool(code) and not code.isdigit()
     words = ": ".join(part for part in (code if is_s3 else f"HTTP {status}", error.get("Message")) if part)
     meaning = CODES.get(code) or STATUSES.get(status)
-    if code == "InvalidRequest" and "Object Lock" in str(error.get("Message", "")):
+    if code == "InvalidRequest" and "objectlock" in str(error.get("Message", "")).replace(" ", "").lower():
         meaning = _NO_LOCK
     if meaning is None and code.startswith("KMS."):
         meaning = Meaning(Refused, "the server's key service refuses", "look at the bucket's KMS key and its policy")

@@ -87,8 +87,11 @@ def _lock_of(environment: Mapping[str, str]) -> tuple[str | None, int]:
     mode, days = environment.get(LOCK_MODE) or None, environment.get(LOCK_DAYS) or None
     if mode is None and days is None:
         return None, 0
+    if mode is None or days is None:
+        missing, other = (LOCK_MODE, LOCK_DAYS) if mode is None else (LOCK_DAYS, LOCK_MODE)
+        raise InvalidInput(f"{other} is set, and {missing} is not", hint="Object Lock needs both")
     if mode not in _MODES:
         raise InvalidInput(f"{LOCK_MODE}: unknown mode {mode!r}", hint=f"one of {', '.join(_MODES)}")
-    if days is None or not days.isascii() or not days.isdecimal() or not 1 <= int(days) <= _MOST_DAYS:
+    if not days.isascii() or not days.isdecimal() or not 1 <= int(days) <= _MOST_DAYS:
         raise InvalidInput(f"{LOCK_DAYS}: {days!r} is no number of days", hint=f"1 to {_MOST_DAYS}, such as 30")
     return mode, int(days)

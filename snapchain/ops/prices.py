@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from snapchain.errors import InvalidInput
+from snapchain.errors import InvalidInput, NotFound
 from snapchain.host.private import read_trusted
 from snapchain.model.traffic import Prices
 
@@ -31,9 +31,13 @@ def prices_of(environment: Mapping[str, str]) -> Prices | None:
     path = Path(name).absolute()
     try:
         return Prices.model_validate(tomllib.loads(read_trusted(path).decode()))
+    except NotFound as error:
+        error.hint = f"{VARIABLE} names a table of prices"
+        raise
     except ValidationError as error:
         first = error.errors()[0]
-        words = f"{'.'.join(map(str, first['loc']))}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        said = "is unknown" if first["type"] == "extra_forbidden" else f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+        words = f"{'.'.join(map(str, first['loc']))}: {said}"
         known = ", ".join(Prices.model_fields)
         raise InvalidInput(f"a wrong table of prices: {words}", subject=path, hint=f"its fields are {known}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

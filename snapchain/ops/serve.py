@@ -21,7 +21,7 @@ from pathlib import Path
 from snapchain.destination.address import PointAddress
 from snapchain.destination.reading import BlobDisk, ReadableDestination
 from snapchain.destination.records import PointRecord
-from snapchain.errors import InvalidInput, NotFound
+from snapchain.errors import Corrupt, InvalidInput, NotFound
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.points import chosen_point
 from snapchain.nbd.cache import BlockCache, Loader
@@ -45,6 +45,9 @@ LEAST_CACHE = 16 << 20
 PATIENCE = 120.0
 """Seconds for which a read waits for a store that does not answer, before it fails."""
 _MOST_NOTED = 1000
+_AFTER_DAMAGE = (
+    "`snapchain verify --read-data` tells which points are affected, and `snapchain repair` stores lost data again"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,11 @@ class Serving:
         if request.socket is not None and request.listen is not None:
             raise InvalidInput("--socket and --listen are both given", hint="a server listens in one place")
         if request.tls is not None and request.listen is None:
-            raise InvalidInput("--tls is for --listen: a unix socket stays on this host", subject=request.tls)
+            raise InvalidInput(
+                "--tls is for --listen: a unix socket stays on this host",
+                subject=request.tls,
+                hint="say --listen HOST:PORT too, or leave --tls out",
+            )
         if request.cache < LEAST_CACHE:
             raise InvalidInput(f"the cache has at least {LEAST_CACHE >> 20} MiB", hint="--cache-size 64M")
         self._request = request
@@ -142,8 +149,10 @@ class Serving:
             each.destination.whole(each.disk, str(each.record.point))  # is not entered: raises where it cannot be done
 
     def plan(self) -> ServePlan:
-        """What `run` will serve; nothing is opened."""
-        return self._plan(None if self._place is None else self._place[1])
+        """What `run` will serve; nothing is opened. The default socket has PID for the number of the later process."""
+        if self._place is not None:
+            return self._plan(self._place[1], None)
+        return self._plan(None, self._socket if self._request.socket else default_socket(of="PID"))
 
     def run(self, on_ready: Callable[[ServePlan], None], *, on_event: OnEvent = ignore) -> ServeReport:
         """Serve until SIGTERM or Ctrl-C, or as the request says. on_ready: called when clients can connect
@@ -162,7 +171,7 @@ class Serving:
             else:
                 listening = stack.enter_context(tcp_listener(*self._place, has_tls=tls is not None))
                 port = int(listening.getsockname()[1])
-            plan = self._plan(port)
+            plan = self._plan(port, self._socket)
             server = Server(exports, [listening], on_fault=log.fault, on_note=log.note, tls=tls)
             with suppress(KeyboardInterrupt), server:
                 on_ready(plan)
@@ -208,11 +217,11 @@ class Serving:
             words = f"{each.destination.url}::{each.disk}@{each.record.point} of {each.record.time:%Y-%m-%d %H:%M:%S}"
             yield Export(each.export, each.record.virtual_size, words, partial(opened, each), stays=each.stays)
 
-    def _plan(self, port: int | None) -> ServePlan:
+    def _plan(self, port: int | None, socket: Path | None) -> ServePlan:
         def uri(export: str) -> str:
             if self._place is None:
-                assert self._socket is not None
-                return unix_uri(self._socket, export)
+                assert socket is not None
+                return unix_uri(socket, export)
             assert port is not None
             return tcp_uri(self._place[0], port, export, tls=self._request.tls is not None)
 
@@ -230,7 +239,7 @@ class Serving:
                 )
                 for each in self._chosen
             ),
-            socket=None if self._socket is None else str(self._socket),
+            socket=None if socket is None else str(socket),
             listen=None if self._place is None else f"{self._place[0]}:{port}",
             tls=self._request.tls is not None,
             cache=self._request.cache,
@@ -276,6 +285,10 @@ def _without_doubles(found: Iterator[_Chosen]) -> list[_Chosen]:
     for each in found:
         other = names.setdefault(each.export, each)
         if other is not each:
+            if other.destination.url == each.destination.url:
+                raise InvalidInput(
+                    f"the export {each.export} is named twice", subject=each.destination.url, hint="name it once"
+                )
             raise InvalidInput(
                 f"two points would have the name {each.export}",
                 subject=f"{other.destination.url} and {each.destination.url}",
@@ -295,6 +308,8 @@ class _Log:
     def fault(self, export: str, offset: int, length: int, error: Exception) -> None:
         """A read failed."""
         self.note(f"{export}: bytes {offset} to {offset + length} could not be read: {error}")
+        if isinstance(error, Corrupt):
+            self.note(_AFTER_DAMAGE)
 
     def note(self, words: str) -> None:
         """Something that is worth a line."""

@@ -1,9 +1,9 @@
 """Eras: which index objects count.
 
 A collection that deletes packs begins a new era: it writes the indexes of what stays under the next number, says that
-they are complete, and deletes those before.  The highest number that is complete counts, with those above it: they are
-being written.  So an index that a writer stored who had slept through the collection, and that lists what is gone,
-misleads nobody.
+they are complete, and deletes those before.  The highest complete era counts, and so do those above it, which are being
+written.  A writer that slept through a collection may store an index that lists deleted packs: it has an old number, so
+it misleads nobody.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _ONE_LISTING = 1000
 def begin_era(
     store: ObjectStore, keys: Keyring, before: Iterable[str], *, conditional: bool, alone: bool = False
 ) -> int:
-    """Take the number after those of the index objects `before`, by an index of nothing; it.
+    """Take the number after those of the index objects `before`, by an index of nothing. Returns the number.
 
     conditional: as in objects/exclusive.py; alone: whether no writer is at work, so that it may count at once.
-    Raises Conflict when another collector has it: it woke up, or we did.
+    Raises Conflict when another collector has taken the number: one of the two had stood still.
     """
     era = max((index_era(name) or 0 for name in before), default=0) + 1
     if era > _LAST_ERA:
-        raise Corrupt("its indexes have an era that no collection can have reached", subject=store.url)
+        raise Corrupt("the number of an index's era is higher than any collection can have reached", subject=store.url)
     name = index_name(era, ALONE if alone else BEGUN)
     if not create_exclusively(store, name, _of_nothing(keys, name), conditional=conditional):
         raise Conflict("another snapchain collects at the same time", subject=store.url, hint="run gc again")
@@ -69,6 +69,7 @@ def newest(store: ObjectStore) -> tuple[int, list[ObjectInfo]]:
 
 
 def counting(listed: Iterable[ObjectInfo]) -> tuple[int, list[ObjectInfo]]:
+    """As `newest`, from a listing of all below index/."""
     highest, complete, found = _eras(listed)
     return highest, [info for number, info in found if number >= complete]
 

@@ -1,13 +1,13 @@
 """Gives a layer's data to a sink blob by blob, for a caller who reads back and proves all that it was given.
 
-A replay proves each leaf before it gives it away. Where the caller proves all of it again, that is a copy and a hash of
-each byte for nothing. Here a blob is decrypted, which authenticates it, unpacked, and written:
+A replay proves each leaf before it hands it over. Where the caller proves everything again, that copies and hashes each
+byte in vain. Here a blob is decrypted, which authenticates it, unpacked, and written:
 
     guest   |------------- batch -------------|------------- batch ---
     pack A  [blob][blob]      [blob]                  a portion: read with one request, then
     pack B  [blob][blob][blob]                        unpacked and written blob by blob, by one thread
 
-What is damaged, and which guest range needs it, a replay finds out.
+After an error a replay finds out what is damaged, and which guest range needs it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Filling:
                     sink.write(found)
 
         def collect(unbegun: int) -> None:
-            """Wait for a portion, and report how far everything is done. unbegun: where what was not begun begins"""
+            """Wait for a portion, and report how far everything is done. unbegun: guest offset where the rest begins"""
             for each in wait(under_way, return_when=FIRST_COMPLETED).done:
                 del under_way[each]
                 each.result()

@@ -276,7 +276,7 @@ def wrong_passphrase(url: str, mistyped: Sequence[int] = ()) -> WrongPassphrase:
     return WrongPassphrase(
         "wrong passphrase, or the repository's configuration was altered",
         subject=url,
-        hint="check what SNAPCHAIN_PASSWORD, --password-file or --password-command gives",
+        hint="check what was typed, or what SNAPCHAIN_PASSWORD, --password-file or --password-command gives",
     )
 
 

@@ -1,7 +1,7 @@
 """Which packs the indexes list; and all their blobs, once one is looked up.
 
-A collector and a repair need the sizes of all packs.  They look up blobs only where there is damage, so mostly they do
-without the 5 GiB that 100 million blobs take in memory.
+A collector and a repair need the sizes of all packs.  They look up blobs only where there is damage, so
+they seldom need the 5 GiB that 100 million blobs take in memory.
 """
 
 from __future__ import annotations
@@ -42,15 +42,17 @@ class ListedIndex(BlobIndex):
 
 def load(store: ObjectStore, keys: Keyring) -> ListedIndex:
     """The packs that all indexes list. An index object that cannot be read is left out: see `unreadable`."""
-    said: dict[str, dict[str, int]] = {}  # each index is read once, however often others put some together meanwhile
+    packs_of: dict[
+        str, dict[str, int]
+    ] = {}  # each index is read once, however often others put some together meanwhile
 
     def attempt() -> ListedIndex:
         index = ListedIndex(store, keys)
         found = open_index(store, keys, index, list(store.list("index/")))
-        for part in read_all(store, keys, [info for info in found if info.name not in said], index.unreadable):
-            said[part.name] = part.packs
+        for part in read_all(store, keys, [info for info in found if info.name not in packs_of], index.unreadable):
+            packs_of[part.name] = part.packs
         for info in found:
-            index.sizes.update(said.get(info.name, {}))
+            index.sizes.update(packs_of.get(info.name, {}))
         return index
 
     return retried(attempt)

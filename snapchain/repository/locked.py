@@ -17,7 +17,7 @@ _AT_ONCE = 8
 
 
 class Locked:
-    """The locks of one store, each asked for once. Those that end during the run are seen by the next one."""
+    """The locks of one store, each asked for once. The next run notices locks that end during this one."""
 
     def __init__(self, store: ObjectStore) -> None:
         bottom = innermost(store)
@@ -32,7 +32,9 @@ class Locked:
             return {}
         new = [name for name in wanted if name not in self._known]
         if new:
-            self._known[new[0]] = store.locked_until(new[0])  # alone: whether the bucket locks anything is asked once
+            self._known[new[0]] = store.locked_until(
+                new[0]
+            )  # before the others: it asks the bucket whether it locks at all
             with ThreadPoolExecutor(_AT_ONCE, "locks") as pool:
                 self._known.update(zip(new[1:], pool.map(store.locked_until, new[1:]), strict=True))
         return {name: until for name in wanted if (until := self._known[name]) is not None}

@@ -10,7 +10,7 @@ apart, with the index that lists it.  A shipment that meets such an id reads tha
     replaced * INDEX_ROW     were put together (tidying.py): other indexes list the same
     ids      * u64           upper 40 bits: the first 5 bytes of a blob id; lower 24: place in the table of indexes
 
-Samples only decide how much is stored twice.  Where a blob is, the index itself tells.
+Samples only decide how much is stored twice.  The index itself says where a blob is.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def parse(keys: Keyring, name: str, data: bytes) -> Samples:
     at_replaced = _COUNTS.size + indexes * _INDEX_ROW.itemsize
     at_ids = at_replaced + replaced * _INDEX_ROW.itemsize
     if len(body) != at_ids + count * _ID.itemsize:
-        raise Corrupt("the samples have another length than they say", subject=name)
+        raise Corrupt("the samples do not have the length that follows from their counts", subject=name)
     ids = np.frombuffer(body, _ID, count, at_ids).astype(np.uint64)
     places = ids & np.uint64((1 << _PLACE_BITS) - 1)
     if count and (int(places.max()) >= indexes or bool((ids[1:] < ids[:-1]).any())):

@@ -1,8 +1,8 @@
 """What a shipment reads of the indexes: all of them while they are small, else those that its disk needs.
 
     indexes of up to WHOLE_BYTES              all are read at once
-    more: those of which there are no samples the newest are read at the first lookup
-          those of which there are samples    one is read when a sampled id in it is looked up: it has the neighbours
+    more: indexes without samples             the newest are read at the first lookup
+          indexes with samples                one is read when a sampled id in it is looked up: it has the neighbours
                                               of that id (samples.py)
 
 A blob that is not found is stored again.  That costs space, and nothing else, so `find` may miss a blob that an index
@@ -85,7 +85,7 @@ class SparseIndex(ListedIndex):
         """All places of the blob, those in packs that are to be avoided or deleted last."""
         if self.is_whole:
             return BlobIndex.find_all(self, blob)
-        # Nobody has compared the packs with the indexes: one that is missing is known to be from here on.
+        # The packs were not compared with the indexes before. One that is found missing here is remembered.
         found = super().find_all(blob)
         return sorted(found, key=lambda where: not (self.may_use(where.pack) and self._is_there(where.pack)))
 
@@ -120,7 +120,7 @@ class SparseIndex(ListedIndex):
             wanted = list(_newest(info for info in wanted if info.name not in known))
         unreadable: list[SnapchainError] = []
         parts = list(read_all(self._store, self._keys, wanted, unreadable))
-        # From here on nothing is gone: what is called again after that would be taken in twice.
+        # Nothing below raises NotFound, since a second attempt would take the same parts in twice.
         self.unreadable += unreadable
         for part in parts:
             self.take(part)

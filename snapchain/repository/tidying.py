@@ -100,14 +100,14 @@ def _is_of_later_era(part: Samples, era: int) -> bool:
 
 
 def _useless(sampled: Mapping[str, Samples], counting: Container[str]) -> set[str]:
-    """The objects of samples of which every index is in other samples, or does not count any more."""
+    """Names of the objects of samples that are not needed: others list all of their indexes that still count."""
     useless: set[str] = set()
-    told: set[str] = set()
+    covered: set[str] = set()
     for name, part in sorted(sampled.items(), key=lambda item: (-len(item[1].ids), item[0])):
-        tells = {each for each in (*part.indexes, *part.replaced) if each in counting}
-        if tells <= told:
+        covers = {each for each in (*part.indexes, *part.replaced) if each in counting}
+        if covers <= covered:
             useless.add(name)
-        told |= tells
+        covered |= covers
     return useless
 
 

@@ -11,6 +11,7 @@ import typer
 
 from snapchain.cli import exits
 from snapchain.errors import Busy, Corrupt, Interrupted, InvalidInput, SnapchainError, ToolFailed, Unavailable
+from tests.cli.conftest import Run
 
 
 @pytest.mark.parametrize("error", [InvalidInput("a"), Corrupt("b"), Unavailable("c"), Busy("d"), SnapchainError("e")])
@@ -88,3 +89,9 @@ def test_what_the_kernel_says_of_a_file_is_no_bug(number: int, status: int, caps
 def test_a_usage_error_is_an_invalid_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert exits.report(typer.BadParameter("what?"), as_json=True) == 2
     assert json.loads(capsys.readouterr().out)["error"]["kind"] == "invalid-input"
+
+
+def test_a_usage_error_points_to_the_help_of_its_verb(run: Run) -> None:
+    """click knows no context where an option lacks its argument."""
+    ended = run("serve", "--socket")
+    assert (ended.status, "snapchain serve --help" in ended.err) == (2, True), ended.err

@@ -35,10 +35,23 @@ def test_what_cannot_be_meant(run: Run, disk: Path) -> None:
     for words, text in (
         (("repo", "out"), "--match '*' for all"),
         (("repo::db", "out", "--match", "*"), "--match chooses among all disks"),
-        (("repo", "out", "--match", "*", "--force"), "--match goes with neither"),
+        (("repo", "out", "--match", "*", "--force"), "--match does not work together with --force\n"),
+        (("repo", "-", "--match", "*"), "standard output takes one disk"),
         (("repo::db", "out.raw", "--point", "1"), "write DEST::DISK@1"),
     ):
         ended = run("restore", *words)
         assert (ended.status, text in ended.err) == (2, True), ended.err
-    assert run("restore", "repo", "out", "--match", "x*").status == 3
+    nothing = run("restore", "repo", "out", "--match", "d")
+    assert (nothing.status, "a pattern fits the whole name" in nothing.err) == (3, True), nothing.err
     assert not Path("out").exists()
+
+
+def test_a_hint_of_several_failures_is_shown_once(run: Run, disk: Path) -> None:
+    run("init", "repo")
+    for name in ("a", "b"):
+        run("ship", str(disk), f"repo::{name}")
+    Path("out").mkdir()
+    for name in ("a", "b"):
+        Path(f"out/{name}.qcow2").touch()
+    ended = run("restore", "repo", "out", "--match", "*")
+    assert (ended.status, ended.out.count("replaces no file"), ended.out.count("hint:")) == (10, 2, 1), ended.out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,7 @@ def test_a_dry_run_listens_nowhere(run: Run, shipped: Path, tmp_path: Path) -> N
     said = run("serve", DISK, "-n")
     assert "would serve 1 export on " in said.out
     assert "nbd+unix:///web1/vda?socket=" in said.out
+    assert "serve-PID.sock" in said.out, "the server will be another process"
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,8 @@ def test_a_dry_run_listens_nowhere(run: Run, shipped: Path, tmp_path: Path) -> N
         ([DISK, "--patience", "soon"], 2, "--patience"),
         ([DISK, "--listen", "0.0.0.0"], 2, "without TLS"),
         ([DISK, "--socket", "repo/config"], 4, "no socket"),
+        ([DISK, "--socket", "none/s"], 3, "no such directory"),
+        ([DISK, "--listen", "127.0.0.1:0", "--tls", "."], 3, "--tls DIR has ca-cert.pem"),
     ],
 )
 def test_a_wrong_request_is_refused_before_it_serves(
@@ -110,3 +114,11 @@ def test_a_wrong_request_is_refused_before_it_serves(
     _ = shipped
     ended = run("serve", *words)
     assert (ended.status, said in ended.err) == (status, True), ended.err
+
+
+def test_a_port_that_is_taken_is_busy(run: Run, shipped: Path) -> None:
+    _ = shipped
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        ended = run("serve", DISK, "--listen", f"127.0.0.1:{port}")
+    assert (ended.status, "another program listens on this port" in ended.err) == (9, True), ended.err

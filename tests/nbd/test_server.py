@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import Busy, Conflict, InvalidInput, Unavailable
+from snapchain.errors import Busy, Conflict, InvalidInput
 from snapchain.guest.nbd_client import ALLOCATION, NbdExport
 from snapchain.nbd.listening import default_socket, parse_place, tcp_listener, tcp_uri, unix_listener, unix_uri
 from snapchain.nbd.reading import FileReading
@@ -411,7 +411,7 @@ def test_without_tls_only_this_host_is_served() -> None:
     with tcp_listener("127.0.0.1", 0, has_tls=False) as listening:
         port = listening.getsockname()[1]
         with (
-            pytest.raises(Unavailable, match=f"127.0.0.1:{port}: address already"),
+            pytest.raises(Busy, match=f"127.0.0.1:{port}: another program listens"),
             tcp_listener("127.0.0.1", port, has_tls=False),
         ):
             pass

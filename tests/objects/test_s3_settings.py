@@ -45,8 +45,8 @@ def test_only_packs_have_a_storage_class_and_everything_is_encrypted() -> None:
         ({KMS_KEY: "alias/vault"}, "names no encryption with such a key"),
         ({SSE: "AES256", KMS_KEY: "alias/vault"}, "names no encryption with such a key"),
         ({LOCK_MODE: "governance", LOCK_DAYS: "30"}, "unknown mode 'governance'"),
-        ({LOCK_DAYS: "30"}, "unknown mode None"),
-        ({LOCK_MODE: "COMPLIANCE"}, "None is no number of days"),
+        ({LOCK_DAYS: "30"}, f"{LOCK_DAYS} is set, and {LOCK_MODE} is not"),
+        ({LOCK_MODE: "COMPLIANCE"}, f"{LOCK_MODE} is set, and {LOCK_DAYS} is not"),
         ({LOCK_MODE: "COMPLIANCE", LOCK_DAYS: "0"}, "'0' is no number of days"),
         ({LOCK_MODE: "COMPLIANCE", LOCK_DAYS: "1.5"}, "'1.5' is no number of days"),
     ],
@@ -145,11 +145,14 @@ def test_where_the_server_does_not_tell_what_we_lock_counts_as_locked() -> None:
             asked(0, error(500, "InternalError"))
 
 
-def test_a_bucket_that_cannot_lock_is_named() -> None:
+@pytest.mark.parametrize(
+    "words", ["Bucket is missing Object Lock Configuration", "Bucket is missing ObjectLockConfiguration"]
+)
+def test_a_bucket_that_cannot_lock_is_named(words: str) -> None:
     with scripted_server() as script:
         lock = S3Settings(lock_mode="GOVERNANCE", lock_days=30)
         store = S3Store("bucket", client=shared_client(script.endpoint), settings=lock)
-        script.says(error(400, "InvalidRequest", "Bucket is missing Object Lock Configuration"))
+        script.says(error(400, "InvalidRequest", words))
         with pytest.raises(InvalidInput, match="the bucket has no Object Lock") as caught:
             store.put(PACK, b"pack")
     assert caught.value.hint is not None

@@ -252,7 +252,8 @@ def test_a_damaged_pack_is_an_error_of_its_range_and_a_note(tmp_path: Path) -> N
     first = failed[0][0]
     assert failed == [(first + (number << 16), 5) for number in range(len(failed))]
     assert len(failed) <= 4, "one block of 256 KiB"
-    assert len(notes) == len(failed)
+    assert len(notes) == len(failed) + 1, "a note of what to do about it, once"
+    assert sum("snapchain verify --read-data" in note for note in notes) == 1
     assert f"{DISK}: bytes {first} to " in notes[0]
     assert "packs/" in notes[0]
 
@@ -329,8 +330,9 @@ def test_a_replica_on_another_host_is_refused_with_a_way(tmp_path: Path) -> None
     [
         (["none/vda"], {}, NotFound, "none/vda"),
         ([f"{DISK}@99"], {}, NotFound, "99"),
-        ([DISK, DISK], {}, InvalidInput, "two points would have the name"),
+        ([DISK, DISK], {}, InvalidInput, "named twice"),
         ([f"{DISK}@1"], {"all_points": True}, InvalidInput, "a point is named"),
+        ([DISK], {"socket": Path("none/s")}, NotFound, "no such directory"),
         ([DISK], {"listen": "127.0.0.1:0"}, InvalidInput, "both given"),
         ([DISK], {"tls": Path("pki")}, InvalidInput, "--tls is for --listen"),
         ([DISK], {"cache": 1 << 20}, InvalidInput, "at least 16 MiB"),

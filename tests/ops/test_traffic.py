@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
+from snapchain.cli.stats import _month
 from snapchain.errors import InvalidInput, NotFound
 from snapchain.model.traffic import GIB, Bill, Prices, Traffic
 from snapchain.ops.prices import VARIABLE, prices_of
@@ -166,7 +167,7 @@ def test_costs_add_up(one: Traffic, other: Traffic, prices: Prices) -> None:
         ("put = 1", "currency: field required"),
         ('currency = "EUR"\nput = -1', "put: input should be greater than or equal to 0"),
         ('currency = "EUR"\nput = inf', "put: input should be a finite number"),
-        ('currency = "EUR"\nputs = 1', "puts: extra inputs are not permitted"),
+        ('currency = "EUR"\nputs = 1', "puts: is unknown"),
         ("currency = EUR", "not TOML"),
     ],
 )
@@ -176,6 +177,11 @@ def test_a_wrong_table_is_refused(tmp_path: Path, text: str, words: str) -> None
     with pytest.raises(InvalidInput, match=words) as caught:
         prices_of({VARIABLE: str(path)})
     assert caught.value.subject == str(path)
-    with pytest.raises(NotFound, match="no such file"):
+    with pytest.raises(NotFound, match="no such file") as missing:
         prices_of({VARIABLE: str(tmp_path / "none")})
+    assert VARIABLE in str(missing.value.hint)
     assert prices_of({VARIABLE: ""}) is None
+
+
+def test_a_small_cost_of_a_month_is_not_shown_as_nothing() -> None:
+    assert [_month(cost, "EUR") for cost in (None, 0.0, 0.003, 1.5)] == ["", "0.00 EUR", "under 0.01 EUR", "1.50 EUR"]

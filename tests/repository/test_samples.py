@@ -93,8 +93,8 @@ ROW = bytes(24)
     ("body", "words"),
     [
         (bytes(11), "too short"),
-        (struct.pack("<III", 1, 0, 0), "another length"),
-        (struct.pack("<III", 2**32 - 1, 2**32 - 1, 2**32 - 1) + ROW, "another length"),
+        (struct.pack("<III", 1, 0, 0), "the length that follows from their counts"),
+        (struct.pack("<III", 2**32 - 1, 2**32 - 1, 2**32 - 1) + ROW, "the length that follows from their counts"),
         (struct.pack("<III", 1, 0, 1) + ROW + struct.pack("<Q", 1), "do not list"),
         (struct.pack("<III", 0, 0, 1) + struct.pack("<Q", 0), "do not list"),
         (struct.pack("<III", 1, 0, 2) + ROW + struct.pack("<QQ", 1 << 24, 0), "not in order"),

@@ -50,10 +50,10 @@ class Mirror:
         return self._source
 
     def copy(self, name: str) -> None:
-        """Copy a disk or a guest that the source has, and let points go there by the rules.
+        """Copy a disk or a guest that the source has, then drop points there by the rules.
 
         Raises PartialFailure for points that could not be copied, CutOffError when the time is over: what was copied
-        stays, and the next run goes on from there.
+        stays, and the next run continues from there.
         """
         self._night.limits.check()
         with self._source.turn() as source, self._place.turn() as destination:
@@ -76,7 +76,7 @@ class Mirror:
         check_whole(report.disks)
 
     def _counts(self, name: str, disk: str) -> bool:
-        """Whether the points of a disk are those that count: of a guest those of its record."""
+        """Whether points of this disk are counted: a guest point is counted once, by the disk that holds its record."""
         return disk == (record_disk(name) if name in self._guests else name)
 
     def _retained(self, destination: Destination, name: str) -> PointsMergeReport | GuestPointsMergeReport:
@@ -86,7 +86,7 @@ class Mirror:
         return destination.merging(name, policy, zone=zone, now=now).run(on_event=self._heard)
 
     def _keep(self, destination: Destination, name: str, result: CopyResult) -> None:
-        """Remember what is safe there: its lag is told as that of any destination."""
+        """Remember what is safe there, so that its lag is reported like that of any other destination."""
         state, place = self._night.state, self._place.name
         shipped = {"shipped_bytes": result.bytes_read, "stored_bytes": result.bytes_stored}
         if name in self._guests:

@@ -3,9 +3,9 @@
     DIR/web1/vda.qcow2  web1.xml     guest web1, as `restore DEST::web1 DIR/web1` makes it
     DIR/db/vda.qcow2                 disk db/vda, which is of no guest
 
-One that cannot be restored is reported, and the others are restored. No file is replaced. As long as not all is there,
-a small note in DIR says which points were chosen, and which files are finished: the next run takes the same points,
-though newer ones may have come.
+One that cannot be restored is reported, and the others are restored. No file is replaced. Until everything
+is restored, a small note in DIR records which points were chosen, and which files are finished. The next run takes the
+same points, even if newer ones have come.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ def choose(
 ) -> tuple[Chosen, ...]:
     """The guests and the disks of no guest that match, by name, each with a place below DIR. Pure.
 
-    disks: all of the destination. A guest is chosen by its own name, or where all its disks match. Of one of which only
-    some disks match, these are disks like any other.
+    disks: all of the destination. A guest is chosen if its own name matches, or all its disks match. If only some disks
+    of a guest match, they are restored like disks of no guest.
     Raises NotFound for a pattern that nothing matches.
     """
     unmatched = set(patterns)
@@ -189,7 +189,7 @@ def choose(
         raise NotFound(
             "no disk or guest with a point has such a name",
             subject=min(unmatched),
-            hint=f"`snapchain log {shell_word(url)}` lists them",
+            hint=f"`snapchain log {shell_word(url)}` lists them; a pattern fits the whole name: 'web1*', not web1",
         )
     taken: set[str] = set()
     return tuple(
@@ -436,7 +436,7 @@ class SeveralRestoration:
             )
 
     def _check_answers(self, error: SnapchainError) -> None:
-        """Raise an error that all others would meet, too."""
+        """Raise the error of a destination that answers nobody any more: all others would fail likewise."""
         if isinstance(error, Unavailable):
             try:
                 self._destination.disks()

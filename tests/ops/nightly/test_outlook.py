@@ -127,7 +127,7 @@ def test_it_is_told_in_words(tmp_path: Path) -> None:
         assert "dropped" not in house.nightly().out
     house.configure(text.format(last=2))
     said = house.nightly("--dry-run")
-    assert "web1/vda at vault: would drop points 1, 2 of 3; kept by last 2 (1)" in said.out
+    assert "web1/vda at vault: would drop points 1, 2 and keep 1: last 2 (1)" in said.out
     assert "not among the last 2" not in said.out
     longer = house.nightly("--dry-run", "--points")
     assert "not among the last 2" in longer.out
