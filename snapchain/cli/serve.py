@@ -95,7 +95,9 @@ def serve(
             help="How long a read waits for a store that does not answer, before the client gets an I/O error.",
         ),
     ] = "2min",
-    once: Annotated[bool, typer.Option("--once", help="End when the last client has disconnected.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="End when the last client that has opened an export has disconnected.")
+    ] = False,
     limit_rate: options.LimitRate = None,
     out: Output,
 ) -> None:
