@@ -207,7 +207,7 @@ def test_an_era_is_begun_once() -> None:
     eras.begin_era(store, KEYS, [], conditional=True)
     with pytest.raises(Conflict, match="another snapchain collects"):
         eras.begin_era(store, KEYS, [], conditional=True)
-    with pytest.raises(Corrupt, match="no collection can have reached"):
+    with pytest.raises(Corrupt, match="higher than any collection can have reached"):
         eras.begin_era(store, KEYS, [f"index/{10**10 - 1}-{'0' * 32}"], conditional=True)
 
 
