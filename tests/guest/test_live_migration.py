@@ -452,7 +452,7 @@ def test_a_qemu_that_has_got_the_guest_and_died_is_not_given_it(
 
     def killing(move: GuestMove, step: MoveStep, **named: Any) -> Any:
         if step is MoveStep.GIVE_AND_RUN:
-            assert guest.machine.status() == "postmigrate"
+            wait_until(lambda: guest.machine.status() == "postmigrate")
             for pid in arrived(run):
                 kill_process(pid)  # until it has ended it has the disk open
         return real(move, step, **named)
@@ -554,7 +554,7 @@ def test_the_record_is_enough(guest: Counting, run: Path, tmp_path: Path, how: s
         if how == "abort":
             assert os.waitstatus_to_exitcode(main_in_child([*words, "--dry-run"])) == 0
             assert sorted(unfinished()) == ["incoming", "migration"]
-            assert guest.machine.status() == "postmigrate"
+            wait_until(lambda: guest.machine.status() == "postmigrate")
         words = words if how == "abort" else ["doctor", "--qmp", spy.path]
         done = snapchain(*words, "--json")
         assert done.returncode == 0, done.stdout
@@ -585,7 +585,7 @@ def test_a_destination_that_is_away_is_no_answer(
     done = snapchain(*abort)
     assert done.returncode == 7, done.stdout
     assert "only it knows whether it has the guest" in json.loads(done.stdout)["error"]["message"]
-    assert guest.machine.status() == "postmigrate"
+    wait_until(lambda: guest.machine.status() == "postmigrate")
     if given:
         (tmp_path / "away").rename(tmp_path / "b")
         change_guest(tmp_path / "b", Transition.RETURN)  # as `fence` records here: its destination has it all the same
@@ -631,7 +631,7 @@ def test_a_guest_that_was_taken_over_meanwhile_goes_on_nowhere_here(
     assert done.returncode == Conflict.exit_code, done.stdout
     error = json.loads(done.stdout)["error"]
     assert re.search("kvm3 has taken the guest web1 over .*; here it is still paused", error["message"])
-    assert guest.machine.status() == "postmigrate"
+    wait_until(lambda: guest.machine.status() == "postmigrate")
     guest.machine.quit()
     (settled,) = json.loads(snapchain(*abort).stdout)["settled"]
     assert settled["moved"]

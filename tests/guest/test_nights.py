@@ -15,6 +15,7 @@ from tests.exhaustive import EXHAUSTIVE
 from tests.guest.nights import DISKS, PIECE, Host, KiB, row
 from tests.ops.stacks import qemu_img
 from tests.repository.second_reader import content_id
+from tests.waiting import wait_until
 
 NIGHTS = 50 if EXHAUSTIVE else 6
 MOST = 5
@@ -114,7 +115,7 @@ def test_a_guest_that_came_by_migration_or_left_by_one_is_left(host: Host) -> No
         machine.ask("migrate", uri=f"exec:cat > {host.folder}/state.bin")
         while machine.ask("query-migrate")["status"] not in {"completed", "failed"}:
             pass
-        assert machine.status() == "postmigrate"
+        wait_until(lambda: machine.status() == "postmigrate")
         found = row(host.night(0))
         assert (found.outcome, found.moved_to) == (Outcome.MOVED, "another host")
         assert [each.outcome for each in found.destinations] == [Outcome.MOVED]

@@ -17,7 +17,7 @@ from snapchain.guest.qmp_migration import Incoming, Outgoing, look_at_memory, me
 from tests.guest.counting_guest import Counting, check_numbers, counts_on
 from tests.guest.machine import Machine
 from tests.guest.spy import Spy, changing
-from tests.waiting import HANG
+from tests.waiting import HANG, wait_until
 
 TOKEN = "5f3a9c01" * 4
 
@@ -181,7 +181,7 @@ def test_a_second_move_that_is_refused_leaves_the_first_one_alone(pair: Pair) ->
         first.end_mirrors(seconds=60)
         first.switch_over(seconds=60)
         second.undo({}, {})
-        assert pair.guest.machine.status() == "postmigrate"
+        wait_until(lambda: pair.guest.machine.status() == "postmigrate")  # QEMU is said to be done a moment before
         assert not [node for node in monitor.rows("query-named-block-nodes") if "7777" in str(node.get("node-name"))]
         first.undo({}, {})
     assert counts_on(pair.guest.machine.monitor)
