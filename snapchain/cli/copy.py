@@ -106,7 +106,7 @@ def copy(
     )
     to = options.destination(dest, out, writing=not out.dry_run, limit_rate=limit_rate, pack_size_text=pack_size)
     if out.dry_run:
-        planned = plan(request, opened, to, on_event=out.on_event)
+        planned = plan(request, opened, to)
         out.plan(planned, _draw_plan, problems=_draw_problems, status=_status(planned))
         return
     report = run(request, opened, to, on_event=out.on_event)

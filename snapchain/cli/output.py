@@ -92,7 +92,7 @@ class Output:
 
         problems: draws what is wrong in it, on stderr, even with --quiet
         status: the exit code, not 0 for a result with problems
-        draws_traffic: whether a person, too, is told what was asked of the destination
+        draws_traffic: whether the requests to the destination are also shown to a person, not only in JSON
         Raises OutputFailed.
         """
         self._write(plain(found), found, draw, problems, status, self._bills(), draws_traffic=draws_traffic)

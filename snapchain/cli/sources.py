@@ -41,7 +41,7 @@ PasswordCommand = Annotated[
 
 
 def passphrase(file: Path | None, command: str | None, out: Output, source: str) -> Callable[[], str | None]:
-    """That of the source: by its own options or variable, else that of the destination.
+    """The passphrase of the source: from its own options or variable, else the one of the destination.
 
     source: its address, for the question to a person at a terminal
     """

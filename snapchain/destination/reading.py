@@ -224,7 +224,7 @@ class BlobDisk(Protocol):
     """A WholeDisk whose bytes are those of blobs, so that a reader can keep the unpacked blobs. Thread-safe."""
 
     def parts(self, start: int, stop: int, /) -> Sequence[Part]:
-        """What gives the bytes of [start, stop), ascending, without a gap. Raises Corrupt, Unavailable."""
+        """The parts that give the bytes of [start, stop), ascending, without a gap. Raises Corrupt, Unavailable."""
         ...
 
     def load(self, blobs: Sequence[StoredBlob], /) -> Iterator[tuple[StoredBlob, bytes]]:

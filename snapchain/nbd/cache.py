@@ -107,7 +107,7 @@ class Loader:
             return found
 
     def fetch(self, blobs: Iterable[Blob], *, ahead: bool = False) -> None:
-        """Begin to fetch those that are not here and that nobody fetches.
+        """Begin to fetch the blobs that are neither in the cache nor being fetched.
 
         ahead: nobody waits for them: they come after blobs that somebody waits for, and are dropped when there are many
         Raises Unavailable at the end.

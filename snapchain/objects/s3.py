@@ -12,7 +12,6 @@ import hashlib
 import io
 import random
 import time
-from array import array
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -44,6 +43,7 @@ from snapchain.objects.s3_errors import (
     status_of,
     was_retried,
 )
+from snapchain.objects.s3_listing import Listing
 from snapchain.objects.s3_settings import AS_THE_BUCKET, S3Settings
 from snapchain.objects.store import (
     LARGEST_LISTED_SIZE,
@@ -83,7 +83,6 @@ _LONGEST_TOKEN = 4096
 """Bytes of a continuation token; those of AWS have some 100."""
 _PART = 64 * 1024
 """Bytes of a body that are progress."""
-_NO_TIME = -1e18
 _NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 
 Result = TypeVar("Result")
@@ -497,14 +496,14 @@ class S3Store:
 
     # ---- listings
 
-    def _listed(self, prefix: str, *, delimiter: str | None = None, page: int | None = None) -> _Listing:
+    def _listed(self, prefix: str, *, delimiter: str | None = None, page: int | None = None) -> Listing:
         """Our objects below the prefix; with a delimiter only the next segments.
 
         Nothing is taken for granted: pages may come in any order, be empty, repeat keys, and hold keys of others.
         Raises Unsupported for a listing that does not end.
         """
         start = self._prefix + prefix
-        found = _Listing()
+        found = Listing()
         most = most_listed(prefix)
         idle, moved = 0, time.monotonic()
         for answer in self._pages(start, delimiter=delimiter, page=page or self._page):
@@ -568,48 +567,6 @@ class S3Store:
                 raise Unsupported("the server returned the same continuation token twice", subject=self.url)
             tokens.add(following)
             more["ContinuationToken"] = following
-
-
-class _Listing:
-    """What a listing has brought: names, sizes and times in columns, since there may be a million."""
-
-    def __init__(self) -> None:
-        self.folders: set[str] = set()
-        self._names: list[str] = []
-        self._sizes = array("q")
-        self._times = array("d")
-
-    def __len__(self) -> int:
-        return len(self._names) + len(self.folders)
-
-    def add(self, name: str, size: int | None, modified: datetime | None, *, subject: str) -> None:
-        """One entry. Raises Unsupported for a size that no object has."""
-        if size is None or not 0 <= size <= LARGEST_LISTED_SIZE:
-            raise malformed(subject, f"the size of the object is {size}")
-        if self._names and name == self._names[-1]:
-            return
-        self._names.append(name)
-        self._sizes.append(size)
-        self._times.append(_NO_TIME if modified is None else _seconds(modified, subject))
-
-    def __iter__(self) -> Iterator[ObjectInfo]:
-        """By name, each once; of several the last."""
-        names = self._names
-        order: Sequence[int] = range(len(names))
-        if any(names[at] >= names[at + 1] for at in range(len(names) - 1)):
-            order = sorted(order, key=names.__getitem__)
-        for place, at in enumerate(order):
-            if place + 1 < len(order) and names[order[place + 1]] == names[at]:
-                continue
-            modified = self._times[at]
-            yield ObjectInfo(names[at], self._sizes[at], None if modified == _NO_TIME else modified)
-
-
-def _seconds(modified: datetime, subject: str) -> float:
-    try:
-        return modified.timestamp()
-    except (ValueError, OverflowError, OSError) as error:
-        raise malformed(subject, f"the time of the object is {modified}") from error
 
 
 def _check_length(name: str, answer: GetObjectOutputTypeDef, subject: str) -> None:

@@ -42,9 +42,8 @@ class ListedIndex(BlobIndex):
 
 def load(store: ObjectStore, keys: Keyring) -> ListedIndex:
     """The packs that all indexes list. An index object that cannot be read is left out: see `unreadable`."""
-    packs_of: dict[
-        str, dict[str, int]
-    ] = {}  # each index is read once, however often others put some together meanwhile
+    # Each index is read once, however often others put some together meanwhile.
+    packs_of: dict[str, dict[str, int]] = {}
 
     def attempt() -> ListedIndex:
         index = ListedIndex(store, keys)

@@ -32,9 +32,8 @@ class Locked:
             return {}
         new = [name for name in wanted if name not in self._known]
         if new:
-            self._known[new[0]] = store.locked_until(
-                new[0]
-            )  # before the others: it asks the bucket whether it locks at all
+            # The first one alone: with it the bucket is asked whether it locks at all.
+            self._known[new[0]] = store.locked_until(new[0])
             with ThreadPoolExecutor(_AT_ONCE, "locks") as pool:
                 self._known.update(zip(new[1:], pool.map(store.locked_until, new[1:]), strict=True))
         return {name: until for name in wanted if (until := self._known[name]) is not None}

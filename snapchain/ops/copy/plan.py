@@ -7,7 +7,6 @@ from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import DiskRecord, PointRecord
 from snapchain.errors import Corrupt
 from snapchain.model.copying import Lacking
-from snapchain.model.events import OnEvent, ignore
 from snapchain.ops.copy.amounts import read_amounts, refusal
 from snapchain.ops.copy.choose import (
     OF_ONE_DISK,
@@ -22,13 +21,10 @@ from snapchain.ops.copy.choose import (
 from snapchain.ops.copy.request import CopyPlan, CopyRequest, DiskPlan, PointToCopy, RefusedPoint
 
 
-def plan(
-    request: CopyRequest, source: Destination, destination: Destination, *, on_event: OnEvent = ignore
-) -> CopyPlan:
+def plan(request: CopyRequest, source: Destination, destination: Destination) -> CopyPlan:
     """What `run` would do; reads records only, and changes nothing. Raises as that does."""
     check_places(source, destination)
     disks = tuple(_disk_plan(source, destination, chosen) for chosen in choose(request, source))
-    _ = on_event
     return CopyPlan(
         source=source.url,
         destination=destination.url,
