@@ -203,12 +203,15 @@ def test_little_is_begun_anew(source: Source, tmp_path: Path, monkeypatch: pytes
     assert cut_off(source, tmp_path / "out" / "a.raw", at=20 * MiB) == []
 
 
-def test_who_ends_it_early_finds_nothing_but_a_broken_link_is_continued(source: Source, tmp_path: Path) -> None:
-    """Twice as much must be there where the user ended it (WORTH is 4 MiB here)."""
+def test_who_ends_it_early_finds_nothing_but_a_broken_link_is_continued(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as much must be there where the user ended it: here more than all 24 MiB, however far other threads are."""
+    monkeypatch.setattr(output, "WORTH", 12 * MiB + MiB // 2)
     out = tmp_path / "out" / "a.raw"
-    assert cut_off(source, out, at=6 * MiB) == []
+    assert cut_off(source, out, at=14 * MiB) == []
     with pytest.raises(Unavailable, match="the link broke"):
-        restore(source, out, stopping(6 * MiB, Unavailable("the link broke", subject="elsewhere")))
+        restore(source, out, stopping(14 * MiB, Unavailable("the link broke", subject="elsewhere")))
     assert len(names(out.parent)) == 1
 
 
