@@ -125,7 +125,7 @@ def check_new(image: Path) -> None:
             name = found.name if found is not None else None
         except SnapchainError:
             pass
-    if name is not None and name.startswith("nbd+unix://") and "instant-" in name:
+    if name is not None and name.startswith("json:") and "instant-" in name:
         raise Conflict(
             "it is an instant restore whose record is gone, or belongs to another user",
             subject=image,

@@ -8,6 +8,7 @@ The images of a guest are served by one process, behind one socket: their record
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -16,11 +17,12 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.address import PointAddress
 from snapchain.host.note_file import NoteFile
-from snapchain.nbd.listening import unix_uri
 
 _SUFFIX = ".snapchain-instant"
 _PURPOSE = "instant-restore"
 _CAP = 64 << 10
+RECONNECT_SECONDS = 60
+"""For which requests of a guest wait for the server to be started again. Later ones fail."""
 HOLD = "instant-restore-"
 """How the tags of the holds begin."""
 
@@ -64,8 +66,13 @@ class InstantRecord(BaseModel):
 
     @property
     def backing_name(self) -> str:
-        """What the image's header names: without the server nobody can open the image, so nobody reads zeroes."""
-        return unix_uri(Path(self.socket), self.export)
+        """What the image's header names: without the server nobody can open the image, so nobody reads zeroes.
+
+        Not a URI: it could not say for how long QEMU shall wait for a server that is started again.
+        """
+        server = {"type": "unix", "path": self.socket}
+        nbd = {"driver": "nbd", "server": server, "export": self.export, "reconnect-delay": RECONNECT_SECONDS}
+        return "json:" + json.dumps({"driver": "raw", "file": nbd}, separators=(",", ":"))
 
 
 def record_file(image: Path) -> NoteFile[InstantRecord]:
