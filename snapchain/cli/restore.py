@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, render, streams
+from snapchain.cli import options, quantities, render, streams
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import duration, moment, size
@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from snapchain.destination.address import PointAddress
     from snapchain.destination.protocol import Destination
     from snapchain.ops.guest_points import GuestView
+    from snapchain.ops.instant.guest import InstantDisk, InstantGuest, InstantGuestPlan, InstantGuestReport
     from snapchain.ops.restore.guest import GuestRestorePlan, GuestRestoreReport, GuestRestoreRequest
     from snapchain.ops.restore.run import Restoration
     from snapchain.ops.restore.several import SeveralPlan, SeveralReport, SeveralRequest
     from snapchain.ops.restore.target import RestorePlan, RestoreReport
 
 _GUEST = "Guests"
+_INSTANT = "At once"
 _SEVERAL = "Several disks and guests"
 _STREAM = "-"
 
@@ -49,6 +51,7 @@ _STREAM = "-"
     snapchain restore /backup::web1/vda - --format raw | ssh kvm2 dd of=/dev/vg0/web1 bs=1M
     snapchain restore /backup::web1 /images/web1
     snapchain restore /backup::web1@before-upgrade /images/web2 --define --new-name web2
+    snapchain restore /backup::web1 /images/web1 --instant --start
     snapchain restore /backup /images --match '*' --dry-run
     snapchain restore s3://bucket/prefix /images --match 'web*' --match 'db*' --point yesterday
     """,
@@ -93,6 +96,22 @@ def restore(
             rich_help_panel=_SEVERAL,
         ),
     ] = None,
+    instant: Annotated[
+        bool,
+        typer.Option(
+            "--instant",
+            help="Use it at once: the image shows the point, which is copied into it meanwhile.",
+            rich_help_panel=_INSTANT,
+        ),
+    ] = False,
+    start: Annotated[
+        bool,
+        typer.Option(
+            "--start",
+            help="With --instant: start the guest, and copy while it runs. Only a guest that QEMU ran without libvirt.",
+            rich_help_panel=_INSTANT,
+        ),
+    ] = False,
     chain: Annotated[
         bool,
         typer.Option(
@@ -186,7 +205,9 @@ def restore(
 
     standing = standing_of(owner, mode)
     is_stream = str(out_path) == _STREAM
-    for_guests = defines or connect is not None or new_name is not None or new_identity
+    if start and not instant:
+        raise InvalidInput("--start goes with --instant", subject=source, hint="say --instant --start")
+    for_guests = start or defines or connect is not None or new_name is not None or new_identity
     if match:
         if is_stream:
             raise InvalidInput("standard output takes one disk, and --match chooses several", hint="name a directory")
@@ -194,6 +215,7 @@ def restore(
             "--chain": chain,
             "--force": force,
             "--allow-damaged": allow_damaged,
+            "--instant": instant,
             "--define": defines,
             "--connect": connect is not None,
             "--new-name": new_name is not None,
@@ -224,6 +246,7 @@ def restore(
     place = options.destination(
         address.dest,
         out,
+        writing=instant,
         limit_rate=limit_rate,
         connections=connections,
     )
@@ -239,6 +262,33 @@ def restore(
             raise InvalidInput(
                 "standard output takes one disk, and this is a guest", subject=source, hint="name a disk"
             )
+        if start:
+            if defines or connect is not None or chain or image_format is not None:
+                raise InvalidInput(
+                    "--start does not work together with --define, --connect, --chain and --format", subject=source
+                )
+            from snapchain.destination.address import located
+            from snapchain.ops.instant.guest import InstantGuest, InstantGuestRequest
+
+            _start_guest(
+                InstantGuest(
+                    place,
+                    view,
+                    InstantGuestRequest(
+                        directory=out_path,
+                        located=located(address.dest),
+                        point=address.point,
+                        new_name=new_name,
+                        new_identity=new_identity,
+                        standing=standing,
+                        limit=0 if limit_rate is None else quantities.parse_size(limit_rate),
+                    ),
+                    passphrase=options.passphrase_source(out, address.dest),
+                    on_event=out.on_event,
+                ),
+                out,
+            )
+            return
         request = GuestRestoreRequest(
             directory=out_path,
             point=address.point,
@@ -259,7 +309,9 @@ def restore(
             as_guest(view)
             return
         if for_guests:
-            raise NotFound("there is no such guest, and --define and --new-name are for guests", subject=source)
+            raise NotFound(
+                "there is no such guest, and --define, --new-name and --start are for guests", subject=source
+            )
     try:
         if is_stream:
             _restore_stream(place, address.disk, address.point, allow_damaged=allow_damaged, out=out)
@@ -385,6 +437,13 @@ def _restore_guest(place: Destination, view: GuestView, request: GuestRestoreReq
         out.report(work.run(), _draw_guest_report)
 
 
+def _start_guest(work: InstantGuest, out: Output) -> None:
+    if out.dry_run:
+        out.plan(work.plan(), _draw_instant_plan)
+    else:
+        out.report(work.run(), _draw_instant_report)
+
+
 def _shown(output: str) -> str:
     return "standard output" if output == _STREAM else output
 
@@ -499,6 +558,40 @@ def _draw_damage(console: Console, report: RestoreReport) -> None:
         console,
         ["offset>", "length>", "reason~"],
         [(str(each.offset), str(each.length), each.reason) for each in report.damaged],
+    )
+
+
+def _draw_instant_plan(console: Console, plan: InstantGuestPlan) -> None:
+    what = "continue to run" if plan.resumes else "run"
+    time = moment(plan.time, zone=True)
+    render.headline(
+        console, f"would {what} {plan.guest}, guest point {plan.guest_point} of {time}, in {plan.directory} at once"
+    )
+    render.facts(console, [("consistency", plan.consistency.value)])
+    _draw_instant_disks(console, plan.disks)
+    render.facts(console, [("besides", ", ".join(plan.files))])
+    _draw_lacking(console, plan.lacking)
+
+
+def _draw_instant_report(console: Console, report: InstantGuestReport) -> None:
+    render.headline(console, f"{report.guest}, guest point {report.guest_point}, runs in {report.directory}")
+    render.facts(
+        console,
+        [
+            ("started", f"after {duration(report.start_seconds)}" if report.started else "by an earlier run"),
+            ("filled", f"after {duration(report.seconds)}; it depends on {report.source} no more"),
+            ("definition", report.definition),
+        ],
+    )
+    _draw_instant_disks(console, report.disks)
+    _draw_lacking(console, report.lacking)
+
+
+def _draw_instant_disks(console: Console, disks: tuple[InstantDisk, ...]) -> None:
+    render.table(
+        console,
+        ["disk", "image", "virtual size>"],
+        [(each.name, each.output, size(each.virtual_size)) for each in disks],
     )
 
 
