@@ -20,7 +20,7 @@ from snapchain.nbd.listening import unix_uri
 
 _SUFFIX = ".snapchain-instant"
 _PURPOSE = "instant-restore"
-_CAP = 64 << 10
+_CAP = 16 << 20
 HOLD = "instant-restore-"
 """How the tags of the holds begin."""
 
@@ -33,6 +33,7 @@ class InstantRecord(BaseModel):
     guest: of which the disk is one, with the number of its guest point
     virtual_size, content_id: of the point; begun: when
     bitmap: name of the image's bitmap of what was written to it, None for none
+    written: the content of that bitmap before the copying began last, packed, deflated, in base64
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +52,7 @@ class InstantRecord(BaseModel):
     guest_point: int | None = None
     hold: str | None = None
     bitmap: str | None = None
+    written: str | None = None
 
     @property
     def address(self) -> PointAddress:
