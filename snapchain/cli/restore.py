@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     from snapchain.destination.protocol import Destination
     from snapchain.ops.guest_points import GuestView
     from snapchain.ops.instant.guest import InstantDisk, InstantGuest, InstantGuestPlan, InstantGuestReport
+    from snapchain.ops.instant.run import CopiedImage, InstantPlan, InstantRestoration
     from snapchain.ops.restore.guest import GuestRestorePlan, GuestRestoreReport, GuestRestoreRequest
     from snapchain.ops.restore.run import Restoration
     from snapchain.ops.restore.several import SeveralPlan, SeveralReport, SeveralRequest
     from snapchain.ops.restore.target import RestorePlan, RestoreReport
 
 _GUEST = "Guests"
-_INSTANT = "At once"
 _SEVERAL = "Several disks and guests"
+_INSTANT = "Instant restore"
 _STREAM = "-"
 
 
@@ -96,22 +97,6 @@ def restore(
             rich_help_panel=_SEVERAL,
         ),
     ] = None,
-    instant: Annotated[
-        bool,
-        typer.Option(
-            "--instant",
-            help="Use it at once: the image shows the point, which is copied into it meanwhile.",
-            rich_help_panel=_INSTANT,
-        ),
-    ] = False,
-    start: Annotated[
-        bool,
-        typer.Option(
-            "--start",
-            help="With --instant: start the guest, and copy while it runs. Only a guest that QEMU ran without libvirt.",
-            rich_help_panel=_INSTANT,
-        ),
-    ] = False,
     chain: Annotated[
         bool,
         typer.Option(
@@ -171,6 +156,30 @@ def restore(
         bool,
         typer.Option("--new-identity", help="As --new-name, but keep the name.", rich_help_panel=_GUEST),
     ] = False,
+    instant: Annotated[
+        bool,
+        typer.Option(
+            "--instant",
+            help="Make OUT.qcow2 usable at once, and copy the point into it afterwards.",
+            rich_help_panel=_INSTANT,
+        ),
+    ] = False,
+    later: Annotated[
+        bool,
+        typer.Option(
+            "--later",
+            help="With --instant: do not copy yet. OUT depends on the destination until you run the command again.",
+            rich_help_panel=_INSTANT,
+        ),
+    ] = False,
+    start: Annotated[
+        bool,
+        typer.Option(
+            "--start",
+            help="With --instant: start the guest, and copy while it runs. Only a guest that QEMU ran without libvirt.",
+            rich_help_panel=_INSTANT,
+        ),
+    ] = False,
     connections: options.Connections = 1,
     limit_rate: options.LimitRate = None,
     out: Output,
@@ -198,12 +207,25 @@ def restore(
     DIR/web1/vda.qcow2. One that cannot be restored is reported, the others are restored, and the exit code is 10. No
     file is replaced. Run it again to continue: it takes the points that the first run has chosen, and leaves what is
     restored already. --dry-run shows the sizes, and about how long it takes.
+
+    With --instant, OUT.qcow2 can be used when the command says so, within seconds. It is an overlay on the point, which
+    a process in the background serves as `snapchain serve` does. The point is then copied into OUT, and compared with
+    it; at the end OUT is a plain qcow2 file, and the process is gone. While the copying runs, no guest can open OUT. To
+    start a guest at once, say --later: the guest reads from the destination what OUT lacks. Run the command again
+    to copy.
+
+    Ctrl-C ends the copying. OUT stays usable, and the process goes on. After Ctrl-C, an error, or a restart of the
+    host, run the same command again: it starts the process, and continues with the same point. Without the process OUT
+    cannot be opened, and never reads as zeroes. Until OUT is finished its point is on hold at the destination.
+    `snapchain status OUT.qcow2` shows how far it is. To give it up, delete OUT and release the hold.
     """
     from snapchain.host.files import UNCHANGED, standing_of
     from snapchain.ops.guest_points import find_guest, guest_named, records_of
     from snapchain.ops.restore.run import Restoration
 
     standing = standing_of(owner, mode)
+    if later and not instant:
+        raise InvalidInput("--later goes with --instant", subject=source)
     is_stream = str(out_path) == _STREAM
     if start and not instant:
         raise InvalidInput("--start goes with --instant", subject=source, hint="say --instant --start")
@@ -243,10 +265,19 @@ def restore(
     if is_stream:
         _check_stream(source, image_format, is_new_file=chain or force or standing != UNCHANGED, dry_run=out.dry_run)
     address = _point_address(source)
+    if instant:
+        _check_instant(
+            source,
+            is_stream=is_stream,
+            chain=chain,
+            force=force,
+            damaged=allow_damaged,
+            image_format=image_format,
+        )
     place = options.destination(
         address.dest,
         out,
-        writing=instant,
+        writing=instant and not out.dry_run,
         limit_rate=limit_rate,
         connections=connections,
     )
@@ -262,10 +293,14 @@ def restore(
             raise InvalidInput(
                 "standard output takes one disk, and this is a guest", subject=source, hint="name a disk"
             )
+        if instant and not start:
+            raise InvalidInput(
+                "--instant of a guest starts it", subject=source, hint="say --start too, or name one of its disks"
+            )
         if start:
-            if defines or connect is not None or chain or image_format is not None:
+            if defines or connect is not None or later:
                 raise InvalidInput(
-                    "--start does not work together with --define, --connect, --chain and --format", subject=source
+                    "--start does not work together with --define, --connect and --later", subject=source
                 )
             from snapchain.destination.address import located
             from snapchain.ops.instant.guest import InstantGuest, InstantGuestRequest
@@ -312,6 +347,22 @@ def restore(
             raise NotFound(
                 "there is no such guest, and --define, --new-name and --start are for guests", subject=source
             )
+    if instant:
+        from snapchain.destination.address import located
+        from snapchain.ops.instant.run import InstantRequest, InstantRestoration
+
+        request = InstantRequest(
+            located=located(address.dest),
+            disk=address.disk,
+            point=address.point,
+            output=out_path,
+            passphrase=options.passphrase_source(out, address.dest),
+            standing=standing,
+            later=later,
+            speed=0 if limit_rate is None else quantities.parse_size(limit_rate),
+        )
+        _restore_instant(InstantRestoration(place, request), out)
+        return
     try:
         if is_stream:
             _restore_stream(place, address.disk, address.point, allow_damaged=allow_damaged, out=out)
@@ -389,6 +440,65 @@ def _is_directory(path: Path) -> bool:
         return False
 
 
+def _check_instant(
+    source: str, *, is_stream: bool, chain: bool, force: bool, damaged: bool, image_format: str | None
+) -> None:
+    """Raises InvalidInput for options that an instant restore cannot follow."""
+    others = {
+        "standard output": is_stream,
+        "--chain": chain,
+        "--force": force,
+        "--allow-damaged": damaged,
+        "--format raw": options.format_of(image_format) == "raw",
+    }
+    if any(others.values()):
+        raise InvalidInput(
+            f"--instant makes a new qcow2 file, and does not work together with "
+            f"{', '.join(name for name, given in others.items() if given)}",
+            subject=source,
+        )
+
+
+def _restore_instant(work: InstantRestoration, out: Output) -> None:
+    if out.dry_run:
+        out.plan(work.plan(), _draw_instant_plan)
+        return
+    report = work.run(on_event=out.on_event)
+    out.report(report, _draw_instant, problems=_draw_unproven, status=_status_of(report))
+
+
+def _status_of(report: CopiedImage) -> int:
+    return PartialFailure.exit_code if report.unproven_bytes else 0
+
+
+def _draw_instant_plan(console: Console, plan: InstantPlan) -> None:
+    verb = "continue" if plan.begun else "make"
+    render.headline(console, f"would {verb} {plan.output}, an overlay on {plan.source}::{plan.disk}@{plan.point}")
+    rows = [("size", size(plan.virtual_size)), ("to copy", size(plan.data_bytes) if plan.copies else "nothing yet")]
+    render.facts(console, rows)
+
+
+def _draw_instant(console: Console, report: CopiedImage) -> None:
+    if report.state == "served":
+        render.headline(console, f"{report.output} can be used, and depends on {report.disk}@{report.point}")
+        render.facts(console, [("size", size(report.virtual_size)), ("backing", report.backing or "")])
+        return
+    render.headline(console, f"restored {report.output}: {report.disk}@{report.point}, all of it")
+    rows = [("size", size(report.virtual_size))]
+    if report.content_id is not None:
+        rows.append(("content", report.content_id))
+    if report.guest_bytes:
+        rows.append(("changed", f"{size(report.guest_bytes)} by a guest; all else is proven to be the point"))
+    render.facts(console, rows)
+    _draw_unproven(console, report)
+
+
+def _draw_unproven(console: Console, report: CopiedImage) -> None:
+    if report.unproven_bytes:
+        words = "differ from the point. A guest was killed, so nobody knows whether it wrote all of them"
+        render.line(console, f"{size(report.unproven_bytes)} {words}", style="yellow")
+
+
 def _restore_disk(work: Restoration, out: Output) -> None:
     if out.dry_run:
         out.plan(work.plan(), _draw_plan)
@@ -439,9 +549,9 @@ def _restore_guest(place: Destination, view: GuestView, request: GuestRestoreReq
 
 def _start_guest(work: InstantGuest, out: Output) -> None:
     if out.dry_run:
-        out.plan(work.plan(), _draw_instant_plan)
+        out.plan(work.plan(), _draw_started_plan)
     else:
-        out.report(work.run(), _draw_instant_report)
+        out.report(work.run(), _draw_started)
 
 
 def _shown(output: str) -> str:
@@ -561,19 +671,19 @@ def _draw_damage(console: Console, report: RestoreReport) -> None:
     )
 
 
-def _draw_instant_plan(console: Console, plan: InstantGuestPlan) -> None:
+def _draw_started_plan(console: Console, plan: InstantGuestPlan) -> None:
     what = "continue to run" if plan.resumes else "run"
     time = moment(plan.time, zone=True)
     render.headline(
         console, f"would {what} {plan.guest}, guest point {plan.guest_point} of {time}, in {plan.directory} at once"
     )
     render.facts(console, [("consistency", plan.consistency.value)])
-    _draw_instant_disks(console, plan.disks)
+    _draw_started_disks(console, plan.disks)
     render.facts(console, [("besides", ", ".join(plan.files))])
     _draw_lacking(console, plan.lacking)
 
 
-def _draw_instant_report(console: Console, report: InstantGuestReport) -> None:
+def _draw_started(console: Console, report: InstantGuestReport) -> None:
     render.headline(console, f"{report.guest}, guest point {report.guest_point}, runs in {report.directory}")
     render.facts(
         console,
@@ -583,11 +693,11 @@ def _draw_instant_report(console: Console, report: InstantGuestReport) -> None:
             ("definition", report.definition),
         ],
     )
-    _draw_instant_disks(console, report.disks)
+    _draw_started_disks(console, report.disks)
     _draw_lacking(console, report.lacking)
 
 
-def _draw_instant_disks(console: Console, disks: tuple[InstantDisk, ...]) -> None:
+def _draw_started_disks(console: Console, disks: tuple[InstantDisk, ...]) -> None:
     render.table(
         console,
         ["disk", "image", "virtual size>"],

@@ -20,7 +20,7 @@ from snapchain.host.note_file import NoteFile
 
 _SUFFIX = ".snapchain-instant"
 _PURPOSE = "instant-restore"
-_CAP = 64 << 10
+_CAP = 16 << 20
 RECONNECT_SECONDS = 60
 """For which requests of a guest wait for the server to be started again. Later ones fail."""
 HOLD = "instant-restore-"
@@ -35,6 +35,7 @@ class InstantRecord(BaseModel):
     guest: of which the disk is one, with the number of its guest point
     virtual_size, content_id: of the point; begun: when
     bitmap: name of the image's bitmap of what was written to it, None for none
+    written: the content of that bitmap before the copying began last, packed, deflated, in base64
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,6 +54,7 @@ class InstantRecord(BaseModel):
     guest_point: int | None = None
     hold: str | None = None
     bitmap: str | None = None
+    written: str | None = None
 
     @property
     def address(self) -> PointAddress:
