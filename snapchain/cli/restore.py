@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from snapchain.destination.address import PointAddress
     from snapchain.destination.protocol import Destination
     from snapchain.ops.guest_points import GuestView
-    from snapchain.ops.instant.run import CopiedImage, InstantPlan, InstantRestoration
+    from snapchain.ops.instant.guest import GuestInstantReport, GuestInstantRequest
+    from snapchain.ops.instant.run import CopiedImage, InstantPlan, InstantRequest
     from snapchain.ops.restore.guest import GuestRestorePlan, GuestRestoreReport, GuestRestoreRequest
     from snapchain.ops.restore.run import Restoration
     from snapchain.ops.restore.several import SeveralPlan, SeveralReport, SeveralRequest
@@ -292,21 +293,28 @@ def restore(
             new_identity=new_identity,
             standing=standing,
         )
+        if instant:
+            _restore_instant_guest(place, view, as_instant(request), out)
+            return
         _restore_guest(place, view, request, out)
 
-    view: GuestView | None = None
-    if for_guests or _is_directory(out_path):
-        view = find_guest(place, address.disk)
-        if view is not None:
-            as_guest(view)
-            return
-        if for_guests:
-            raise NotFound("there is no such guest, and --define and --new-name are for guests", subject=source)
-    if instant:
+    def as_instant(request: GuestRestoreRequest) -> GuestInstantRequest:
         from snapchain.destination.address import located
-        from snapchain.ops.instant.run import InstantRequest, InstantRestoration
+        from snapchain.ops.instant.guest import GuestInstantRequest
 
-        request = InstantRequest(
+        return GuestInstantRequest(
+            restore=request,
+            located=located(address.dest),
+            passphrase=options.passphrase_source(out, address.dest),
+            later=later,
+            speed=0 if limit_rate is None else quantities.parse_size(limit_rate),
+        )
+
+    def as_disk() -> InstantRequest:
+        from snapchain.destination.address import located
+        from snapchain.ops.instant.run import InstantRequest
+
+        return InstantRequest(
             located=located(address.dest),
             disk=address.disk,
             point=address.point,
@@ -316,9 +324,19 @@ def restore(
             later=later,
             speed=0 if limit_rate is None else quantities.parse_size(limit_rate),
         )
-        _restore_instant(InstantRestoration(place, request), out)
-        return
+
+    view: GuestView | None = None
+    if for_guests or _is_directory(out_path):
+        view = find_guest(place, address.disk)
+        if view is not None:
+            as_guest(view)
+            return
+        if for_guests:
+            raise NotFound("there is no such guest, and --define and --new-name are for guests", subject=source)
     try:
+        if instant:
+            _restore_instant(place, as_disk(), out)
+            return
         if is_stream:
             _restore_stream(place, address.disk, address.point, allow_damaged=allow_damaged, out=out)
             return
@@ -414,7 +432,41 @@ def _check_instant(
         )
 
 
-def _restore_instant(work: InstantRestoration, out: Output) -> None:
+def _restore_instant_guest(place: Destination, view: GuestView, request: GuestInstantRequest, out: Output) -> None:
+    from snapchain.ops.instant.guest import GuestInstantRestoration
+
+    work = GuestInstantRestoration(place, view, request, on_event=out.on_event)
+    if out.dry_run:
+        out.plan(work.plan(), _draw_guest_plan)
+        return
+    report = work.run()
+    status = PartialFailure.exit_code if any(each.unproven_bytes for each in report.disks) else 0
+    out.report(report, _draw_instant_guest, problems=_draw_unproven_disks, status=status)
+
+
+def _draw_instant_guest(console: Console, report: GuestInstantReport) -> None:
+    is_done = all(each.state == "done" for each in report.disks)
+    words = "restored" if is_done else "can be started"
+    render.headline(console, f"{report.guest}, guest point {report.guest_point}, {words}: {report.directory}")
+    for each in report.disks:
+        state = "all of it" if each.state == "done" else "depends on the destination"
+        render.line(console, f"{each.output}  {each.disk}@{each.point}, {size(each.virtual_size)}, {state}", indent=2)
+    if report.definition is not None:
+        render.facts(console, [("definition", report.definition), ("defined", report.defined or "")])
+    for words in report.lacking:
+        render.line(console, f"note: {words}", style="yellow")
+    _draw_unproven_disks(console, report)
+
+
+def _draw_unproven_disks(console: Console, report: GuestInstantReport) -> None:
+    for each in report.disks:
+        _draw_unproven(console, each)
+
+
+def _restore_instant(place: Destination, request: InstantRequest, out: Output) -> None:
+    from snapchain.ops.instant.run import InstantRestoration
+
+    work = InstantRestoration(place, request)
     if out.dry_run:
         out.plan(work.plan(), _draw_instant_plan)
         return

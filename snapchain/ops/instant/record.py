@@ -80,6 +80,20 @@ def record_of(image: Path) -> InstantRecord | None:
     return record_file(image).read()
 
 
+def records_in(directory: Path) -> list[InstantRecord]:
+    """The records of all images of a directory that are not finished."""
+    try:
+        names = sorted(each.name for each in directory.iterdir())
+    except OSError:
+        return []
+    images = [directory / name[1:].removesuffix(_SUFFIX) for name in names if _is_record(name)]
+    return [found for image in images if (found := record_of(image)) is not None]
+
+
+def _is_record(name: str) -> bool:
+    return name.startswith(".") and name.endswith(_SUFFIX)
+
+
 def served_with(image: Path, record: InstantRecord) -> dict[Path, InstantRecord]:
     """The images that the same server serves, and that still depend on it, with their records."""
     found = {image.with_name(name): record_of(image.with_name(name)) for name in record.beside}

@@ -197,7 +197,7 @@ def complete(
 ) -> CopiedImage:
     """Copy, prove and let go of an image that can be used; with `later` only say how it stands."""
     if later:
-        return _image(image, record)
+        return served_image(image, record)
     while not is_detached(image, record):
         if _waited(image, record, under_guest, on_event):
             continue
@@ -211,7 +211,7 @@ def complete(
         break
     proof = _finished(destination, image, record, on_event)
     forget(destination, image, record, on_event)
-    done = _image(image, record).model_copy(update={"state": "done", "content_id": None, "backing": None})
+    done = served_image(image, record).model_copy(update={"state": "done", "content_id": None, "backing": None})
     if proof is None:
         return done
     return done.model_copy(
@@ -234,7 +234,8 @@ def _finished(destination: ReadableDestination, image: Path, record: InstantReco
         return None
 
 
-def _image(image: Path, record: InstantRecord) -> CopiedImage:
+def served_image(image: Path, record: InstantRecord) -> CopiedImage:
+    """An image that can be used, and depends on its server."""
     return CopiedImage(
         output=str(image),
         disk=record.disk,
