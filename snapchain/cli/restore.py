@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from snapchain.destination.address import PointAddress
     from snapchain.destination.protocol import Destination
     from snapchain.ops.guest_points import GuestView
-    from snapchain.ops.instant.guest import GuestInstantReport, GuestInstantRequest
+    from snapchain.ops.instant.guest_images import GuestInstantReport, GuestInstantRequest
     from snapchain.ops.instant.run import CopiedImage, InstantPlan, InstantRequest
     from snapchain.ops.restore.guest import GuestRestorePlan, GuestRestoreReport, GuestRestoreRequest
     from snapchain.ops.restore.run import Restoration
@@ -300,7 +300,7 @@ def restore(
 
     def as_instant(request: GuestRestoreRequest) -> GuestInstantRequest:
         from snapchain.destination.address import located
-        from snapchain.ops.instant.guest import GuestInstantRequest
+        from snapchain.ops.instant.guest_images import GuestInstantRequest
 
         return GuestInstantRequest(
             restore=request,
@@ -433,7 +433,7 @@ def _check_instant(
 
 
 def _restore_instant_guest(place: Destination, view: GuestView, request: GuestInstantRequest, out: Output) -> None:
-    from snapchain.ops.instant.guest import GuestInstantRestoration
+    from snapchain.ops.instant.guest_images import GuestInstantRestoration
 
     work = GuestInstantRestoration(place, view, request, on_event=out.on_event)
     if out.dry_run:
