@@ -20,7 +20,7 @@ from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.guest_points import GuestView
 from snapchain.ops.guest_records import read_record
 from snapchain.ops.instant.prepare import Passphrase, WantedImage, prepare
-from snapchain.ops.instant.record import InstantRecord, record_of, records_in
+from snapchain.ops.instant.record import InstantRecord, images_in, record_of
 from snapchain.ops.instant.run import CopiedImage, UnderGuest, complete, is_detached, served_image
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestorePlan, GuestRestoreRequest, PlacedDisk
 
@@ -157,7 +157,7 @@ class GuestInstantRestoration:
 
 def _begun(directory: Path, request: GuestInstantRequest, guest: str) -> InstantRecord | None:
     """The record of one of the guest's images, of an earlier run. Raises Conflict for another guest, or point."""
-    records = records_in(directory)
+    records = list(images_in(directory).values())
     if not records:
         return None
     found = next((each for each in records if (each.destination, each.guest) == (request.located, guest)), records[0])

@@ -33,6 +33,7 @@ class InstantRecord(BaseModel):
     guest: of which the disk is one, with the number of its guest point
     virtual_size, content_id: of the point; begun: when
     bitmap: name of the image's bitmap of what was written to it, None for none
+    copying_since, copied_before: when the copying began last, and how many guest bytes the image had then
     written: the content of that bitmap before the copying began last, packed, deflated, in base64
     """
 
@@ -53,6 +54,8 @@ class InstantRecord(BaseModel):
     hold: str | None = None
     bitmap: str | None = None
     written: str | None = None
+    copying_since: datetime | None = None
+    copied_before: int = 0
 
     @property
     def address(self) -> PointAddress:
@@ -80,18 +83,15 @@ def record_of(image: Path) -> InstantRecord | None:
     return record_file(image).read()
 
 
-def records_in(directory: Path) -> list[InstantRecord]:
-    """The records of all images of a directory that are not finished."""
+def images_in(directory: Path) -> dict[Path, InstantRecord]:
+    """The images of a directory that are not finished, with their records."""
     try:
         names = sorted(each.name for each in directory.iterdir())
     except OSError:
-        return []
-    images = [directory / name[1:].removesuffix(_SUFFIX) for name in names if _is_record(name)]
-    return [found for image in images if (found := record_of(image)) is not None]
-
-
-def _is_record(name: str) -> bool:
-    return name.startswith(".") and name.endswith(_SUFFIX)
+        return {}
+    records = [name for name in names if name.startswith(".") and name.endswith(_SUFFIX)]
+    images = [directory / name[1:].removesuffix(_SUFFIX) for name in records]
+    return {image: found for image in images if (found := record_of(image)) is not None}
 
 
 def served_with(image: Path, record: InstantRecord) -> dict[Path, InstantRecord]:

@@ -24,7 +24,7 @@ from snapchain.host.files import UNCHANGED, Standing, free_bytes
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.ops.instant.finish import Proof, finish, note_written
+from snapchain.ops.instant.finish import Proof, finish, note_begin
 from snapchain.ops.instant.hydrate import hydrate
 from snapchain.ops.instant.overlay import depends_on
 from snapchain.ops.instant.prepare import (
@@ -201,7 +201,7 @@ def complete(
     while not is_detached(image, record):
         if _waited(image, record, under_guest, on_event):
             continue
-        record = note_written(image, record)
+        record = note_begin(image, record)
         try:
             hydrate(image, record, passphrase=passphrase, speed=speed, on_event=on_event)
         except Busy:
