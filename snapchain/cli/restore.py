@@ -23,13 +23,16 @@ from snapchain.errors import InvalidInput, NotFound, PartialFailure, SnapchainEr
 from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from snapchain.destination.address import PointAddress
     from snapchain.destination.protocol import Destination
     from snapchain.ops.guest_points import GuestView
-    from snapchain.ops.instant.guest import InstantDisk, InstantGuest, InstantGuestPlan, InstantGuestReport
-    from snapchain.ops.instant.run import CopiedImage, InstantPlan, InstantRestoration
+    from snapchain.ops.instant.guest_images import GuestInstantReport, GuestInstantRequest
+    from snapchain.ops.instant.run import CopiedImage, InstantPlan, InstantRequest
+    from snapchain.ops.instant.under_guest import UnderQemu
     from snapchain.ops.restore.guest import GuestRestorePlan, GuestRestoreReport, GuestRestoreRequest
     from snapchain.ops.restore.run import Restoration
     from snapchain.ops.restore.several import SeveralPlan, SeveralReport, SeveralRequest
@@ -52,7 +55,6 @@ _STREAM = "-"
     snapchain restore /backup::web1/vda - --format raw | ssh kvm2 dd of=/dev/vg0/web1 bs=1M
     snapchain restore /backup::web1 /images/web1
     snapchain restore /backup::web1@before-upgrade /images/web2 --define --new-name web2
-    snapchain restore /backup::web1 /images/web1 --instant --start
     snapchain restore /backup /images --match '*' --dry-run
     snapchain restore s3://bucket/prefix /images --match 'web*' --match 'db*' --point yesterday
     """,
@@ -226,9 +228,9 @@ def restore(
     standing = standing_of(owner, mode)
     if later and not instant:
         raise InvalidInput("--later goes with --instant", subject=source)
-    is_stream = str(out_path) == _STREAM
     if start and not instant:
         raise InvalidInput("--start goes with --instant", subject=source, hint="say --instant --start")
+    is_stream = str(out_path) == _STREAM
     for_guests = start or defines or connect is not None or new_name is not None or new_identity
     if match:
         if is_stream:
@@ -237,11 +239,11 @@ def restore(
             "--chain": chain,
             "--force": force,
             "--allow-damaged": allow_damaged,
-            "--instant": instant,
             "--define": defines,
             "--connect": connect is not None,
             "--new-name": new_name is not None,
             "--new-identity": new_identity,
+            "--instant": instant,
         }
         if any(others.values()):
             raise InvalidInput(
@@ -293,37 +295,6 @@ def restore(
             raise InvalidInput(
                 "standard output takes one disk, and this is a guest", subject=source, hint="name a disk"
             )
-        if instant and not start:
-            raise InvalidInput(
-                "--instant of a guest starts it", subject=source, hint="say --start too, or name one of its disks"
-            )
-        if start:
-            if defines or connect is not None or later:
-                raise InvalidInput(
-                    "--start does not work together with --define, --connect and --later", subject=source
-                )
-            from snapchain.destination.address import located
-            from snapchain.ops.instant.guest import InstantGuest, InstantGuestRequest
-
-            _start_guest(
-                InstantGuest(
-                    place,
-                    view,
-                    InstantGuestRequest(
-                        directory=out_path,
-                        located=located(address.dest),
-                        point=address.point,
-                        new_name=new_name,
-                        new_identity=new_identity,
-                        standing=standing,
-                        limit=0 if limit_rate is None else quantities.parse_size(limit_rate),
-                    ),
-                    passphrase=options.passphrase_source(out, address.dest),
-                    on_event=out.on_event,
-                ),
-                out,
-            )
-            return
         request = GuestRestoreRequest(
             directory=out_path,
             point=address.point,
@@ -335,7 +306,42 @@ def restore(
             new_identity=new_identity,
             standing=standing,
         )
+        if start and (defines or connect is not None):
+            raise InvalidInput(
+                "--start is for a guest that QEMU runs without libvirt, and --define is for libvirt", subject=source
+            )
+        if instant:
+            _restore_instant_guest(place, view, as_instant(request), out)
+            return
         _restore_guest(place, view, request, out)
+
+    def as_instant(request: GuestRestoreRequest) -> GuestInstantRequest:
+        from snapchain.destination.address import located
+        from snapchain.ops.instant.guest_images import GuestInstantRequest
+
+        return GuestInstantRequest(
+            restore=request,
+            located=located(address.dest),
+            passphrase=options.passphrase_source(out, address.dest),
+            later=later,
+            speed=0 if limit_rate is None else quantities.parse_size(limit_rate),
+            starts=start,
+        )
+
+    def as_disk() -> InstantRequest:
+        from snapchain.destination.address import located
+        from snapchain.ops.instant.run import InstantRequest
+
+        return InstantRequest(
+            located=located(address.dest),
+            disk=address.disk,
+            point=address.point,
+            output=out_path,
+            passphrase=options.passphrase_source(out, address.dest),
+            standing=standing,
+            later=later,
+            speed=0 if limit_rate is None else quantities.parse_size(limit_rate),
+        )
 
     view: GuestView | None = None
     if for_guests or _is_directory(out_path):
@@ -347,23 +353,10 @@ def restore(
             raise NotFound(
                 "there is no such guest, and --define, --new-name and --start are for guests", subject=source
             )
-    if instant:
-        from snapchain.destination.address import located
-        from snapchain.ops.instant.run import InstantRequest, InstantRestoration
-
-        request = InstantRequest(
-            located=located(address.dest),
-            disk=address.disk,
-            point=address.point,
-            output=out_path,
-            passphrase=options.passphrase_source(out, address.dest),
-            standing=standing,
-            later=later,
-            speed=0 if limit_rate is None else quantities.parse_size(limit_rate),
-        )
-        _restore_instant(InstantRestoration(place, request), out)
-        return
     try:
+        if instant:
+            _restore_instant(place, as_disk(), out)
+            return
         if is_stream:
             _restore_stream(place, address.disk, address.point, allow_damaged=allow_damaged, out=out)
             return
@@ -459,11 +452,53 @@ def _check_instant(
         )
 
 
-def _restore_instant(work: InstantRestoration, out: Output) -> None:
+def _under_guest(passphrase: Callable[[], str | None], speed: int, out: Output) -> UnderQemu:
+    from snapchain.ops.instant.under_guest import UnderQemu
+
+    return UnderQemu(passphrase, speed, out.on_event)
+
+
+def _restore_instant_guest(place: Destination, view: GuestView, request: GuestInstantRequest, out: Output) -> None:
+    from snapchain.ops.instant.guest_images import GuestInstantRestoration
+
+    work = GuestInstantRestoration(place, view, request, on_event=out.on_event)
+    if out.dry_run:
+        out.plan(work.plan(), _draw_guest_plan)
+        return
+    report = work.run(under_guest=_under_guest(request.passphrase, request.speed, out))
+    status = PartialFailure.exit_code if any(each.unproven_bytes for each in report.disks) else 0
+    out.report(report, _draw_instant_guest, problems=_draw_unproven_disks, status=status)
+
+
+def _draw_instant_guest(console: Console, report: GuestInstantReport) -> None:
+    is_done = all(each.state == "done" for each in report.disks)
+    words = "restored" if is_done else "runs" if report.started else "can be started"
+    render.headline(console, f"{report.guest}, guest point {report.guest_point}, {words}: {report.directory}")
+    for each in report.disks:
+        state = "all of it" if each.state == "done" else "depends on the destination"
+        render.line(console, f"{each.output}  {each.disk}@{each.point}, {size(each.virtual_size)}, {state}", indent=2)
+    if report.definition is not None:
+        render.facts(console, [("definition", report.definition), ("defined", report.defined or "")])
+    if report.start_seconds is not None:
+        render.facts(console, [("started", f"after {duration(report.start_seconds)}")])
+    for words in report.lacking:
+        render.line(console, f"note: {words}", style="yellow")
+    _draw_unproven_disks(console, report)
+
+
+def _draw_unproven_disks(console: Console, report: GuestInstantReport) -> None:
+    for each in report.disks:
+        _draw_unproven(console, each)
+
+
+def _restore_instant(place: Destination, request: InstantRequest, out: Output) -> None:
+    from snapchain.ops.instant.run import InstantRestoration
+
+    work = InstantRestoration(place, request)
     if out.dry_run:
         out.plan(work.plan(), _draw_instant_plan)
         return
-    report = work.run(on_event=out.on_event)
+    report = work.run(under_guest=_under_guest(request.passphrase, request.speed, out), on_event=out.on_event)
     out.report(report, _draw_instant, problems=_draw_unproven, status=_status_of(report))
 
 
@@ -545,13 +580,6 @@ def _restore_guest(place: Destination, view: GuestView, request: GuestRestoreReq
         out.plan(work.plan(), _draw_guest_plan)
     else:
         out.report(work.run(), _draw_guest_report)
-
-
-def _start_guest(work: InstantGuest, out: Output) -> None:
-    if out.dry_run:
-        out.plan(work.plan(), _draw_started_plan)
-    else:
-        out.report(work.run(), _draw_started)
 
 
 def _shown(output: str) -> str:
@@ -668,40 +696,6 @@ def _draw_damage(console: Console, report: RestoreReport) -> None:
         console,
         ["offset>", "length>", "reason~"],
         [(str(each.offset), str(each.length), each.reason) for each in report.damaged],
-    )
-
-
-def _draw_started_plan(console: Console, plan: InstantGuestPlan) -> None:
-    what = "continue to run" if plan.resumes else "run"
-    time = moment(plan.time, zone=True)
-    render.headline(
-        console, f"would {what} {plan.guest}, guest point {plan.guest_point} of {time}, in {plan.directory} at once"
-    )
-    render.facts(console, [("consistency", plan.consistency.value)])
-    _draw_started_disks(console, plan.disks)
-    render.facts(console, [("besides", ", ".join(plan.files))])
-    _draw_lacking(console, plan.lacking)
-
-
-def _draw_started(console: Console, report: InstantGuestReport) -> None:
-    render.headline(console, f"{report.guest}, guest point {report.guest_point}, runs in {report.directory}")
-    render.facts(
-        console,
-        [
-            ("started", f"after {duration(report.start_seconds)}" if report.started else "by an earlier run"),
-            ("filled", f"after {duration(report.seconds)}; it depends on {report.source} no more"),
-            ("definition", report.definition),
-        ],
-    )
-    _draw_started_disks(console, report.disks)
-    _draw_lacking(console, report.lacking)
-
-
-def _draw_started_disks(console: Console, disks: tuple[InstantDisk, ...]) -> None:
-    render.table(
-        console,
-        ["disk", "image", "virtual size>"],
-        [(each.name, each.output, size(each.virtual_size)) for each in disks],
     )
 
 

@@ -1,4 +1,4 @@
-"""Disks of a bare QEMU that are filled from served points while their guest runs: one stream job a disk.
+"""A disk of a bare QEMU that is filled from a served point while its guest runs, by a stream job.
 
     the image names the point, no job   begin
     paused, by an I/O error             have the server run, resume: again and again, until QEMU is connected
@@ -14,7 +14,7 @@ already is skipped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -39,9 +39,6 @@ _SERVER_PATIENCE = 600.0
 """For how long a server that cannot be started is tried."""
 _STUCK_SECONDS = 120.0
 """For how long failed reads are repeated without a byte copied, while the server runs: then the data are lost there."""
-
-Begin = Callable[[QmpGuest, str], OnLook]
-"""A look at a job of this disk, for its speed."""
 
 
 class Act(Enum):
@@ -75,129 +72,147 @@ def may_continue(run_state: str, *, lacks_room: bool) -> bool:
 
 
 class Hydration:
-    """Fills the images of a running guest, one after the other.
+    """Fills one image of a running guest.
 
-    images: with the ids of their jobs; sizes: bytes of all images, for the progress
-    serve: has the server run; it raises Unavailable where that fails
+    job_id: the same in each run, so that the next one finds the job
+    bitmap: of what was written, for an image at rest; it is removed when the image is filled
+    serve: has the server run, and tells whether it had to be started; it raises Unavailable where that fails
     pace: watches a disk's latency, and sets the speed of its job; first_speed: bytes a second, 0 for no limit
     """
 
     def __init__(
         self,
         guest: QmpGuest,
-        images: Mapping[Path, str],
+        image: Path,
         *,
-        sizes: Mapping[Path, int],
+        job_id: str,
+        bitmap: str | None,
         serve: Callable[[], bool],
-        pace: Begin,
+        pace: Callable[[QmpGuest, str], OnLook],
         first_speed: int,
         on_event: OnEvent,
     ) -> None:
-        self._guest, self._images, self._sizes = guest, images, sizes
+        self._guest, self._monitor, self._image, self._bitmap = guest, guest.monitor, image, bitmap
         self._serve, self._pace, self._first_speed, self._on_event = serve, pace, first_speed, on_event
-        self._total, self._done = sum(sizes.values()), 0
+        self._node = ""
+        self._job = QmpJob(
+            guest.monitor,
+            job_id,
+            JobKind.STREAM,
+            all_nodes=lambda: [self._node],
+            after_dismiss=guest.overlays.close_orphans,
+        )
+        self._finalized = False
+        self._paused = 0
         self._served_at = 0.0
         self._fails_since: float | None = None
         self._ignores_room = True
-        self._copied, self._copied_at, self._failed = -1, 0.0, False
-        self._told = 0
+        self._copied, self._copied_at, self._failed, self._told = -1, 0.0, False, 0
 
-    def run(self, on_filled: Callable[[Path], None]) -> None:
-        """Fill them all. on_filled: called for each image that depends on nothing any more.
+    def run(self) -> None:
+        """Until the image depends on nothing any more; from whatever state an earlier run has left.
 
         Interrupted, the job is cancelled: what was copied stays, and the guest runs on the rest of the point.
-        Raises Unavailable where QEMU has ended, where its file system is full, and where the server cannot be started.
+        Raises Unavailable where QEMU has ended, where its file system is full, where the server cannot be started and
+        where a part of the point cannot be read; Conflict where the guest does not use the image any more.
         """
-        for image, job_id in self._images.items():
-            self._fill(image, job_id)
-            on_filled(image)
-            self._done += self._sizes[image]
-
-    def _fill(self, image: Path, job_id: str) -> None:
-        disk = self._disk(image)
-        node = disk.active.node
-        job = QmpJob(
-            self._guest.monitor,
-            job_id,
-            JobKind.STREAM,
-            nodes=[node],
-            all_nodes=lambda: [node],
-            after_dismiss=self._guest.overlays.close_orphans,
-        )
+        disk = self._disk()
+        self._node = disk.active.node
         look = self._pace(self._guest, disk.name)
-        paused, finalized = 0, False
         try:
-            while True:
-                self._keep_going()
-                now = job.progress()
-                self._check_moves(image, now)
-                # The nodes are asked for only where there is no job: beside a stream QEMU 7.2 might not survive it.
-                depends = now.status is not JobStatus.GONE or len(self._disk(image).chain) > 1
-                match next_act(now.status, depends=depends, paused=paused):
-                    case Act.BEGIN:
-                        finalized = False
-                        arguments = {
-                            "job-id": job_id,
-                            "device": node,
-                            "on-error": "stop",
-                            "speed": self._first_speed,
-                        }
-                        begin(self._guest.monitor, JobKind.STREAM, "block-stream", arguments, backing=None)
-                    case Act.WAIT:
-                        self._tell(now)
-                        if now.status is JobStatus.RUNNING:
-                            look(job, now)
-                        job.wait(WAIT_SECONDS)
-                    case Act.RESUME:
-                        self._failed = True
-                        # Refused where it is not paused any more, or for a moment only.
-                        with suppress(Refused):
-                            self._guest.monitor.execute("job-resume", {"id": job_id})
-                        job.wait(WAIT_SECONDS)
-                    case Act.FINALIZE:
-                        job.flush()
-                        finalized = True
-                        job.finalize()
-                        job.wait(WAIT_SECONDS)
-                    case Act.DISMISS:
-                        finalized = True
-                        _dismiss(job, now, image)
-                    case Act.DONE:
-                        return
-                paused = paused + 1 if now.status is JobStatus.PAUSED else 0
+            while self._step(look):
+                pass
         except BaseException as error:
-            if not finalized:
-                give_up(job, on_event=self._on_event, because=error)
+            if not self._finalized:
+                give_up(self._job, on_event=self._on_event, because=error)
             raise
+        self._drop_bitmap()
 
-    def _disk(self, image: Path) -> GuestDisk:
+    def _step(self, look: OnLook) -> bool:
+        """Look once, and do what the state asks for. Returns whether anything is left."""
+        self._keep_going()
+        job, now = self._job, self._job.progress()
+        self._check_moves(now)
+        # The chain is asked for only where there is no job: beside a stream QEMU 7.2 might not survive it.
+        depends = now.status is not JobStatus.GONE or len(self._disk().chain) > 1
+        match next_act(now.status, depends=depends, paused=self._paused):
+            case Act.BEGIN:
+                self._begin()
+            case Act.WAIT:
+                self._tell(now)
+                if now.status is JobStatus.RUNNING:
+                    look(job, now)
+                job.wait(WAIT_SECONDS)
+            case Act.RESUME:
+                self._failed = True
+                # Refused where it is not paused any more, or only for a moment.
+                with suppress(Refused):
+                    self._monitor.execute("job-resume", {"id": job.id})
+                job.wait(WAIT_SECONDS)
+            case Act.FINALIZE:
+                job.flush()
+                self._finalized = True
+                job.finalize()
+                job.wait(WAIT_SECONDS)
+            case Act.DISMISS:
+                self._finalized = True
+                self._dismiss(now)
+            case Act.DONE:
+                return False
+        self._paused = self._paused + 1 if now.status is JobStatus.PAUSED else 0
+        return True
+
+    def _begin(self) -> None:
+        self._finalized = False
+        arguments = {"job-id": self._job.id, "device": self._node, "on-error": "stop", "speed": self._first_speed}
+        begin(self._monitor, JobKind.STREAM, "block-stream", arguments, backing=None)
+
+    def _dismiss(self, now: JobProgress) -> None:
+        """Let a concluded job go. Raises Unavailable for one that failed."""
+        if now.error is None:
+            self._job.flush()
+        self._job.dismiss()
+        if now.error is not None:
+            raise Unavailable(
+                f"QEMU did not fill it: {now.error}",
+                subject=self._image,
+                hint="run the command again: it continues",
+            )
+
+    def _drop_bitmap(self) -> None:
+        active = self._disk().active
+        if self._bitmap in {each.name for each in active.bitmaps}:
+            arguments = {"node": active.node, "name": self._bitmap}
+            self._monitor.execute("block-dirty-bitmap-remove", arguments)
+
+    def _disk(self) -> GuestDisk:
         """The guest's disk whose active layer this image is. Raises Conflict."""
-        wanted = identity_of(image)
+        wanted = identity_of(self._image)
         for disk in self._guest.disks():
             if disk.chain and wanted is not None and disk.active.identity == wanted:
                 return disk
         raise Conflict(
             "the guest does not write to this image any more",
-            subject=image,
+            subject=self._image,
             hint=f"`snapchain guests {self._guest.option}` shows its disks",
         )
 
     def _keep_going(self) -> None:
         """Have the server run, and the guest, where an I/O error has stopped it."""
-        state = word(self._guest.monitor.fields("query-status"), "status")
+        state = word(self._monitor.fields("query-status"), "status")
         if (state == _STOPPED or time.monotonic() - self._served_at > _SERVER_SECONDS) and not self._is_served():
             return
         lacks_room = self._lacks_room() if state == _STOPPED else False
         if lacks_room and not self._ignores_room:
             raise Unavailable(
                 "the guest is stopped, since there is no room for what it writes",
-                subject=next(iter(self._images)).parent,
+                subject=self._image.parent,
                 hint="make room, then run the command again: the guest goes on, and has seen no error",
             )
         if may_continue(state, lacks_room=lacks_room and not self._ignores_room):
             self._on_event(Notice("the guest was stopped by an I/O error, and is continued"))
             with suppress(Refused):
-                self._guest.monitor.execute("cont")
+                self._monitor.execute("cont")
             self._failed = True
         self._ignores_room = False
 
@@ -220,10 +235,10 @@ class Hydration:
 
     def _lacks_room(self) -> bool:
         """Whether an I/O error was a full file system. The job of a full one is paused as well."""
-        rows = [*self._guest.monitor.rows("query-block"), *self._guest.monitor.rows("query-block-jobs")]
+        rows = [*self._monitor.rows("query-block"), *self._monitor.rows("query-block-jobs")]
         return any(each.get("io-status") == _NO_ROOM for each in rows)
 
-    def _check_moves(self, image: Path, now: JobProgress) -> None:
+    def _check_moves(self, now: JobProgress) -> None:
         """Raises Unavailable where nothing but errors came for too long."""
         at = time.monotonic()
         if now.done != self._copied or self._fails_since is not None:
@@ -231,22 +246,11 @@ class Hydration:
         elif self._failed and at - self._copied_at > _STUCK_SECONDS:
             raise Unavailable(
                 "the point cannot be read at some place, for the guest or for the copy, and repeating it does not help",
-                subject=image,
+                subject=self._image,
                 hint="see `snapchain verify --read-data`; the guest may be stopped, and what it has written is kept",
             )
 
     def _tell(self, now: JobProgress) -> None:
         if now.total:
-            self._told = max(self._told, self._done + min(now.done, now.total))
-            self._on_event(Progress("fill the images", self._told, self._total))
-
-
-def _dismiss(job: QmpJob, now: JobProgress, image: Path) -> None:
-    """Let a concluded job go. Raises Unavailable for one that failed."""
-    if now.error is None:
-        job.flush()
-    job.dismiss()
-    if now.error is not None:
-        raise Unavailable(
-            f"QEMU did not fill it: {now.error}", subject=image, hint="run the command again: it continues"
-        )
+            self._told = max(self._told, min(now.done, now.total))
+            self._on_event(Progress("copy", self._told, now.total))

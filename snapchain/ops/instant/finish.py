@@ -14,14 +14,16 @@ from __future__ import annotations
 import base64
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from snapchain.destination.reading import ReadableDestination
-from snapchain.errors import Corrupt, SnapchainError, Unavailable
+from snapchain.errors import Busy, Corrupt, Unavailable
 from snapchain.host.directory import open_behind
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import ImageChain, ImageFile
@@ -29,6 +31,7 @@ from snapchain.image.backing import Place
 from snapchain.image.leaves import counted
 from snapchain.image.physical import RunBudget
 from snapchain.image.qcow2.bitmap import read_bitmap
+from snapchain.image.qcow2.header import read_header
 from snapchain.merge.amendment import detach
 from snapchain.model.content import LEAF_BYTES, content_id, empty_sum
 from snapchain.model.events import OnEvent, counting
@@ -52,12 +55,21 @@ class Proof:
     unproven_bytes: int
 
 
-def note_written(image: Path, record: InstantRecord) -> InstantRecord:
-    """Note what a guest has written so far, before QEMU opens the image again: a crash would void its bitmap."""
-    found = _marked(image, record)
-    if found is None:
-        return record
-    record = record.model_copy(update={"written": _packed(found)})
+def note_begin(image: Path, record: InstantRecord) -> InstantRecord:
+    """Note that the copying begins, and what a guest has written so far.
+
+    QEMU opens the image next; when that is killed, the bitmap is void.
+    """
+    changes: dict[str, object] = {"copying_since": datetime.now(UTC)}
+    with (
+        suppress(Busy),
+        ImageLock(image, LockMode.READ),
+        ImageFile(Place.of(image), open_behind(image), format="qcow2", budget=RunBudget()) as file,
+    ):
+        changes["copied_before"] = file.size - lacking_bytes(file)
+        if (found := _bitmap(image, record)) is not None:
+            changes["written"] = _packed(found)
+    record = record.model_copy(update=changes)
     record_file(image).write(record)
     return record
 
@@ -121,18 +133,8 @@ def _proven(destination: ReadableDestination, file: ImageFile, record: InstantRe
     return Proof(found, known, unknown)
 
 
-def _marked(image: Path, record: InstantRecord) -> Bits | None:
-    try:
-        with ImageLock(image, LockMode.READ):
-            return _bitmap(image, record)
-    except SnapchainError:
-        return None  # in use, or dirty: then QEMU has the bitmap
-
-
 def _bitmap(image: Path, record: InstantRecord) -> Bits | None:
     """bool[leaves]: what was written; None where the image has no valid bitmap."""
-    from snapchain.image.qcow2.header import read_header
-
     if record.bitmap is None:
         return None
     fd = open_behind(image)

@@ -35,6 +35,7 @@ class InstantRecord(BaseModel):
     guest: of which the disk is one, with the number of its guest point
     virtual_size, content_id: of the point; begun: when
     bitmap: name of the image's bitmap of what was written to it, None for none
+    copying_since, copied_before: when the copying began last, and how many guest bytes the image had then
     written: the content of that bitmap before the copying began last, packed, deflated, in base64
     """
 
@@ -55,6 +56,8 @@ class InstantRecord(BaseModel):
     hold: str | None = None
     bitmap: str | None = None
     written: str | None = None
+    copying_since: datetime | None = None
+    copied_before: int = 0
 
     @property
     def address(self) -> PointAddress:
@@ -85,6 +88,17 @@ def record_file(image: Path) -> NoteFile[InstantRecord]:
 def record_of(image: Path) -> InstantRecord | None:
     """None for an image that is no instant restore, or is finished."""
     return record_file(image).read()
+
+
+def images_in(directory: Path) -> dict[Path, InstantRecord]:
+    """The images of a directory that are not finished, with their records."""
+    try:
+        names = sorted(each.name for each in directory.iterdir())
+    except OSError:
+        return {}
+    records = [name for name in names if name.startswith(".") and name.endswith(_SUFFIX)]
+    images = [directory / name[1:].removesuffix(_SUFFIX) for name in records]
+    return {image: found for image in images if (found := record_of(image)) is not None}
 
 
 def served_with(image: Path, record: InstantRecord) -> dict[Path, InstantRecord]:

@@ -24,7 +24,7 @@ from snapchain.host.files import UNCHANGED, Standing, free_bytes
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.ops.instant.finish import Proof, finish, note_written
+from snapchain.ops.instant.finish import Proof, finish, note_begin
 from snapchain.ops.instant.hydrate import hydrate
 from snapchain.ops.instant.overlay import depends_on
 from snapchain.ops.instant.prepare import (
@@ -197,11 +197,11 @@ def complete(
 ) -> CopiedImage:
     """Copy, prove and let go of an image that can be used; with `later` only say how it stands."""
     if later:
-        return _image(image, record)
+        return served_image(image, record)
     while not is_detached(image, record):
         if _waited(image, record, under_guest, on_event):
             continue
-        record = note_written(image, record)
+        record = note_begin(image, record)
         try:
             hydrate(image, record, passphrase=passphrase, speed=speed, on_event=on_event)
         except Busy:
@@ -209,9 +209,9 @@ def complete(
                 raise
             continue  # a guest was faster
         break
-    proof = _finished(destination, image, record, on_event)
+    proof = _finished(destination, image, record, under_guest, on_event)
     forget(destination, image, record, on_event)
-    done = _image(image, record).model_copy(update={"state": "done", "content_id": None, "backing": None})
+    done = served_image(image, record).model_copy(update={"state": "done", "content_id": None, "backing": None})
     if proof is None:
         return done
     return done.model_copy(
@@ -223,18 +223,27 @@ def complete(
     )
 
 
-def _finished(destination: ReadableDestination, image: Path, record: InstantRecord, on_event: OnEvent) -> Proof | None:
+def _finished(
+    destination: ReadableDestination,
+    image: Path,
+    record: InstantRecord,
+    under_guest: UnderGuest | None,
+    on_event: OnEvent,
+) -> Proof | None:
     """None for an image that was copied under a guest which still has it open."""
     try:
         return finish(destination, image, record, on_event=on_event)
     except Busy:
         if not is_detached(image, record):
             raise
+        if under_guest is not None:
+            under_guest(image, record)  # a run that was killed may have left the bitmap in it
         on_event(Notice.of(image, "all of its point is in it. A guest writes to it, so it is not compared with it"))
         return None
 
 
-def _image(image: Path, record: InstantRecord) -> CopiedImage:
+def served_image(image: Path, record: InstantRecord) -> CopiedImage:
+    """An image that can be used, and depends on its server."""
     return CopiedImage(
         output=str(image),
         disk=record.disk,

@@ -45,7 +45,7 @@ class Changes:
     identity: None for the recorded one
     without_network: leave its network cards out, and the ports, logs and devices of this host, for a clone that must
     reach nobody, and may run beside the recorded guest
-    stops_on_errors: an I/O error of a disk stops the guest, which then sees none; for a bare QEMU
+    stops_on_errors: an I/O error of a disk stops the guest, which then sees none
     """
 
     disks: Mapping[str, NewDisk]
