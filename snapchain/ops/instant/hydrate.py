@@ -27,7 +27,10 @@ from snapchain.ops.instant import server
 from snapchain.ops.instant.record import InstantRecord
 
 PHASE = "copy"
-_JOB, _IMAGE, _POINT = "hydrate", "image", "point"
+_JOB, _IMAGE, _FILE, _POINT = "hydrate", "image", "file", "point"
+_TOP = {"driver": "qcow2", "node-name": _IMAGE, "file": _FILE, "backing": _POINT}
+_FLUSH_SECONDS = 5.0
+"""So much at most is copied again after a crash: QEMU keeps the tables in memory."""
 _RECONNECT_SECONDS = 30
 _LOOK_SECONDS = 0.5
 _STALLED_LOOKS = 20
@@ -57,8 +60,8 @@ def hydrate(
             "export": record.export,
             "reconnect-delay": _RECONNECT_SECONDS,
         },
-        {"driver": "file", "node-name": "file", "filename": str(image)},
-        {"driver": "qcow2", "node-name": _IMAGE, "file": "file", "backing": _POINT},
+        {"driver": "file", "node-name": _FILE, "filename": str(image)},
+        _TOP,
     ]
     with StorageDaemon(image.name, nodes) as daemon:
         _Copying(daemon.monitor, image, record, passphrase, on_event).run(speed)
@@ -77,6 +80,7 @@ class _Copying:
         self._passphrase, self._on_event = passphrase, on_event
         self._done, self._stalled, self._tries = -1, 0, 0
         self._has_said = False
+        self._flushed_at = time.monotonic()
 
     def run(self, speed: int) -> None:
         begin = self._monitor.mark()
@@ -102,11 +106,18 @@ class _Copying:
                 break
             if job.get("status") == "paused":
                 self._resume(begin)
+            elif time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
+                self._flush()
             elif self._stalled and self._stalled % _STALLED_LOOKS == 0:
                 self._revive()
             self._monitor.wait(_is_of_job, after=seen, seconds=_LOOK_SECONDS)
         with suppress(Refused):
             self._monitor.execute("job-cancel", {"id": _JOB})
+
+    def _flush(self) -> None:
+        """A reopening with the same options writes all that QEMU holds. The daemon has no other command for that."""
+        self._monitor.execute("blockdev-reopen", {"options": [_TOP]})
+        self._flushed_at = time.monotonic()
 
     def _note(self, job: Any) -> None:
         done, total = int(job.get("current-progress", 0)), int(job.get("total-progress", 0))

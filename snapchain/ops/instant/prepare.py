@@ -22,9 +22,10 @@ from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import PointRecord
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.host.directory import Directory
-from snapchain.host.files import UNCHANGED, Standing
+from snapchain.host.files import UNCHANGED, Standing, remove_temporaries
 from snapchain.host.os_errors import os_errors
 from snapchain.host.path_resolution import place_to_change
+from snapchain.host.temporary_names import NEW
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.points import chosen_point
 from snapchain.ops.instant import server
@@ -156,12 +157,21 @@ def prepare(
 
     located: the destination as `open_destination` takes it, from any directory
     images: in one directory, all of one guest or one disk; passphrase: for the server
-    Raises Conflict for files that are there, Unavailable where the point cannot be served.
+    Raises Conflict for files that are there, Unsupported where points are read in one go, Unavailable where the point
+    cannot be served: what was begun for new images is undone then.
     """
+    for each in images:
+        destination.whole(each.disk, str(each.point.point))  # is not entered: raises where it cannot be done
     records = _recorded(located, images, guest, guest_point)
     records = {path: _held(destination, path, record, on_event) for path, record in records.items()}
     first = next(iter(records))
-    started = server.ensure(first, passphrase)
+    try:
+        started = server.ensure(first, passphrase)
+    except SnapchainError:
+        if not any(os.path.lexists(path) for path in records):  # nothing depends on it yet
+            for path, record in records.items():
+                forget(destination, path, record, on_event)
+        raise
     for path, record in records.items():
         make_overlay(path, record, standing)
     return Prepared(records, started)
@@ -229,12 +239,12 @@ def _held(destination: ReadableDestination, image: Path, record: InstantRecord, 
     return record
 
 
-def forget(destination: ReadableDestination | None, image: Path, record: InstantRecord, on_event: OnEvent) -> None:
+def forget(destination: ReadableDestination, image: Path, record: InstantRecord, on_event: OnEvent) -> None:
     """An image does not depend on its point any more: release the hold, remove the record, and end the last server.
 
-    Idempotent. destination: opened to write; None where no hold was made
+    Idempotent. destination: opened to write
     """
-    if destination is not None and record.hold is not None:
+    if record.hold is not None:
         try:
             destination.release(record.disk, str(record.point), record.hold)
         except NotFound:
@@ -245,7 +255,10 @@ def forget(destination: ReadableDestination | None, image: Path, record: Instant
                     record.address, f"its hold could not be released: snapchain release --tag {record.hold} ({error})"
                 )
             )
-    record_file(image).remove()
+    note = record_file(image)
+    note.remove()
+    for path in (image, note.directory / note.name):  # what killed runs have left
+        remove_temporaries(path, purpose=NEW)
     if not any(each.token == record.token for each in served_with(image, record).values()):
         server.end(record)
         _remove_log(record)
