@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapchain.errors import Conflict, NotFound, SnapchainError, Unavailable
+from snapchain.errors import NotFound, SnapchainError
 from snapchain.guest.address import GuestAddress
 from snapchain.guest.qmp_guest import QmpGuest
 from snapchain.guest.qmp_hydration import Hydration
@@ -88,7 +88,7 @@ class UnderQemu:
                 first_speed=pace.first_speed,
                 on_event=self.on_event,
             ).run()
-        except (Unavailable, Conflict):
+        except SnapchainError:
             # A guest that has ended leaves an image at rest, which is copied as such.
             if qemu_of(image) is not None:
                 raise
