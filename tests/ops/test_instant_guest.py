@@ -219,7 +219,13 @@ def test_without_its_server_the_guest_reads_nothing_at_all(site: Site, monkeypat
     pid = server.process_of(site.record)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: "Input/output error" in site.io("read -P 3 1M 64k"), alive=running.lives)
+
+    def is_refused() -> bool:
+        said = site.io("read -P 3 1M 64k")
+        assert "Pattern verification failed" not in said, "the guest reads zeroes"
+        return "Input/output error" in said
+
+    wait_until(is_refused, alive=running.lives)
     site.hurry()
     wait_until(lambda: site.job() == "paused", alive=running.lives)
     wait_until(lambda: site.says("could not be started again"), alive=running.lives)
