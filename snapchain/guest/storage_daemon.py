@@ -90,7 +90,7 @@ class StorageDaemon:
         try:
             self._ended.result()
         except ToolFailed as error:
-            if "lock" in error.stderr:
+            if '" lock' in error.stderr:  # Failed to get "write" lock
                 raise Busy(
                     "another program has the image open", subject=self._argv[0], hint="run the command again later"
                 ) from error

@@ -176,6 +176,7 @@ def prepare(
         if not record.made:
             records[path] = record.model_copy(update={"made": True})
             record_file(path).write(records[path])
+    started |= server.ensure(first, passphrase)  # one that served images which are gone may have ended meanwhile
     return Prepared(records, started)
 
 
