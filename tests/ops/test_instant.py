@@ -241,7 +241,7 @@ def test_a_second_run_beside_it_is_told(site: Site, monkeypatch: pytest.MonkeyPa
 
     def twice(*args: Any, **more: Any) -> None:
         monkeypatch.setattr(runs, "hydrate", real)
-        with hydrate.StorageDaemon("x", [{"driver": "qcow2", "node-name": "x", "backing": None, "file": {
+        with hydrate.StorageDaemon("x", "0123", [{"driver": "qcow2", "node-name": "x", "backing": None, "file": {
             "driver": "file", "filename": str(site.image)}}]):  # fmt: skip
             with pytest.raises(Busy) as caught:
                 site.run()

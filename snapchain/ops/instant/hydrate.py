@@ -74,7 +74,7 @@ def _started(
     for _ in range(_TRIES):
         server.ensure(image, passphrase)
         try:
-            return StorageDaemon(image.name, nodes)
+            return StorageDaemon(image.name, record.token, nodes)
         except ToolFailed:
             if server.serves(record):
                 raise
