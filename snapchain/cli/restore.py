@@ -55,6 +55,8 @@ _STREAM = "-"
     snapchain restore /backup::web1/vda - --format raw | ssh kvm2 dd of=/dev/vg0/web1 bs=1M
     snapchain restore /backup::web1 /images/web1
     snapchain restore /backup::web1@before-upgrade /images/web2 --define --new-name web2
+    snapchain restore --instant /backup::web1/vda /images/web1.qcow2
+    snapchain restore --instant --later /backup::web1 /images/web1
     snapchain restore /backup /images --match '*' --dry-run
     snapchain restore s3://bucket/prefix /images --match 'web*' --match 'db*' --point yesterday
     """,

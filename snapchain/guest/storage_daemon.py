@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -32,11 +31,12 @@ _POLL_SECONDS = 0.02
 class StorageDaemon:
     """A context manager; at its end the daemon writes what it holds back, and closes its images.
 
+    name, token: of its directory, which is the same in each run: a run that was killed leaves one, not many
     nodes: arguments of `blockdev-add`, in this order
     """
 
-    def __init__(self, name: str, nodes: Sequence[Mapping[str, object]]) -> None:
-        self._directory = run_directory.make(name, secrets.token_hex(4))
+    def __init__(self, name: str, token: str, nodes: Sequence[Mapping[str, object]]) -> None:
+        self._directory = run_directory.make(name, token)
         socket = self._directory / "qmp.sock"
         argv = [PROGRAM, *(word for each in nodes for word in ("--blockdev", json.dumps(each)))]
         argv += ["--chardev", f"socket,id=monitor,path={socket},server=on,wait=off", "--monitor", "chardev=monitor"]
@@ -90,7 +90,7 @@ class StorageDaemon:
         try:
             self._ended.result()
         except ToolFailed as error:
-            if "lock" in error.stderr:
+            if '" lock' in error.stderr:  # Failed to get "write" lock
                 raise Busy(
                     "another program has the image open", subject=self._argv[0], hint="run the command again later"
                 ) from error

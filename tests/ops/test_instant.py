@@ -1,4 +1,4 @@
-"""restore --instant: usable at once, never zeroes for data, continued after every death, and plain and proven at last."""
+"""restore --instant: usable at once, never zeroes for data, continued after every death, at last plain and proven."""
 
 from __future__ import annotations
 
@@ -148,7 +148,9 @@ def site(repository: tuple[Path, bytes], tmp_path: Path) -> Site:
 def as_a_guest(image: Path, *commands: str) -> None:
     """What a guest does, with the result that its reads are right, or the error of QEMU."""
     words = [word for command in commands for word in ("-c", command)]
-    done = subprocess.run(["qemu-io", "-d", "unmap", "-f", "qcow2", *words, image], capture_output=True, text=True)
+    done = subprocess.run(
+        ["qemu-io", "-d", "unmap", "-f", "qcow2", *words, image], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "verification failed" not in done.stdout, done.stdout
 
@@ -179,7 +181,9 @@ def test_without_its_server_it_does_not_open(site: Site) -> None:
     before = record_of(site.image)
     assert before is not None
     site.kill_server()
-    done = subprocess.run(["qemu-io", "-r", "-c", "read 0 64k", site.image], capture_output=True, text=True)
+    done = subprocess.run(
+        ["qemu-io", "-r", "-c", "read 0 64k", site.image], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, "backing file" in done.stderr) == (1, True)
     (status,) = instant_status((site.image,)).instant
     assert status.state == "not served"
@@ -195,12 +199,14 @@ def test_without_its_server_it_does_not_open(site: Site) -> None:
 @pytest.mark.sampled
 def test_killed_at_every_step(site: Site) -> None:
     """With or without its server too. The image that is there never reads as zeroes."""
-    for number, _ in enumerate(killed_at_every_step(site.run, each=9)):
+    for number, _ in enumerate(killed_at_every_step(site.run, each=19)):
         if number % 2:
             site.kill_server()
         if site.image.exists():
             raw = site.folder / "read.raw"
-            done = subprocess.run(["qemu-img", "convert", "-O", "raw", site.image, raw], capture_output=True, text=True)
+            done = subprocess.run(
+                ["qemu-img", "convert", "-O", "raw", site.image, raw], capture_output=True, text=True, check=False
+            )
             assert done.returncode or raw.read_bytes() == site.shown
         if not (site.image.exists() and record_of(site.image) is None):
             site.run()
@@ -235,7 +241,7 @@ def test_a_second_run_beside_it_is_told(site: Site, monkeypatch: pytest.MonkeyPa
 
     def twice(*args: Any, **more: Any) -> None:
         monkeypatch.setattr(runs, "hydrate", real)
-        with hydrate.StorageDaemon("x", [{"driver": "qcow2", "node-name": "x", "backing": None, "file": {
+        with hydrate.StorageDaemon("x", "0123", [{"driver": "qcow2", "node-name": "x", "backing": None, "file": {
             "driver": "file", "filename": str(site.image)}}]):  # fmt: skip
             with pytest.raises(Busy) as caught:
                 site.run()
@@ -256,11 +262,11 @@ def test_lost_data_end_the_copying_and_are_no_zeroes(site: Site) -> None:
     whole = pack.read_bytes()
     pack.chmod(0o600)
     pack.write_bytes(whole[: len(whole) // 2] + bytes(MiB) + whole[len(whole) // 2 + MiB :])
-    with pytest.raises(Corrupt, match="a part of the point cannot be read: .*bytes") as caught:
+    with pytest.raises(Corrupt, match="a part of the point cannot be read: web1/vda@1: bytes") as caught:
         site.run()
     assert "run the command again" in (caught.value.hint or "")
     assert site.header().backing is not None
-    done = subprocess.run(["qemu-io", "-r", "-c", "read 0 8M", site.image], capture_output=True, text=True)
+    done = subprocess.run(["qemu-io", "-r", "-c", "read 0 8M", site.image], capture_output=True, text=True, check=False)
     assert "Input/output error" in done.stdout + done.stderr
     site.kill_server()  # which knows that it is lost
     pack.write_bytes(whole)
@@ -340,8 +346,7 @@ def test_what_is_in_the_way(site: Site, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_another_point_or_format_is_refused(site: Site) -> None:
     site.run(later=True)
-    snapchain.ship(site.folder / "repo" / ".." / "images" / ".." / "x.qcow2", site.place(), DISK) if False else None
-    with pytest.raises(Conflict, match="it is an instant restore of .*@1, which is not finished"):
+    with pytest.raises(Conflict, match="@1, which is not finished"):
         site.restoration(point="2")
     record_file(site.image).remove()
     with pytest.raises(Conflict, match="an instant restore whose record is gone"):
@@ -366,8 +371,7 @@ def test_a_destination_that_takes_no_hold(site: Site, monkeypatch: pytest.Monkey
     monkeypatch.undo()
 
 
-def test_the_server_ends_when_its_image_is_removed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NOTHING", raising=False)
+def test_the_server_ends_when_its_image_is_removed(site: Site) -> None:
     site.run(later=True)
     record = record_of(site.image)
     assert record is not None

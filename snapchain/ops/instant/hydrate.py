@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from snapchain.errors import Corrupt, SnapchainError, Unavailable
+from snapchain.errors import Corrupt, SnapchainError, ToolFailed, Unavailable
 from snapchain.guest.qmp import Monitor, Refused
 from snapchain.guest.storage_daemon import StorageDaemon
 from snapchain.host.files import read_small
@@ -63,8 +63,22 @@ def hydrate(
         {"driver": "file", "node-name": _FILE, "filename": str(image)},
         _TOP,
     ]
-    with StorageDaemon(image.name, nodes) as daemon:
+    with _started(image, record, nodes, passphrase) as daemon:
         _Copying(daemon.monitor, image, record, passphrase, on_event).run(speed)
+
+
+def _started(
+    image: Path, record: InstantRecord, nodes: list[dict[str, Any]], passphrase: Callable[[], str | None]
+) -> StorageDaemon:
+    """With a server that may end at any moment: then another one is started."""
+    for _ in range(_TRIES):
+        server.ensure(image, passphrase)
+        try:
+            return StorageDaemon(image.name, record.token, nodes)
+        except ToolFailed:
+            if server.serves(record):
+                raise
+    raise Unavailable("the server of the point ends at once", subject=image, hint=f"see {server.log_of(record)}")
 
 
 class _Copying:

@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import PointRecord
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
-from snapchain.host.directory import Directory
 from snapchain.host.files import UNCHANGED, Standing, remove_temporaries
 from snapchain.host.os_errors import os_errors
 from snapchain.host.path_resolution import place_to_change
@@ -174,6 +173,10 @@ def prepare(
         raise
     for path, record in records.items():
         make_overlay(path, record, standing)
+        if not record.made:
+            records[path] = record.model_copy(update={"made": True})
+            record_file(path).write(records[path])
+    started |= server.ensure(first, passphrase)  # one that served images which are gone may have ended meanwhile
     return Prepared(records, started)
 
 
@@ -261,13 +264,4 @@ def forget(destination: ReadableDestination, image: Path, record: InstantRecord,
         remove_temporaries(path, purpose=NEW)
     if not any(each.token == record.token for each in served_with(image, record).values()):
         server.end(record)
-        _remove_log(record)
-
-
-def _remove_log(record: InstantRecord) -> None:
-    path = server.log_of(record)
-    try:
-        with os_errors(path), Directory.open(path.parent) as directory:
-            directory.remove(path.name)
-    except NotFound:
-        pass
+        server.clear(record)

@@ -34,6 +34,7 @@ class InstantRecord(BaseModel):
     destination: as `open_destination` takes it; disk, point: there, on hold under `hold` where that was allowed
     guest: of which the disk is one, with the number of its guest point
     virtual_size, content_id: of the point; begun: when
+    made: whether the image was made: then it is missed when it is gone
     bitmap: name of the image's bitmap of what was written to it, None for none
     copying_since, copied_before: when the copying began last, and how many guest bytes the image had then
     written: the content of that bitmap before the copying began last, packed, deflated, in base64
@@ -54,6 +55,7 @@ class InstantRecord(BaseModel):
     guest: str | None = None
     guest_point: int | None = None
     hold: str | None = None
+    made: bool = False
     bitmap: str | None = None
     written: str | None = None
     copying_since: datetime | None = None

@@ -21,9 +21,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from snapchain.errors import SnapchainError, Unavailable
+from snapchain.errors import NotFound, SnapchainError, Unavailable
 from snapchain.host.detached import start_module
+from snapchain.host.directory import Directory
 from snapchain.host.files import open_or_make
+from snapchain.host.os_errors import os_errors
 from snapchain.host.private import PrivateDirectory
 from snapchain.host.readable import is_readable
 from snapchain.host.run_directory import base
@@ -117,6 +119,14 @@ def end(record: InstantRecord) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
+def clear(record: InstantRecord) -> None:
+    """Remove what a server that has ended, or was killed, has left. Idempotent."""
+    path = Path(record.socket)
+    with suppress(NotFound), os_errors(path), Directory.open(path.parent) as directory:
+        directory.remove(path.name)
+        directory.remove(log_of(record).name)
+
+
 def log_of(record: InstantRecord) -> Path:
     """Where the server writes what could not be read."""
     return Path(record.socket).with_suffix(_LOG)
@@ -193,15 +203,17 @@ def _serve(image: Path, passphrase: object, on_ready: Callable[[], None]) -> Non
 
 def _watch(images: Sequence[Path], record: InstantRecord) -> None:
     """End this process when no image depends on it any more. An image that was not made yet is waited for."""
-    began, seen = time.monotonic(), set[Path]()
-    while True:
-        is_early = time.monotonic() - began < _FIRST_SECONDS
-        seen |= {image for image in images if os.path.lexists(image)}
-        left = [image for image in images if (found := record_of(image)) is not None and found.token == record.token]
-        if not any(os.path.lexists(image) or (image not in seen and is_early) for image in left):
-            break
+    began = time.monotonic()
+    while any(_depends(image, record, is_early=time.monotonic() - began < _FIRST_SECONDS) for image in images):
         time.sleep(_LOOK_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _depends(image: Path, record: InstantRecord, *, is_early: bool) -> bool:
+    found = record_of(image)
+    if found is None or found.token != record.token:
+        return False
+    return os.path.lexists(image) or (is_early and not found.made)
 
 
 class _Log:
