@@ -19,6 +19,7 @@ class Export:
 
     opens: a context manager that gives its Reading
     stays: it is open as long as the server, else while a client reads it
+    block_status: clients may ask which ranges hold data
     """
 
     name: str
@@ -26,6 +27,7 @@ class Export:
     description: str
     opens: Callable[[], AbstractContextManager[Reading]]
     stays: bool = True
+    block_status: bool = True
 
 
 class Exports:
@@ -63,7 +65,7 @@ class Exports:
     def describe(self, name: str) -> Described:
         """As Offer."""
         found = self._named(name)
-        return Described(found.name, found.size, found.description)
+        return Described(found.name, found.size, found.description, found.block_status)
 
     def open(self, name: str) -> OpenedExport:
         """As Offer. The caller closes what is returned."""

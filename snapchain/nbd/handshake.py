@@ -48,11 +48,15 @@ _FLAGS = (
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """An export as a list shows it. name: its full name; size: bytes; description: for people"""
+    """An export as a list shows it. name: its full name; size: bytes; description: for people
+
+    block_status: clients may ask which ranges hold data
+    """
 
     name: str
     size: int
     description: str
+    block_status: bool = True
 
 
 class Offer(Protocol[OpenedT_co]):
@@ -184,8 +188,8 @@ class Handshake(Generic[OpenedT]):
             described = self._offer.describe(name)
         except NotFound as error:
             return option_error(option, Reply.ERR_UNKNOWN, str(error))
-        names = ALLOCATION in queries
-        lists = not is_set and (not queries or b"base:" in queries)
+        names = described.block_status and ALLOCATION in queries
+        lists = described.block_status and not is_set and (not queries or b"base:" in queries)
         if is_set and names:
             self._context_of = described.name
         found = context_reply(option, CONTEXT_ID if is_set else 0) if names or lists else b""

@@ -59,6 +59,7 @@ class ServeRequest:
     tls: the directory with the certificates; all_points: list all points of the disks
     cache: bytes; patience: seconds
     once: end when the last client has gone
+    block_status: clients may ask which ranges hold data; a guest that streams from the export must not: decision 0163
     """
 
     addresses: Sequence[PointAddress]
@@ -69,6 +70,7 @@ class ServeRequest:
     cache: int = CACHE_BYTES
     patience: float = PATIENCE
     once: bool = False
+    block_status: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +217,14 @@ class Serving:
         lock = threading.Lock()
         for each in self._chosen:
             words = f"{each.destination.url}::{each.disk}@{each.record.point} of {each.record.time:%Y-%m-%d %H:%M:%S}"
-            yield Export(each.export, each.record.virtual_size, words, partial(opened, each), stays=each.stays)
+            yield Export(
+                each.export,
+                each.record.virtual_size,
+                words,
+                partial(opened, each),
+                stays=each.stays,
+                block_status=self._request.block_status,
+            )
 
     def _plan(self, port: int | None, socket: Path | None) -> ServePlan:
         def uri(export: str) -> str:

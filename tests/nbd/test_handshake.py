@@ -20,8 +20,8 @@ NAMES = ("web1/vda", "web1/vdb")
 class Offered:
     """Two exports, one of which may not be opened."""
 
-    def __init__(self, fault: SnapchainError | None = None) -> None:
-        self.fault = fault
+    def __init__(self, fault: SnapchainError | None = None, *, block_status: bool = True) -> None:
+        self.fault, self.block_status = fault, block_status
 
     def names(self) -> Sequence[str]:
         return NAMES
@@ -29,7 +29,7 @@ class Offered:
     def describe(self, name: str) -> Described:
         if name not in NAMES:
             raise NotFound(f"there is no export {name!r}")
-        return Described(name, 1 << 20, "a disk")
+        return Described(name, 1 << 20, "a disk", self.block_status)
 
     def open(self, name: str) -> str:
         if self.fault is not None:
@@ -85,6 +85,16 @@ def test_flags_follow_what_was_agreed() -> None:
     begun = Handshake(Offered(), BOTH)
     chosen, _ = begun.answer(Option.GO, info("web1/vda"))
     assert not flags_of(chosen) & 128, "no DF without structured replies"
+    assert not begun.contexts
+
+
+def test_an_export_without_block_status_agrees_to_no_context() -> None:
+    begun = Handshake(Offered(block_status=False), BOTH)
+    begun.answer(Option.STRUCTURED_REPLY, b"")
+    for option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
+        found, _ = begun.answer(option, contexts("web1/vda", b"base:allocation"))
+        assert replies(found) == [(Reply.ACK, b"")]
+    begun.answer(Option.GO, info("web1/vda"))
     assert not begun.contexts
 
 

@@ -45,6 +45,7 @@ class Changes:
     identity: None for the recorded one
     without_network: leave its network cards out, and the ports, logs and devices of this host, for a clone that must
     reach nobody, and may run beside the recorded guest
+    stops_on_errors: an I/O error of a disk stops the guest, which then sees none
     """
 
     disks: Mapping[str, NewDisk]
@@ -55,6 +56,7 @@ class Changes:
     directory: Path
     identity: NewIdentity | None = None
     without_network: bool = False
+    stops_on_errors: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,8 @@ def change(text: str, changes: Changes, *, subject: object) -> Changed:
         restored = unseen.pop(name, None)
         if restored is not None:
             _set_disk(disk, restored)
+            if changes.stops_on_errors:
+                _stop_on_errors(disk)
         elif disk.get("device") in ("cdrom", "floppy") or disk.find("readonly") is not None:
             lacking += _missing_source(disk, f"the medium in {name}")
         else:
@@ -155,6 +157,13 @@ def _set_disk(disk: ET.Element, restored: NewDisk) -> None:
     for element in driver.findall("metadata_cache") if restored.format == "raw" else ():
         driver.remove(element)
     disk.insert(list(disk).index(driver) + 1, ET.Element("source", {"file": str(restored.path)}))
+
+
+def _stop_on_errors(disk: ET.Element) -> None:
+    driver = disk.find("driver")
+    assert driver is not None, "set by _set_disk"
+    driver.set("error_policy", "stop")
+    driver.set("rerror_policy", "stop")
 
 
 def _missing_source(disk: ET.Element, words: str) -> list[str]:

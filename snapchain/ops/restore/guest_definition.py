@@ -44,10 +44,14 @@ class GuestDefinition:
         identity: NewIdentity | None,
         address: str,
         without_network: bool = False,
+        stops_on_errors: bool = False,
     ) -> None:
-        """address: of the guest point, for errors; without_network: as in Changes. Raises Corrupt."""
+        """address: of the guest point, for errors; without_network, stops_on_errors: as in Changes
+
+        Raises Corrupt, Unsupported for a disk that cannot stop its guest on errors.
+        """
         self._record, self._disks, self._identity, self._address = record, disks, identity, address
-        self._without_network = without_network
+        self._without_network, self._stops_on_errors = without_network, stops_on_errors
         self.name, self.directory = name, directory
         self.changed, self.files = self._definition()
 
@@ -133,6 +137,7 @@ class GuestDefinition:
             directory=self.directory,
             identity=self._identity,
             without_network=self._without_network,
+            stops_on_errors=self._stops_on_errors,
         )
         changed: Changed | None = None
         if record.kind == "libvirt":

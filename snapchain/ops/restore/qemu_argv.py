@@ -41,6 +41,10 @@ _SHARED_CONSOLES = ("tcp:", "telnet:", "websocket:", "udp:", "file:", "pipe:", "
 _SHARED_BACKENDS = frozenset({"file", "pipe", "udp", "serial", "tty", "parallel", "parport"})
 _DESCRIPTORS = frozenset({"fd", "fds", "vhostfd", "vhostfds"})
 _MAC = {"device": "mac", "nic": "mac", "net": "macaddr"}
+_STOPS_ON_ERRORS = re.compile(r"virtio-blk|scsi-hd$|ide-hd$|usb-storage$")
+"""Devices that QEMU can stop the guest for. Others pass I/O errors on."""
+_DRIVES_THAT_STOP = frozenset({"ide", "scsi", "virtio"})
+_ON_ERROR = {"rerror": "stop", "werror": "stop"}
 _FILES_OF_THE_HOST = frozenset({"kernel", "initrd", "bios", "dtb", "readconfig"})
 _NETWORK = frozenset({"netdev", "nic", "net"})
 _IMPLIED = {"blockdev": "driver", "device": "driver", "name": "guest", "chardev": "backend"}
@@ -94,6 +98,12 @@ def _changed(argv: Sequence[str], changes: Changes, subject: object) -> _Command
     try:
         line = _CommandLine(argv[1:], changes)
         for name, disk in changes.disks.items():
+            if changes.stops_on_errors and not line.stop_on_errors(name):
+                raise Unsupported(
+                    f"QEMU cannot stop the guest at an I/O error of {name}, so the guest would see the error",
+                    subject=subject,
+                    hint="restore it whole: leave --instant out",
+                )
             if not line.set_disk(name, disk):
                 line.lacking.append(f"{name} is not in the command line; its file is {disk.path}")
         for name, reason in changes.left_out.items():
@@ -169,6 +179,13 @@ class _Option:
             self._value = json.dumps({**json.loads(self._value or ""), key: value})
         else:
             self.parts = [(each, value if each == key else old) for each, old in self.parts]
+
+    def put(self, values: Mapping[str, str]) -> None:
+        """Give keys their only values, whether they are there or not."""
+        if self.is_json:
+            self._value = json.dumps({**json.loads(self._value or ""), **values})
+        else:
+            self.parts = [*(each for each in self.parts if each[0] not in values), *values.items()]
 
     def nodes(self) -> Iterator[Node]:
         """All block nodes of a -blockdev, outer ones first."""
@@ -250,6 +267,26 @@ class _CommandLine:
         owner.is_changed = True
         self._drop_unreferenced()
         return True
+
+    def stop_on_errors(self, name: str) -> bool:
+        """Let an I/O error of a disk stop the guest, by its options. Returns whether it has any that can do that."""
+        found = self._source_of(name)
+        if found is None or found[0].name in _PLAIN_DISKS:
+            return False
+        option, node_name = found
+        drive = node_name if option.node is not None else option.values.get("id")
+        devices = [
+            each
+            for each in self._options
+            if each.name == "device" and drive is not None and each.values.get("drive") == drive
+        ]
+        if option.node is None:
+            option.put(_ON_ERROR)
+        for each in devices:
+            each.put(_ON_ERROR)
+        if devices:
+            return all(_STOPS_ON_ERRORS.match(each.values.get("driver", "")) for each in devices)
+        return option.node is None and option.values.get("if", "ide") in _DRIVES_THAT_STOP
 
     def leave_out(self, name: str) -> bool:
         """Remove a disk, and its device, unless it is only read. Returns whether it was removed."""
