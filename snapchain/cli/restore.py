@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, render, streams
+from snapchain.cli import options, quantities, render, streams
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import duration, moment, size
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from snapchain.destination.address import PointAddress
     from snapchain.destination.protocol import Destination
     from snapchain.ops.guest_points import GuestView
+    from snapchain.ops.instant.guest_images import GuestInstantReport, GuestInstantRequest
+    from snapchain.ops.instant.run import CopiedImage, InstantPlan, InstantRequest
     from snapchain.ops.restore.guest import GuestRestorePlan, GuestRestoreReport, GuestRestoreRequest
     from snapchain.ops.restore.run import Restoration
     from snapchain.ops.restore.several import SeveralPlan, SeveralReport, SeveralRequest
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _GUEST = "Guests"
 _SEVERAL = "Several disks and guests"
+_INSTANT = "Instant restore"
 _STREAM = "-"
 
 
@@ -152,6 +155,22 @@ def restore(
         bool,
         typer.Option("--new-identity", help="As --new-name, but keep the name.", rich_help_panel=_GUEST),
     ] = False,
+    instant: Annotated[
+        bool,
+        typer.Option(
+            "--instant",
+            help="Make OUT.qcow2 usable at once, and copy the point into it afterwards.",
+            rich_help_panel=_INSTANT,
+        ),
+    ] = False,
+    later: Annotated[
+        bool,
+        typer.Option(
+            "--later",
+            help="With --instant: do not copy yet. OUT depends on the destination until you run the command again.",
+            rich_help_panel=_INSTANT,
+        ),
+    ] = False,
     connections: options.Connections = 1,
     limit_rate: options.LimitRate = None,
     out: Output,
@@ -179,12 +198,25 @@ def restore(
     DIR/web1/vda.qcow2. One that cannot be restored is reported, the others are restored, and the exit code is 10. No
     file is replaced. Run it again to continue: it takes the points that the first run has chosen, and leaves what is
     restored already. --dry-run shows the sizes, and about how long it takes.
+
+    With --instant, OUT.qcow2 can be used when the command says so, within seconds. It is an overlay on the point, which
+    a process in the background serves as `snapchain serve` does. The point is then copied into OUT, and compared with
+    it; at the end OUT is a plain qcow2 file, and the process is gone. While the copying runs, no guest can open OUT. To
+    start a guest at once, say --later: the guest reads from the destination what OUT lacks. Run the command again
+    to copy.
+
+    Ctrl-C ends the copying. OUT stays usable, and the process goes on. After Ctrl-C, an error, or a restart of the
+    host, run the same command again: it starts the process, and continues with the same point. Without the process OUT
+    cannot be opened, and never reads as zeroes. Until OUT is finished its point is on hold at the destination.
+    `snapchain status OUT.qcow2` shows how far it is. To give it up, delete OUT and release the hold.
     """
     from snapchain.host.files import UNCHANGED, standing_of
     from snapchain.ops.guest_points import find_guest, guest_named, records_of
     from snapchain.ops.restore.run import Restoration
 
     standing = standing_of(owner, mode)
+    if later and not instant:
+        raise InvalidInput("--later goes with --instant", subject=source)
     is_stream = str(out_path) == _STREAM
     for_guests = defines or connect is not None or new_name is not None or new_identity
     if match:
@@ -198,6 +230,7 @@ def restore(
             "--connect": connect is not None,
             "--new-name": new_name is not None,
             "--new-identity": new_identity,
+            "--instant": instant,
         }
         if any(others.values()):
             raise InvalidInput(
@@ -221,9 +254,19 @@ def restore(
     if is_stream:
         _check_stream(source, image_format, is_new_file=chain or force or standing != UNCHANGED, dry_run=out.dry_run)
     address = _point_address(source)
+    if instant:
+        _check_instant(
+            source,
+            is_stream=is_stream,
+            chain=chain,
+            force=force,
+            damaged=allow_damaged,
+            image_format=image_format,
+        )
     place = options.destination(
         address.dest,
         out,
+        writing=instant and not out.dry_run,
         limit_rate=limit_rate,
         connections=connections,
     )
@@ -250,7 +293,37 @@ def restore(
             new_identity=new_identity,
             standing=standing,
         )
+        if instant:
+            _restore_instant_guest(place, view, as_instant(request), out)
+            return
         _restore_guest(place, view, request, out)
+
+    def as_instant(request: GuestRestoreRequest) -> GuestInstantRequest:
+        from snapchain.destination.address import located
+        from snapchain.ops.instant.guest_images import GuestInstantRequest
+
+        return GuestInstantRequest(
+            restore=request,
+            located=located(address.dest),
+            passphrase=options.passphrase_source(out, address.dest),
+            later=later,
+            speed=0 if limit_rate is None else quantities.parse_size(limit_rate),
+        )
+
+    def as_disk() -> InstantRequest:
+        from snapchain.destination.address import located
+        from snapchain.ops.instant.run import InstantRequest
+
+        return InstantRequest(
+            located=located(address.dest),
+            disk=address.disk,
+            point=address.point,
+            output=out_path,
+            passphrase=options.passphrase_source(out, address.dest),
+            standing=standing,
+            later=later,
+            speed=0 if limit_rate is None else quantities.parse_size(limit_rate),
+        )
 
     view: GuestView | None = None
     if for_guests or _is_directory(out_path):
@@ -261,6 +334,9 @@ def restore(
         if for_guests:
             raise NotFound("there is no such guest, and --define and --new-name are for guests", subject=source)
     try:
+        if instant:
+            _restore_instant(place, as_disk(), out)
+            return
         if is_stream:
             _restore_stream(place, address.disk, address.point, allow_damaged=allow_damaged, out=out)
             return
@@ -335,6 +411,99 @@ def _is_directory(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # the restore of a disk says what is wrong with it
         return False
+
+
+def _check_instant(
+    source: str, *, is_stream: bool, chain: bool, force: bool, damaged: bool, image_format: str | None
+) -> None:
+    """Raises InvalidInput for options that an instant restore cannot follow."""
+    others = {
+        "standard output": is_stream,
+        "--chain": chain,
+        "--force": force,
+        "--allow-damaged": damaged,
+        "--format raw": options.format_of(image_format) == "raw",
+    }
+    if any(others.values()):
+        raise InvalidInput(
+            f"--instant makes a new qcow2 file, and does not work together with "
+            f"{', '.join(name for name, given in others.items() if given)}",
+            subject=source,
+        )
+
+
+def _restore_instant_guest(place: Destination, view: GuestView, request: GuestInstantRequest, out: Output) -> None:
+    from snapchain.ops.instant.guest_images import GuestInstantRestoration
+
+    work = GuestInstantRestoration(place, view, request, on_event=out.on_event)
+    if out.dry_run:
+        out.plan(work.plan(), _draw_guest_plan)
+        return
+    report = work.run()
+    status = PartialFailure.exit_code if any(each.unproven_bytes for each in report.disks) else 0
+    out.report(report, _draw_instant_guest, problems=_draw_unproven_disks, status=status)
+
+
+def _draw_instant_guest(console: Console, report: GuestInstantReport) -> None:
+    is_done = all(each.state == "done" for each in report.disks)
+    words = "restored" if is_done else "can be started"
+    render.headline(console, f"{report.guest}, guest point {report.guest_point}, {words}: {report.directory}")
+    for each in report.disks:
+        state = "all of it" if each.state == "done" else "depends on the destination"
+        render.line(console, f"{each.output}  {each.disk}@{each.point}, {size(each.virtual_size)}, {state}", indent=2)
+    if report.definition is not None:
+        render.facts(console, [("definition", report.definition), ("defined", report.defined or "")])
+    for words in report.lacking:
+        render.line(console, f"note: {words}", style="yellow")
+    _draw_unproven_disks(console, report)
+
+
+def _draw_unproven_disks(console: Console, report: GuestInstantReport) -> None:
+    for each in report.disks:
+        _draw_unproven(console, each)
+
+
+def _restore_instant(place: Destination, request: InstantRequest, out: Output) -> None:
+    from snapchain.ops.instant.run import InstantRestoration
+
+    work = InstantRestoration(place, request)
+    if out.dry_run:
+        out.plan(work.plan(), _draw_instant_plan)
+        return
+    report = work.run(on_event=out.on_event)
+    out.report(report, _draw_instant, problems=_draw_unproven, status=_status_of(report))
+
+
+def _status_of(report: CopiedImage) -> int:
+    return PartialFailure.exit_code if report.unproven_bytes else 0
+
+
+def _draw_instant_plan(console: Console, plan: InstantPlan) -> None:
+    verb = "continue" if plan.begun else "make"
+    render.headline(console, f"would {verb} {plan.output}, an overlay on {plan.source}::{plan.disk}@{plan.point}")
+    rows = [("size", size(plan.virtual_size)), ("to copy", size(plan.data_bytes) if plan.copies else "nothing yet")]
+    render.facts(console, rows)
+
+
+def _draw_instant(console: Console, report: CopiedImage) -> None:
+    if report.state == "served":
+        render.headline(console, f"{report.output} can be used, and depends on {report.disk}@{report.point}")
+        render.facts(console, [("size", size(report.virtual_size)), ("backing", report.backing or "")])
+        return
+    render.headline(console, f"restored {report.output}: {report.disk}@{report.point}, all of it")
+    rows = [("size", size(report.virtual_size))]
+    if report.content_id is not None:
+        rows.append(("content", report.content_id))
+    if report.guest_bytes:
+        rows.append(("changed", f"{size(report.guest_bytes)} by a guest; all else is proven to be the point"))
+    render.facts(console, rows)
+    _draw_unproven(console, report)
+
+
+def _draw_unproven(console: Console, report: CopiedImage) -> None:
+    if report.unproven_bytes:
+        words = "differ from the point. A guest was killed, so nobody knows whether it wrote all of them"
+        render.line(console, f"{size(report.unproven_bytes)} {words}", style="yellow")
 
 
 def _restore_disk(work: Restoration, out: Output) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from snapchain.model.guest_checks import GuestCheck
     from snapchain.ops.guest_status import GuestStatus
+    from snapchain.ops.instant.status import InstantStatusReport
     from snapchain.ops.status import DiskStatus, StatusReport, Wanted
 
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     snapchain status ssh://root@kvm2/srv/replica::web1 /backup::web1
     snapchain status /backup --max-age 26h --nagios
     snapchain status /backup --metrics /var/lib/node_exporter/backup.prom
+    snapchain status /images/web1.qcow2
     snapchain status /backup --json | jq -r '.guests[] | select(.owed != []) | .guest'
     """,
     when_interrupted="nothing was being changed",
@@ -40,7 +43,10 @@ if TYPE_CHECKING:
 def status(
     places: Annotated[
         list[str],
-        options.address(metavar="DEST[::DISK|::GUEST]...", help="Destinations, or single disks and guests of them."),
+        options.address(
+            metavar="DEST[::DISK|::GUEST]|IMAGE...",
+            help="Destinations, or single disks and guests of them; or images of instant restores, or their directory.",
+        ),
     ],
     *,
     match: Annotated[
@@ -80,10 +86,20 @@ def status(
     The guest's other destinations are asked, too, but not for --nagios and --metrics: one of them may have a newer
     master. How guests stand does not change the exit code.
 
+    An image that `restore --instant` made: how much of its point it has, how long the rest takes, the point that it
+    depends on, and whether it can be used now.
+
     Ends with exit code 10 when a disk is older than --max-age or cannot be read, or one of several destinations cannot
     be asked. With --nagios the exit codes are 0 OK, 1 WARNING (points of the future, or a guest of which something is
     owed), 2 CRITICAL (a disk is late or cannot be read) and 3 UNKNOWN (a destination cannot be asked).
     """
+    if (images := _images(places)) is not None:
+        if nagios or metrics is not None or match or max_age is not None:
+            raise InvalidInput("--nagios, --metrics, --match and --max-age are for destinations", subject=places[0])
+        from snapchain.ops.instant.status import instant_status
+
+        out.show(instant_status(images), _draw_instant)
+        return
     from snapchain.ops import monitoring
 
     try:
@@ -111,6 +127,39 @@ def status(
         raise typer.Exit(code)
     several = len({each.destination for each in report.destinations}) > 1
     out.show(report, partial(_draw, several=several), problems=_draw_problems, status=code)
+
+
+def _images(places: Sequence[str]) -> tuple[Path, ...] | None:
+    """The images that are named; None where destinations are. Raises InvalidInput for both."""
+    paths = [Path(each) for each in places]
+    if not any(each.exists() for each in paths):  # nor is anything loaded that asks further
+        return None
+    from snapchain.ops.instant.status import instant_images
+
+    found = [instant_images(each) for each in paths]
+    if not any(found):
+        return None
+    if not all(found):
+        raise InvalidInput("images and destinations are both named", subject=", ".join(places), hint="ask for one kind")
+    return tuple(image for each in found for image in each)
+
+
+def _draw_instant(console: Console, report: InstantStatusReport) -> None:
+    for each in report.instant:
+        percent = "" if each.percent is None else f", {each.percent:g} % copied"
+        render.headline(console, f"{render.place(each.image)}: {each.state}{percent}")
+        copied = "" if each.copied_bytes is None else f"{size(each.copied_bytes)} of {size(each.virtual_size)}"
+        render.facts(
+            console,
+            [
+                ("depends on", each.depends_on),
+                ("hold", each.hold or "none: let no merge or gc run there"),
+                ("copied", copied),
+                ("time left", "" if each.seconds_left is None else quantities.duration(each.seconds_left)),
+            ],
+        )
+        if each.state in ("not served", "missing"):
+            render.line(console, "run the same `snapchain restore --instant` again: it continues", style="yellow")
 
 
 def _asked(

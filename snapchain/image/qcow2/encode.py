@@ -44,7 +44,7 @@ def header(layout: Layout) -> bytes:
     if layout.backing is not None:
         if not layout.backing.format:
             raise InvalidInput("a backing link without a format would be probed", subject=ascii(layout.backing.name))
-        name = backing_name(layout.backing.name)
+        name = backing_name(layout.backing.name, is_uri=layout.backing.is_uri)
         extensions = pack_extension(ExtensionType.BACKING_FORMAT, layout.backing.format.encode())
     extensions += pack_extension(ExtensionType.END, b"")
     name_offset = V3_HEADER_BYTES + len(extensions)
@@ -231,13 +231,14 @@ def _cut(at: Int64s, stop: Int64s, size: int) -> Iterator[tuple[Int64s, Uint64s,
         yield cells, ((start - cells) // grain).astype(np.uint64), (-(-(end - cells) // grain)).astype(np.uint64)
 
 
-def backing_name(name: str) -> bytes:
-    """The name as QEMU stores it. A colon before the first slash would mean a protocol, not a file."""
+def backing_name(name: str, *, is_uri: bool = False) -> bytes:
+    """The name as QEMU stores it. A colon before the first slash means a protocol, not a file."""
     try:
         raw = name.encode()
     except UnicodeEncodeError as error:
         raise InvalidInput("a backing name must be UTF-8", subject=ascii(name)) from error
-    if not raw or len(raw) > MAX_BACKING_NAME_BYTES or any(byte < 0x20 for byte in raw) or ":" in name.split("/", 1)[0]:
+    is_protocol = ":" in name.split("/", 1)[0]
+    if not raw or len(raw) > MAX_BACKING_NAME_BYTES or any(byte < 0x20 for byte in raw) or is_protocol != is_uri:
         raise InvalidInput(
             f"not a backing name that QEMU takes for a plain file of at most {MAX_BACKING_NAME_BYTES} bytes",
             subject=ascii(name),

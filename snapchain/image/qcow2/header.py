@@ -6,7 +6,7 @@ and of docs/interop/qcow2.txt; snapchain also refuses encryption, external data 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from snapchain.errors import Corrupt, Unsupported
@@ -44,10 +44,14 @@ HEAD_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Backing:
-    """The backing file as the header records it; `format` is None where the image leaves it to be probed."""
+    """The backing file as the header records it; `format` is None where the image leaves it to be probed.
+
+    is_uri: a name to be written is meant to be a URI, such as that of an export; else it must be that of a file
+    """
 
     name: str
     format: str | None
+    is_uri: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,7 @@ def write_overlay(
     """
     chosen = DEFAULT_CLUSTER_SIZE if cluster_size is None else cluster_size
     name = backing.name
-    if "/" not in name and ":" in name:  # QEMU would parse it as a protocol
+    if not backing.is_uri and "/" not in name and ":" in name:  # QEMU would parse it as a protocol
         backing = Backing(f"./{name}", backing.format)
     layout = plan(Extents.absent(size), cluster_size=chosen, backing=backing, extended_l2=extended_l2)
     writer = Qcow2Writer(fd, layout, subject=subject)

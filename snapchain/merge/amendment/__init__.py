@@ -19,6 +19,17 @@ from __future__ import annotations
 
 from snapchain.merge.amendment.plan import Amendment, plan_absorb, plan_commit
 from snapchain.merge.amendment.shadow import same_map, shadow
-from snapchain.merge.amendment.write import Pending, fill, relink, settle
+from snapchain.merge.amendment.write import Pending, detach, fill, relink, settle
 
-__all__ = ["Amendment", "Pending", "fill", "plan_absorb", "plan_commit", "relink", "same_map", "settle", "shadow"]
+__all__ = [
+    "Amendment",
+    "Pending",
+    "detach",
+    "fill",
+    "plan_absorb",
+    "plan_commit",
+    "relink",
+    "same_map",
+    "settle",
+    "shadow",
+]

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from snapchain.errors import Unsupported
 from snapchain.image.pread import pread
 from snapchain.image.qcow2.encode import backing_name
-from snapchain.image.qcow2.format import EXTENSION, SECTOR, V2_HEADER_BYTES, ExtensionType, pack_extension
+from snapchain.image.qcow2.format import EXTENSION, SECTOR, V2_HEADER_BYTES, Autoclear, ExtensionType, pack_extension
 from snapchain.image.qcow2.header import Backing
 
 _LINK = struct.Struct(">QI")
 _LINK_AT = 8
 _HEADER_LENGTH = struct.Struct(">I")
 _HEADER_LENGTH_AT = 100
+_AUTOCLEAR = struct.Struct(">Q")
+_AUTOCLEAR_AT = 88
 _HEAD_AT_MOST = 64 << 10
 
 
@@ -39,8 +41,10 @@ def header_head(fd: int, *, subject: object) -> bytes:
     return pread(fd, min(size, _HEAD_AT_MOST), offset=0, subject=subject)
 
 
-def relink(head: bytes, backing: Backing | None, *, subject: object) -> Relink:
+def relink(head: bytes, backing: Backing | None, *, subject: object, keeps_bitmaps: bool = True) -> Relink:
     """Give a header cluster (or its first 64 KiB) another backing link, or none.
+
+    keeps_bitmaps: else the header lists none any more; their clusters become unreferenced
 
     Raises Unsupported when it has no room for that, InvalidInput for a name that QEMU would not take as a plain path.
     """
@@ -50,6 +54,9 @@ def relink(head: bytes, backing: Backing | None, *, subject: object) -> Relink:
         (length,) = _HEADER_LENGTH.unpack_from(head, _HEADER_LENGTH_AT)
     old_name, old_length = _LINK.unpack_from(head, _LINK_AT)
     extensions, old_end = _extensions(head, length, old_name or len(head))
+    if not keeps_bitmaps:
+        head = _without_bitmaps(head)
+        extensions = [one for one in extensions if one[0] != ExtensionType.BITMAPS]
     old = head[:SECTOR]
     for kept in (extensions, [one for one in extensions if one[0] != ExtensionType.FEATURE_NAMES]):
         body = head[:length] + _packed(kept, backing)
@@ -70,6 +77,14 @@ def relink(head: bytes, backing: Backing | None, *, subject: object) -> Relink:
         subject=subject,
         hint="merge into a new file instead",
     )
+
+
+def _without_bitmaps(head: bytes) -> bytes:
+    """The flag that the extension is valid is cleared."""
+    changed = bytearray(head)
+    (features,) = _AUTOCLEAR.unpack_from(head, _AUTOCLEAR_AT)
+    _AUTOCLEAR.pack_into(changed, _AUTOCLEAR_AT, features & ~int(Autoclear.BITMAPS))
+    return bytes(changed)
 
 
 def _extensions(head: bytes, start: int, stop: int) -> tuple[list[tuple[int, bytes]], int]:

@@ -111,6 +111,19 @@ def relink(amendment: Amendment, fd: int, *, subject: object = None) -> None:
     disk.sync()
 
 
+def detach(fd: int, *, subject: object = None) -> None:
+    """Make an image that shows nothing of its backing file a plain one, without bitmaps, by one write of one sector.
+
+    fd: open for reading and writing; the image is open nowhere else. On the disk when this returns
+    """
+    disk = Disk(fd, subject=subject)
+    disk.sync()
+    link = new_link(header_head(fd, subject=subject), None, subject=subject, keeps_bitmaps=False)
+    disk.write(link.sector, 0)
+    disk.sync()
+    settle(fd, subject=subject)
+
+
 def _with_counts(sector: bytes, counts: NewCounts) -> bytes:
     """The first sector, pointing to new reference counts where there are any."""
     if counts.table_offset is None:

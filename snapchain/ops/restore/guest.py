@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -143,6 +143,7 @@ class _Note(BaseModel):
     """What a restore has done in a directory.
 
     disks: by file name; begun: name of the file of the disk that is being restored
+    served: file names of disks that are made usable at once, in the place of restored ones
     files: names of the definition's files, before they are written; uuid: of a clone
     defining: libvirt had no such domain, and gets it now
     """
@@ -153,13 +154,14 @@ class _Note(BaseModel):
     instant: str
     disks: dict[str, FinishedFile] = {}
     begun: str | None = None
+    served: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     uuid: str | None = None
     defining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class _Disk:
+class PlacedDisk:
     """A disk to be restored. path: of the file that the guest opens."""
 
     recorded: RecordedDisk
@@ -221,15 +223,43 @@ class GuestRestoration:
         """The files that the guest opens, by the names of the disks in it."""
         return {each.recorded.name: each.path for each in self._disks}
 
+    @property
+    def disks(self) -> Sequence[PlacedDisk]:
+        """The disks with their points and files."""
+        return self._disks
+
+    @property
+    def has_definition(self) -> bool:
+        """Whether the files of its definition are there."""
+        return all((self._directory / name).exists() for name in self._files)
+
+    @property
+    def definition(self) -> Path | None:
+        """The file that starts the guest, or defines it; None where the record has none."""
+        return self._definition.path
+
+    def lacking(self) -> tuple[str, ...]:
+        """What cannot come back, or is missing on this host: sentences."""
+        return self._definition.lacking()
+
+    @property
+    def definition_files(self) -> tuple[Path, ...]:
+        """The files of its definition."""
+        return tuple(self._directory / name for name in self._files)
+
     def is_finished(self) -> bool:
         """Whether all its files are there, and each disk shows its point: an earlier run has ended. Reads the disks."""
-        return all((self._directory / name).exists() for name in self._files) and all(
+        return self.has_definition and all(
             is_restored(each.path, each.format, each.point, self._request.standing) for each in self._disks
         )
 
-    def plan(self) -> GuestRestorePlan:
-        """What `run` will do; reads maps, and no data. Raises Conflict for files that are there already."""
-        self._check_free()
+    def plan(self, *, is_made: bool = False) -> GuestRestorePlan:
+        """What `run` will do; reads maps, and no data. is_made: its files are there, by an earlier run
+
+        Raises Conflict for files that are there already.
+        """
+        if not is_made:
+            self._check_free()
         disks = tuple(
             DiskRestorePlan(
                 name=each.recorded.name,
@@ -258,9 +288,10 @@ class GuestRestoration:
 
     # --- doing
 
-    def run(self) -> GuestRestoreReport:
+    def run(self, *, serve: Callable[[Sequence[PlacedDisk]], None] | None = None) -> GuestRestoreReport:
         """Restore all disks, then write the definition, then define it.
 
+        serve: makes files that can be used at once, in the place of restored disks. Idempotent; replaces no file
         Raises Conflict for files and domains that are there already, and as a restore of one disk. What is finished
         stays, and the next run goes on from there.
         """
@@ -270,7 +301,11 @@ class GuestRestoration:
         self._check_free()
         make_directories(self._directory, mode=0o755)
         reports: list[RestoreReport] = []
-        for disk in self._disks:
+        if serve is not None:
+            note = note.model_copy(update={"served": tuple(each.path.name for each in self._disks)})
+            self._note_file.write(note)
+            serve(self._disks)
+        for disk in self._disks if serve is None else ():
             report = self._done_before(disk, note)
             if report is None:
                 note = note.model_copy(update={"begun": disk.path.name})
@@ -318,7 +353,7 @@ class GuestRestoration:
 
     # --- disks
 
-    def _placed(self) -> list[_Disk]:
+    def _placed(self) -> list[PlacedDisk]:
         """The disks of the record with their files. Raises NotFound, Corrupt where the points contradict the record."""
         record, taken = self._record, set[str]()
         if not record.disks or len(record.disks) > _MOST_DISKS:
@@ -330,7 +365,7 @@ class GuestRestoration:
             point = self._point.disks[recorded.disk]
             kind = self._format(recorded.disk, point)
             name = unique_name(safe_name(recorded.name, "disk"), f".{kind}", taken)
-            found.append(_Disk(recorded, point, self._directory / name, kind))
+            found.append(PlacedDisk(recorded, point, self._directory / name, kind))
         return found
 
     def _format(self, disk: str, point: PointRecord) -> Format:
@@ -343,13 +378,13 @@ class GuestRestoration:
                 kind = layer.format
         return kind
 
-    def _data_bytes(self, disk: _Disk) -> int:
+    def _data_bytes(self, disk: PlacedDisk) -> int:
         with self._destination.reader(
             disk.recorded.disk, str(disk.point.point), chain=self._request.whole_chain, maps_only=True
         ) as reader:
             return reader.data_bytes
 
-    def _restored(self, disk: _Disk, before: int) -> RestoreReport:
+    def _restored(self, disk: PlacedDisk, before: int) -> RestoreReport:
         """before: bytes of the disks before it, so that the progress of all never falls"""
 
         def heard(event: Event) -> None:
@@ -375,7 +410,7 @@ class GuestRestoration:
             )
         return report
 
-    def _done_before(self, disk: _Disk, note: _Note) -> RestoreReport | None:
+    def _done_before(self, disk: PlacedDisk, note: _Note) -> RestoreReport | None:
         """Of a disk that an earlier run has restored; None for one that is still to be restored.
 
         A file that it has finished last may be in place and not noted yet: then its content tells whose it is.
@@ -432,7 +467,7 @@ class GuestRestoration:
 
     def _check_free(self) -> None:
         """Raises Conflict for a file that would be replaced."""
-        ours = {*self._note.disks, *self._note.files, self._note.begun} if self._note else set()
+        ours = {*self._note.disks, *self._note.served, *self._note.files, self._note.begun} if self._note else set()
         for name in (*(each.path.name for each in self._disks), *self._files):
             path = self._directory / name
             if name not in ours and (path.exists() or path.is_symlink()):

@@ -1,0 +1,81 @@
+"""The image of an instant restore: an empty overlay whose backing file is an export.
+
+The header names the export by its URI. Without the server QEMU does not open the image; without that name it would
+read zeroes where nothing was copied yet.  A bitmap in the image marks what is written to it by a guest: the copying
+of its backing file is not marked.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from snapchain.errors import Conflict, SnapchainError
+from snapchain.host import files
+from snapchain.host.directory import open_behind
+from snapchain.host.files import Standing
+from snapchain.host.os_errors import os_errors
+from snapchain.host.processes import run
+from snapchain.host.temporary_names import NEW, temporary_beside
+from snapchain.image.qcow2.header import Backing, read_header
+from snapchain.image.qcow2.write import write_overlay
+from snapchain.ops.instant.record import InstantRecord
+
+BITMAP = "snapchain-written"
+_SECONDS = 60.0
+
+
+def make_overlay(image: Path, record: InstantRecord, standing: Standing) -> None:
+    """Make the image, or leave the one that is there, if it is of this record.
+
+    Raises Conflict for another file of this name, and as writing a file.
+    """
+    if os.path.lexists(image):
+        if depends_on(image, record):
+            return
+        raise Conflict(
+            "it exists already, and is not the image of this instant restore",
+            subject=image,
+            hint="name another file, or remove this one",
+        )
+    files.remove_temporaries(image, purpose=NEW)
+    with files.directory_of(image) as place:
+        temporary = temporary_beside(image, purpose=NEW).name
+        fd = place.create(temporary)
+        try:
+            write_overlay(
+                fd,
+                record.virtual_size,
+                Backing(record.backing_name, "raw", is_uri=True),
+                cluster_size=None,
+                extended_l2=False,
+                subject=image,
+            )
+            if record.bitmap is not None:
+                run(["qemu-img", "bitmap", "--add", str(image.with_name(temporary)), record.bitmap], timeout=_SECONDS)
+            files.give_standing(fd, standing, subject=image, directory=place)
+            os.fsync(fd)
+            place.give_name(fd, temporary, image.name, replacing=None)
+            place.sync()
+        finally:
+            os.close(fd)
+            place.remove(temporary)
+
+
+def backing_of(image: Path) -> Backing | None:
+    """What the image's header names, as our own parser reads it. Raises Corrupt, Unsupported, as opening a file."""
+    with os_errors(image):
+        fd = open_behind(image)
+    try:
+        return read_header(fd, subject=image).backing
+    finally:
+        os.close(fd)
+
+
+def depends_on(image: Path, record: InstantRecord) -> bool:
+    """Whether the image's header still names the export of the record."""
+    try:
+        found = backing_of(image)
+    except SnapchainError:
+        return False
+    return found is not None and found.name == record.backing_name
