@@ -27,7 +27,6 @@ from snapchain.host.os_errors import os_errors
 _DEVICE = Path("/dev/fuse")
 _EXTRA = "pip install 'snapchain[mount]'"
 _LIBRARY = "install libfuse: `apt-get install fuse3` on Debian and Ubuntu, `dnf install fuse3` on Fedora and RHEL"
-_MOST_THREADS = 64
 _END_SECONDS = 10.0
 
 
@@ -132,8 +131,6 @@ class Mount:
             "auto_cache": True,
             "allow_other": for_others,
         }
-        if (self._fuse.fuse_version_major, self._fuse.fuse_version_minor) >= (3, 12):
-            self._options["max_threads"] = _MOST_THREADS  # else 10 reads that wait stop all others
         self._mode = 0o444 if for_others else 0o400
 
     def __enter__(self) -> Self:
