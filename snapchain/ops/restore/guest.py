@@ -112,7 +112,7 @@ class GuestRestoreRequest:
     format: of all disks, qcow2 by default; whole_chain: every layer as a file
     defines, connect: define it in libvirt, at this URI
     new_name: a clone of this name, with new UUID and MACs; new_identity: these, and the old name
-    without_network: no network cards in its definition
+    without_network: no network cards in its definition; console: as in Changes
     standing: owner and mode of the files of its disks
     """
 
@@ -125,6 +125,7 @@ class GuestRestoreRequest:
     new_name: str | None = None
     new_identity: bool = False
     without_network: bool = False
+    console: Path | None = None
     standing: Standing = UNCHANGED
 
 
@@ -206,6 +207,7 @@ class GuestRestoration:
             identity=self._identity,
             address=self._address,
             without_network=request.without_network,
+            console=request.console,
         )
         self._files = self._definition.files
         if request.defines:

@@ -44,10 +44,11 @@ class GuestDefinition:
         identity: NewIdentity | None,
         address: str,
         without_network: bool = False,
+        console: Path | None = None,
     ) -> None:
-        """address: of the guest point, for errors; without_network: as in Changes. Raises Corrupt."""
+        """address: of the guest point, for errors; without_network, console: as in Changes. Raises Corrupt."""
         self._record, self._disks, self._identity, self._address = record, disks, identity, address
-        self._without_network = without_network
+        self._without_network, self._console = without_network, console
         self.name, self.directory = name, directory
         self.changed, self.files = self._definition()
 
@@ -133,6 +134,7 @@ class GuestDefinition:
             directory=self.directory,
             identity=self._identity,
             without_network=self._without_network,
+            console=self._console,
         )
         changed: Changed | None = None
         if record.kind == "libvirt":
