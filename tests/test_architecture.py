@@ -74,6 +74,7 @@ TYPE_ONLY = {("cli", "replica"), ("cli", "merge"), ("cli", "source")}
 # third-party module -> the parts that may import it. What is not listed is no dependency of the project.
 THIRD_PARTY: dict[str, set[str]] = {
     "sh": {"host"},
+    "mfusepy": {"host"},
     "qemu": {"guest"},
     "libvirt": {"guest"},
     "boto3": {"objects"},

@@ -16,6 +16,7 @@ from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import moment, size
+from snapchain.cli.trial_tables import draw_trials
 from snapchain.errors import InvalidInput, PartialFailure
 from snapchain.host.terminal import counted, printable
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
         Loss,
     )
     from snapchain.ops.failover.run import Failover
-    from snapchain.ops.failover.trial import TrialsReport
 
 _PROOF = "Proof that the old host is down"
 _GUEST = "The guest"
@@ -179,6 +179,24 @@ def failover(
             rich_help_panel=_TEST,
         ),
     ] = None,
+    console_says: Annotated[
+        str | None,
+        typer.Option(
+            "--console-says",
+            metavar="TEXT",
+            help="The clone has booted when it writes TEXT to its first serial port.",
+            rich_help_panel=_TEST,
+        ),
+    ] = None,
+    full_restore: Annotated[
+        bool,
+        typer.Option(
+            "--full-restore",
+            help="Restore the clone's disks into --into first. By default it reads them from the destination, where "
+            "that is a repository, or a replica on this host.",
+            rich_help_panel=_TEST,
+        ),
+    ] = False,
     timeout: Annotated[
         float,
         typer.Option("--timeout", metavar="SECONDS", min=1, help="How long a clone may boot.", rich_help_panel=_TEST),
@@ -219,8 +237,21 @@ def failover(
         raise InvalidInput("--reason belongs to --source-is-gone")
     if check is not None and not test:
         raise InvalidInput("--check is for --test")
+    if (console_says is not None or full_restore) and not test:
+        raise InvalidInput("--console-says and --full-restore are for --test")
     if test:
-        _test(guests, into, out, to=to, prove=prove, check=check, timeout=timeout, connect=connect)
+        _test(
+            guests,
+            into,
+            out,
+            to=to,
+            prove=prove,
+            check=check,
+            console_says=console_says,
+            full_restore=full_restore,
+            timeout=timeout,
+            connect=connect,
+        )
         return
     if witness is not None and not lease:
         raise InvalidInput("--witness belongs to --lease")
@@ -370,6 +401,8 @@ def _test(
     to: str | None,
     prove: bool,
     check: str | None,
+    console_says: str | None,
+    full_restore: bool,
     timeout: float,
     connect: str | None,
 ) -> None:
@@ -385,6 +418,8 @@ def _test(
         directory=into,
         point=to,
         proves=prove,
+        restores=full_restore,
+        console_says=console_says,
         check=[] if check is None else options.argv_of(check, option="--check"),
         seconds=timeout,
         connect=connect,
@@ -394,19 +429,9 @@ def _test(
         address = parse_disk_address(text)
         place = options.destination(address.dest, out)
         found.append(trial(place, guest_at(place, address.disk), request, on_event=out.on_event))
-    out.report(TrialsReport(guests=tuple(found)), _draw_trials)
+    out.report(TrialsReport(guests=tuple(found)), draw_trials)
     if bad := [each.guest for each in found if not each.ok]:
         raise PartialFailure(f"{len(bad)} of {len(found)} guests did not boot: {', '.join(bad)}")
-
-
-def _draw_trials(console: Console, report: TrialsReport) -> None:
-    for each in report.guests:
-        words = {"agent": "its agent answers", "check": "the check succeeds", "running": "it runs, and has no agent"}
-        said = words[each.by] if each.ok else each.why_not
-        point = f"guest point {each.guest_point} of {moment(each.time)}"
-        render.headline(console, f"{each.guest}, {point}: {'booted' if each.ok else 'did not boot'}: {said}")
-        took = f"{quantities.duration(each.boot_seconds)} of {quantities.duration(each.seconds)}"
-        render.facts(console, [("restored", size(each.bytes_written)), ("boot", took)])
 
 
 def _ask(plan: FailoverPlan) -> None:

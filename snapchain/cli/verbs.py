@@ -30,6 +30,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "Get back": {
         "restore": "Write a point to a new file, a device or stdout, or as a whole chain.",
         "serve": "Serve points as read-only block devices, over NBD.",
+        "mount": "Show every point of a destination as a raw file, by FUSE.",
     },
     "Look": {
         "guests": "List the guests of this host, their disks, and what protects them.",
@@ -90,7 +91,7 @@ ALIASES = {
     "cleanup": "gc", "clean": "gc", "vacuum": "gc",
     "convert": "restore", "extract": "restore", "export": "restore", "download": "restore", "recover": "restore",
     "pin": "hold", "unpin": "release",
-    "nbd": "serve",
+    "nbd": "serve", "fuse": "mount", "browse": "mount",
     "replicate": "send", "mirror": "copy", "cp": "copy", "clone": "copy",
     "passwd": "key", "password": "key", "passphrase": "key", "keys": "key",
     "mv": "rename", "create": "init", "unlock": "doctor", "cron": "nightly", "move": "migrate",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,9 +11,11 @@ import typer
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
+from snapchain.cli.trial_tables import draw_trial
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.host.terminal import counted, shell_word
 
+_BOOT = "Boot test"
 _NOT_YET = "not all of it was read yet, or not all of it is good"
 
 if TYPE_CHECKING:
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     snapchain verify s3://bucket/prefix --max-age 30d
     snapchain verify ssh://root@kvm2/srv/replica::web1/vda --read-data
     snapchain verify /backup::web1
+    snapchain verify /backup::web1 --boot
+    snapchain verify s3://bucket/prefix::web1@7 --boot --console-says "login:" --timeout 10min
     """,
     when_interrupted="what was read and found good is kept: run it again, and it goes on from there",
 )
@@ -48,6 +54,57 @@ def verify(
     max_age: Annotated[
         str | None,
         typer.Option(metavar="SPAN", help="Read all data that was not read and found good within this time: 30d."),
+    ] = None,
+    boot: Annotated[
+        bool,
+        typer.Option(
+            "--boot",
+            help="Boot a throw-away clone of a guest without a network, and do nothing else. Its disks stay at the "
+            "destination: only what it writes takes space here.",
+            rich_help_panel=_BOOT,
+        ),
+    ] = False,
+    console_says: Annotated[
+        str | None,
+        typer.Option(
+            "--console-says",
+            metavar="TEXT",
+            help="The clone has booted when it writes TEXT to its first serial port. By default when its guest agent "
+            "answers, or, where it has none, when it runs.",
+            rich_help_panel=_BOOT,
+        ),
+    ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            "--check",
+            metavar="PROGRAM",
+            help="The clone has booted when PROGRAM (no shell) exits with 0. Its environment has SNAPCHAIN_DOMAIN or "
+            "SNAPCHAIN_QMP, and SNAPCHAIN_CONSOLE, the file with its console.",
+            rich_help_panel=_BOOT,
+        ),
+    ] = None,
+    timeout: Annotated[
+        str, typer.Option("--timeout", metavar="TIME", help="How long the boot may take.", rich_help_panel=_BOOT)
+    ] = "5min",
+    into: Annotated[
+        Path,
+        typer.Option(
+            "--into",
+            readable=False,
+            metavar="DIR",
+            help="Where the clone gets a directory, which is removed at the end.",
+            rich_help_panel=_BOOT,
+        ),
+    ] = Path("/var/tmp"),  # noqa: S108 - a directory of its own in it, that no other user can make
+    connect: Annotated[
+        str | None,
+        typer.Option(
+            "--connect",
+            metavar="URI",
+            help="The libvirt that starts the clone of a domain.",
+            rich_help_panel=_BOOT,
+        ),
     ] = None,
     limit_rate: options.LimitRate = None,
     out: Output,
@@ -71,7 +128,11 @@ def verify(
     Guest points are checked too: their records must be readable, and the points of all their disks must be there. Of a
     whole replica, without --read-data, the ten newest records of each guest are read.
 
-    Ends with exit code 5 when anything is damaged or missing, and names the points that are affected.
+    With --boot, a clone of the newest whole guest point, or of the one that you name, boots with a new name and UUID,
+    and is removed again. When it does not boot, the last lines on its console are shown.
+
+    Ends with exit code 5 when anything is damaged or missing, and names the points that are affected, or when a clone
+    does not boot.
     """
     from datetime import UTC, datetime
 
@@ -86,6 +147,15 @@ def verify(
         raise InvalidInput("--read-data and --max-age are both given", hint="--max-age leaves out what was read lately")
     share = quantities.parse_share(sample) if sample is not None else float(read_data or max_age is not None)
     since = None if max_age is None else parse_duration(max_age).before(datetime.now(UTC), quantities.zone_of(None))
+    if boot:
+        if read_data or sample is not None or max_age is not None:
+            raise InvalidInput("--boot checks no records", hint="run `snapchain verify` again without --boot")
+        words = [] if check is None else options.argv_of(check, option="--check")
+        seconds = options.seconds(timeout, "--timeout")
+        _boot(target, out, into, words, console_says, seconds, connect, limit_rate)
+        return
+    if check is not None or console_says is not None or connect is not None:
+        raise InvalidInput("--check, --console-says and --connect are for --boot")
     address = parse_destination(target)
     if limit_rate is not None and traits_of(address.dest).streams:
         raise InvalidInput(
@@ -97,6 +167,34 @@ def verify(
     report = ops.verify(place, options.disk_of(address), share=share, since=since, on_event=out.on_event)
     status = 0 if report.ok else Corrupt.exit_code
     out.show(report, _draw, problems=_draw_findings, status=status, draws_traffic=True)
+
+
+def _boot(
+    target: str,
+    out: Output,
+    into: Path,
+    check: Sequence[str],
+    console_says: str | None,
+    seconds: float,
+    connect: str | None,
+    limit_rate: str | None,
+) -> None:
+    from snapchain.destination.address import parse_point_address
+    from snapchain.ops.failover.trial import TrialRequest, trial
+    from snapchain.ops.guest_points_merge import guest_at
+
+    address = parse_point_address(target)
+    request = TrialRequest(
+        directory=into,
+        point=address.point,
+        check=check,
+        console_says=console_says,
+        seconds=seconds,
+        connect=connect,
+    )
+    place = options.destination(address.dest, out, limit_rate=limit_rate)
+    report = trial(place, guest_at(place, address.disk), request, on_event=out.on_event)
+    out.report(report, draw_trial, problems=draw_trial, status=0 if report.ok else Corrupt.exit_code)
 
 
 def _draw(console: Console, report: VerifyReport) -> None:

@@ -12,19 +12,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 from snapchain.destination.address import PointAddress
-from snapchain.destination.reading import BlobDisk, ReadableDestination
+from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import PointRecord
-from snapchain.errors import Corrupt, InvalidInput, NotFound
-from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.errors import InvalidInput, NotFound
+from snapchain.model.events import OnEvent, ignore
 from snapchain.model.points import chosen_point
-from snapchain.nbd.cache import BlockCache, Loader
 from snapchain.nbd.exports import Export, Exports
 from snapchain.nbd.listening import (
     default_socket,
@@ -35,19 +33,10 @@ from snapchain.nbd.listening import (
     unix_listener,
     unix_uri,
 )
-from snapchain.nbd.reading import BlobReading, FileReading, Reading
 from snapchain.nbd.server import Server
 from snapchain.ops.guest_points import fault_of, guest_named
 from snapchain.ops.guest_records import read_record
-
-CACHE_BYTES = 256 << 20
-LEAST_CACHE = 16 << 20
-PATIENCE = 120.0
-"""Seconds for which a read waits for a store that does not answer, before it fails."""
-_MOST_NOTED = 1000
-_AFTER_DAMAGE = (
-    "`snapchain verify --read-data` tells which points are affected, and `snapchain repair` stores lost data again"
-)
+from snapchain.ops.readings import CACHE_BYTES, PATIENCE, PointReadings, ReadLog, check_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +125,7 @@ class Serving:
                 subject=request.tls,
                 hint="say --listen HOST:PORT too, or leave --tls out",
             )
-        if request.cache < LEAST_CACHE:
-            raise InvalidInput(f"the cache has at least {LEAST_CACHE >> 20} MiB", hint="--cache-size 64M")
+        check_cache(request.cache)
         self._request = request
         self._destinations = destinations
         self._place = None if request.listen is None else parse_place(request.listen)
@@ -162,10 +150,13 @@ class Serving:
         Raises what keeps a point from being opened, and Busy, Conflict and InvalidInput for the place to listen.
         """
         began = time.monotonic()
-        log = _Log(on_event)
+        log = ReadLog(on_event)
         with ExitStack() as stack:
             tls = None if self._request.tls is None else tls_context(self._request.tls)
-            exports = stack.enter_context(Exports([*self._exports(stack, on_event)]))
+            readings = stack.enter_context(
+                PointReadings(cache=self._request.cache, patience=self._request.patience, on_event=on_event)
+            )
+            exports = stack.enter_context(Exports(self._exports(readings)))
             port = None
             if self._place is None:
                 assert self._socket is not None
@@ -189,42 +180,18 @@ class Serving:
             seconds=time.monotonic() - began,
         )
 
-    def _exports(self, stack: ExitStack, on_event: OnEvent) -> Iterator[Export]:
-        cache = BlockCache(self._request.cache)
-        loaders: dict[str, Loader] = {}
-
-        @contextmanager
-        def opened(chosen: _Chosen) -> Iterator[Reading]:
-            whole = chosen.destination.whole(
-                chosen.disk, str(chosen.record.point), damaged=chosen.destination.traits.names_damage, on_event=on_event
-            )
-            with whole as disk:
-                if disk.content_id != chosen.record.content_id:
-                    raise NotFound(
-                        f"point {chosen.record.point} is another one by now",
-                        subject=f"{chosen.destination.url}::{chosen.disk}",
-                    )
-                if not isinstance(disk, BlobDisk):
-                    yield FileReading(disk)
-                    return
-                with lock:
-                    loader = loaders.get(chosen.destination.url)
-                    if loader is None:
-                        loader = loaders[chosen.destination.url] = Loader(cache, disk.load)
-                        stack.callback(loader.close)
-                yield BlobReading(disk, disk, loader, patience=self._request.patience)
-
-        lock = threading.Lock()
-        for each in self._chosen:
-            words = f"{each.destination.url}::{each.disk}@{each.record.point} of {each.record.time:%Y-%m-%d %H:%M:%S}"
-            yield Export(
+    def _exports(self, readings: PointReadings) -> list[Export]:
+        return [
+            readings.export(
                 each.export,
-                each.record.virtual_size,
-                words,
-                partial(opened, each),
+                each.destination,
+                each.disk,
+                each.record,
                 stays=each.stays,
                 block_status=self._request.block_status,
             )
+            for each in self._chosen
+        ]
 
     def _plan(self, port: int | None, socket: Path | None) -> ServePlan:
         def uri(export: str) -> str:
@@ -304,28 +271,3 @@ def _without_doubles(found: Iterator[_Chosen]) -> list[_Chosen]:
                 hint="serve them by two commands",
             )
     return list(names.values())
-
-
-class _Log:
-    """Words for the user, from any thread; the same ones once, and some kinds of it only."""
-
-    def __init__(self, on_event: OnEvent) -> None:
-        self._on_event = on_event
-        self._lock = threading.Lock()
-        self._noted: set[str] = set()
-
-    def fault(self, export: str, offset: int, length: int, error: Exception) -> None:
-        """A read failed."""
-        self.note(f"{export}: bytes {offset} to {offset + length} could not be read: {error}")
-        if isinstance(error, Corrupt):
-            self.note(_AFTER_DAMAGE)
-
-    def note(self, words: str) -> None:
-        """Something that is worth a line."""
-        with self._lock:
-            if words in self._noted or len(self._noted) > _MOST_NOTED:
-                return
-            if len(self._noted) == _MOST_NOTED:
-                words = f"{_MOST_NOTED} different notes were made, and no more are"
-            self._noted.add(words)
-        self._on_event(Notice(words))

@@ -38,6 +38,14 @@ def make_overlay(image: Path, record: InstantRecord, standing: Standing) -> None
             subject=image,
             hint="name another file, or remove this one",
         )
+    new_overlay(image, record.virtual_size, record.backing_name, bitmap=record.bitmap, standing=standing)
+
+
+def new_overlay(image: Path, size: int, backing_name: str, *, bitmap: str | None, standing: Standing) -> None:
+    """Make a new image. size: of the export, in bytes; backing_name: its URI; bitmap: name of one, None for none
+
+    Raises as writing a file.
+    """
     files.remove_temporaries(image, purpose=NEW)
     with files.directory_of(image) as place:
         temporary = temporary_beside(image, purpose=NEW).name
@@ -45,14 +53,14 @@ def make_overlay(image: Path, record: InstantRecord, standing: Standing) -> None
         try:
             write_overlay(
                 fd,
-                record.virtual_size,
-                Backing(record.backing_name, "raw", is_uri=True),
+                size,
+                Backing(backing_name, "raw", is_uri=True),
                 cluster_size=None,
                 extended_l2=False,
                 subject=image,
             )
-            if record.bitmap is not None:
-                run(["qemu-img", "bitmap", "--add", str(image.with_name(temporary)), record.bitmap], timeout=_SECONDS)
+            if bitmap is not None:
+                run(["qemu-img", "bitmap", "--add", str(image.with_name(temporary)), bitmap], timeout=_SECONDS)
             files.give_standing(fd, standing, subject=image, directory=place)
             os.fsync(fd)
             place.give_name(fd, temporary, image.name, replacing=None)

@@ -2,7 +2,7 @@
 
     [test]                     what is left of a killed run goes first: its clone is ended, and its directory removed
     guests = 2                 the guests whose last test is oldest, those whose last one failed besides
-    directory = "/var/tmp"     -> restore -> boot -> agent, or `check` -> end the clone
+    directory = "/var/tmp"     -> serve its disks -> boot -> agent, or `check` -> end the clone
 
 A clone has no network.  What a night begins here ends with the window, the run's time, or its own `time`.
 """
@@ -107,6 +107,7 @@ class BootTestRun:
                     by=None if shown is None else shown.by,
                     boot_seconds=None if shown is None else shown.boot_seconds,
                     bytes_written=0 if shown is None else shown.bytes_written,
+                    console=() if shown is None else shown.console,
                     seconds=round(time.monotonic() - begun, 3),
                     faults=tuple(steps.faults),
                     left=tuple(steps.left),
@@ -126,7 +127,9 @@ class BootTestRun:
         request = TrialRequest(
             directory=settings.directory,
             name=clone_name(each.guest),
+            restores=settings.full_restore,
             check=settings.check or (),
+            console_says=settings.console_says,
             seconds=settings.timeout,
             space=free_bytes(settings.directory) // 2 if settings.space is None else settings.space,
             connect=settings.connect,

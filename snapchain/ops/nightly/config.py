@@ -169,7 +169,9 @@ class BootTests(_Part):
     """Clones that boot last of all, each night those of other guests. directory: in which their disks are restored
 
     guests: how many, by turns, besides those whose last clone did not boot; destinations: names, or all that have them
-    check: a program that has to succeed, instead of waiting for the guest agent; timeout: seconds for a boot
+    check: a program that has to succeed, instead of waiting for the guest agent; console_says: text that the clone has
+    to write to its first serial port, instead of both; timeout: seconds for a boot
+    full_restore: restore the disks of clones, although they could be served
     time: until no further one is begun, and what is being restored is given up; space: most bytes that a clone's disks
     may take, by default half of what is free there; connect: URI of the libvirt that starts clones of domains
     """
@@ -178,6 +180,8 @@ class BootTests(_Part):
     guests: Annotated[int, Field(ge=1)] = 1
     destinations: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     check: Argv | None = None
+    console_says: Text | None = None
+    full_restore: bool = False
     timeout: Annotated[Seconds, Field(gt=0)] = 300.0
     time: Annotated[Seconds, Field(gt=0)] = 3600.0
     space: Annotated[Bytes, Field(gt=0)] | None = None

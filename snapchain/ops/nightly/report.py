@@ -203,8 +203,9 @@ class DestinationReport(_Shown):
 class BootTestReport(_Shown):
     """A clone of a guest that was to boot from its newest guest point at a destination.
 
-    booted: None where it did not come to that; by: what showed it: agent, check, running
-    boot_seconds: from the start of the clone; bytes_written: of its disks
+    booted: None where it did not come to that; by: what showed it: agent, check, console, running
+    boot_seconds: from the start of the clone; bytes_written: what its disks took here
+    console: the last lines, where it did not boot
     """
 
     guest: str
@@ -215,6 +216,7 @@ class BootTestReport(_Shown):
     by: str | None = None
     boot_seconds: float | None = None
     bytes_written: int = 0
+    console: tuple[str, ...] = ()
     seconds: float = 0.0
     faults: tuple[Fault, ...] = ()
     left: tuple[str, ...] = ()

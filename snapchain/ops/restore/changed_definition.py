@@ -43,6 +43,7 @@ class Changes:
     tpm: the directory with the restored state of its TPM, None where none was recorded
     directory: of the restored files, for sockets that the old guest may still have
     identity: None for the recorded one
+    console: a new file that gets what the guest writes to its first serial port, which it gets where it has none
     without_network: leave its network cards out, and the ports, logs and devices of this host, for a clone that must
     reach nobody, and may run beside the recorded guest
     stops_on_errors: an I/O error of a disk stops the guest, which then sees none
@@ -55,6 +56,7 @@ class Changes:
     tpm: Path | None = None
     directory: Path
     identity: NewIdentity | None = None
+    console: Path | None = None
     without_network: bool = False
     stops_on_errors: bool = False
 

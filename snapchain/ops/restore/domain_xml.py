@@ -91,6 +91,8 @@ def change(text: str, changes: Changes, *, subject: object) -> Changed:
     lacking += _without_devices_of_the_host(devices)
     if changes.without_network:
         _isolate(devices)
+    if changes.console is not None:
+        _log_console(devices, str(changes.console))
     lacking += _set_firmware(root, changes)
     for source in devices.iterfind("tpm/backend/source"):
         if source.get("path") is not None and changes.tpm is not None:
@@ -202,6 +204,23 @@ def _isolate(devices: ET.Element) -> None:
     for cid in devices.iterfind("vsock/cid"):
         cid.attrib.clear()
         cid.set("auto", "yes")
+
+
+def _log_console(devices: ET.Element, path: str) -> None:
+    """Let libvirt write what comes out of the first serial port, or console, to a file too."""
+    port = devices.find("serial")
+    if port is None:
+        port = devices.find("console")
+    if port is None:
+        port = ET.SubElement(devices, "serial", {"type": "null"})
+    for log in port.findall("log"):
+        port.remove(log)
+    ET.SubElement(port, "log", {"file": path, "append": "off"})
+    # libvirt takes the first console for the first serial port, and wants both alike.
+    for console in devices.findall("console"):
+        target = console.find("target")
+        if port.tag == "serial" and (target is None or target.get("type", "serial") == "serial"):
+            devices.remove(console)
 
 
 def _set_firmware(root: ET.Element, changes: Changes) -> list[str]:

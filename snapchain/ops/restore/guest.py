@@ -112,7 +112,7 @@ class GuestRestoreRequest:
     format: of all disks, qcow2 by default; whole_chain: every layer as a file
     defines, connect: define it in libvirt, at this URI
     new_name: a clone of this name, with new UUID and MACs; new_identity: these, and the old name
-    without_network: no network cards in its definition
+    without_network: no network cards in its definition; console: as in Changes
     standing: owner and mode of the files of its disks
     stops_on_errors: an I/O error of a disk stops the guest, which then sees none
     """
@@ -126,6 +126,7 @@ class GuestRestoreRequest:
     new_name: str | None = None
     new_identity: bool = False
     without_network: bool = False
+    console: Path | None = None
     standing: Standing = UNCHANGED
     stops_on_errors: bool = False
 
@@ -209,6 +210,7 @@ class GuestRestoration:
             address=self._address,
             without_network=request.without_network,
             stops_on_errors=request.stops_on_errors,
+            console=request.console,
         )
         self._files = self._definition.files
         if request.defines:

@@ -45,13 +45,14 @@ class GuestDefinition:
         address: str,
         without_network: bool = False,
         stops_on_errors: bool = False,
+        console: Path | None = None,
     ) -> None:
-        """address: of the guest point, for errors; without_network, stops_on_errors: as in Changes
+        """address: of the guest point, for errors; without_network, stops_on_errors, console: as in Changes
 
         Raises Corrupt, Unsupported for a disk that cannot stop its guest on errors.
         """
         self._record, self._disks, self._identity, self._address = record, disks, identity, address
-        self._without_network, self._stops_on_errors = without_network, stops_on_errors
+        self._without_network, self._stops_on_errors, self._console = without_network, stops_on_errors, console
         self.name, self.directory = name, directory
         self.changed, self.files = self._definition()
 
@@ -138,6 +139,7 @@ class GuestDefinition:
             identity=self._identity,
             without_network=self._without_network,
             stops_on_errors=self._stops_on_errors,
+            console=self._console,
         )
         changed: Changed | None = None
         if record.kind == "libvirt":

@@ -49,6 +49,7 @@ _FILES_OF_THE_HOST = frozenset({"kernel", "initrd", "bios", "dtb", "readconfig"}
 _NETWORK = frozenset({"netdev", "nic", "net"})
 _IMPLIED = {"blockdev": "driver", "device": "driver", "name": "guest", "chardev": "backend"}
 _OF_THE_HOST = re.compile(r"vfio-|usb-host$|scsi-block$|scsi-generic$|vhost-vdpa|host-|igd-|ccid-card-passthru")
+_CONSOLE = "snapchain-console"
 _MOST_ARGUMENTS = 10_000
 
 
@@ -329,6 +330,10 @@ class _CommandLine:
                 self.lacking.append(f"the file of -{option.name} is missing here: {option.value}")
             kept.append(option)
         self._options = kept
+        if self._changes.without_network:
+            self.wait_for_nobody()
+        if self._changes.console is not None:
+            self._log_console(str(self._changes.console))
         self.lacking += [
             f"{name} is not in the command line; its file is {path}"
             for name, path in self._changes.nvram.items()
@@ -351,6 +356,32 @@ class _CommandLine:
             if values.get("backend") in _SHARED_BACKENDS or values.keys() & {"host", "port"}:
                 option.parts = [("null", None), ("id", values.get("id", ""))]
         return True
+
+    def _log_console(self, path: str) -> None:
+        """Let what comes out of the first serial port, or console, go to a file too."""
+        port = next((each for each in self._options if each.name == "serial"), None)
+        if port is None:
+            port = next((each for each in self._options if each.name == "device" and _is_console(each)), None)
+            name = None if port is None else port.values.get("chardev")
+        else:
+            value = port.value or ""
+            name = value.removeprefix("chardev:") if value.startswith("chardev:") else None
+        for option in self._options:
+            if name is not None and option.name == "chardev" and option.values.get("id") == name:
+                parts = [each for each in option.parts if each[0] not in ("logfile", "logappend")]
+                option.parts = [*parts, ("logfile", path), ("logappend", "off")]
+                return
+        value = "" if port is None else port.value or ""
+        if port is None or port.name != "serial":
+            port = _Option("-serial", None)
+            self._options.append(port)
+        if value.startswith("unix:"):
+            backend = f"socket,id={_CONSOLE},path={value.removeprefix('unix:')}"
+        else:
+            backend = f"null,id={_CONSOLE}"
+        port.value = f"chardev:{_CONSOLE}"
+        log = f",logfile={path.replace(',', ',,')},logappend=off"
+        self._options.insert(self._options.index(port), _Option("-chardev", backend + log))
 
     def _source_of(self, name: str) -> tuple[_Option, str] | None:
         """The -drive, -blockdev or -hda of a disk, and the name of the node or drive.
@@ -505,6 +536,11 @@ def _set_drive(option: _Option, disk: NewDisk) -> None:
         and (key.partition(".")[0] not in _CHILDREN or key in ("file.locking", "file.node-name"))
     ]
     option.parts = [*kept, ("format", disk.format), ("file", str(disk.path))]
+
+
+def _is_console(option: _Option) -> bool:
+    values = option.values
+    return values.get("driver") in ("isa-serial", "pci-serial", "virtconsole", "sclpconsole") and "chardev" in values
 
 
 def _is_network(option: _Option) -> bool:

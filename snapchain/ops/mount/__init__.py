@@ -1,0 +1,1 @@
+"""mount: the points of a destination as files."""
