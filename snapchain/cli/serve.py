@@ -98,6 +98,14 @@ def serve(
     once: Annotated[
         bool, typer.Option("--once", help="End when the last client that has opened an export has disconnected.")
     ] = False,
+    prefetch: Annotated[
+        bool,
+        typer.Option(
+            "--prefetch/--no-prefetch",
+            help="Fetch ahead what clients of the disk read first when it was served before, and record that of these "
+            "clients at the destination, in a small object.",
+        ),
+    ] = True,
     limit_rate: options.LimitRate = None,
     out: Output,
 ) -> None:
@@ -112,6 +120,10 @@ def serve(
     would else guess it from bytes that the guest wrote. Zeroes are not sent: clients that ask learn which ranges hold
     data. Each byte of a repository is proven before it is sent. A range whose bytes are lost gives an I/O error there
     and a note here, and all other ranges can be read. Writes are refused.
+
+    What clients read first, up to 256 MiB in 3 minutes, is recorded in the repository. When a point of the disk is
+    served again, it is fetched in the same order before it is asked for, so a guest boots faster. Programs that ask for
+    the map of a disk, as copies do, are not recorded.
 
     While a store does not answer, reads wait for --patience, then fail; later reads work again. As long as a point of
     a repository is served, gc keeps what it needs. A point that only --all-points lists is kept while a client has it
@@ -133,6 +145,7 @@ def serve(
         cache=quantities.parse_size(cache_size),
         patience=options.seconds(patience, "--patience"),
         once=once,
+        prefetch=prefetch,
     )
     places: dict[str, ReadableDestination] = {}
     for each in addresses:

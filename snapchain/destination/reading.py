@@ -13,6 +13,7 @@ from snapchain.errors import Corrupt
 from snapchain.model.content import Hashes
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents, Int64s
+from snapchain.model.first_reads import FirstReads
 from snapchain.model.guest_checks import GuestCheck, GuestChecks
 
 if TYPE_CHECKING:
@@ -229,6 +230,19 @@ class BlobDisk(Protocol):
 
     def load(self, blobs: Sequence[StoredBlob], /) -> Iterator[tuple[StoredBlob, bytes]]:
         """Each blob with its bytes, in any order; blobs of any disk of the destination. Raises Corrupt, Unavailable."""
+        ...
+
+
+@runtime_checkable
+class RecordsFirstReads(Protocol):
+    """A WholeDisk that remembers what clients read first of any point of its disk. Nothing but speed depends on it."""
+
+    def first_reads(self) -> FirstReads:
+        """As it was recorded last; nothing where it was not. Raises Corrupt, Unsupported, Unavailable."""
+        ...
+
+    def note_first_reads(self, reads: FirstReads, /) -> None:
+        """Record it in the place of what was. Whoever may read may do so. Raises what the store refuses."""
         ...
 
 

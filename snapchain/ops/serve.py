@@ -19,13 +19,14 @@ from functools import partial
 from pathlib import Path
 
 from snapchain.destination.address import PointAddress
-from snapchain.destination.reading import BlobDisk, ReadableDestination
+from snapchain.destination.reading import BlobDisk, ReadableDestination, RecordsFirstReads
 from snapchain.destination.records import PointRecord
 from snapchain.errors import Corrupt, InvalidInput, NotFound
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.points import chosen_point
 from snapchain.nbd.cache import BlockCache, Loader
 from snapchain.nbd.exports import Export, Exports
+from snapchain.nbd.first_reads import first_reads
 from snapchain.nbd.listening import (
     default_socket,
     parse_place,
@@ -59,6 +60,7 @@ class ServeRequest:
     tls: the directory with the certificates; all_points: list all points of the disks
     cache: bytes; patience: seconds
     once: end when the last client has gone
+    prefetch: fetch what clients of the disk have read first before, and record what they read first now
     """
 
     addresses: Sequence[PointAddress]
@@ -69,6 +71,7 @@ class ServeRequest:
     cache: int = CACHE_BYTES
     patience: float = PATIENCE
     once: bool = False
+    prefetch: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +213,12 @@ class Serving:
                     if loader is None:
                         loader = loaders[chosen.destination.url] = Loader(cache, disk.load)
                         stack.callback(loader.close)
-                yield BlobReading(disk, disk, loader, patience=self._request.patience)
+                reading = BlobReading(disk, disk, loader, patience=self._request.patience)
+                if not (self._request.prefetch and isinstance(disk, RecordsFirstReads)):
+                    yield reading
+                    return
+                with first_reads(disk, reading):
+                    yield reading
 
         lock = threading.Lock()
         for each in self._chosen:
