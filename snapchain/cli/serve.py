@@ -98,14 +98,13 @@ def serve(
     once: Annotated[
         bool, typer.Option("--once", help="End when the last client that has opened an export has disconnected.")
     ] = False,
-    prefetch: Annotated[
+    no_prefetch: Annotated[
         bool,
         typer.Option(
-            "--prefetch/--no-prefetch",
-            help="Fetch ahead what clients of the disk read first when it was served before, and record that of these "
-            "clients at the destination, in a small object.",
+            "--no-prefetch",
+            help="Do not record what clients read first, and do not fetch ahead what was recorded before.",
         ),
-    ] = True,
+    ] = False,
     limit_rate: options.LimitRate = None,
     out: Output,
 ) -> None:
@@ -145,7 +144,7 @@ def serve(
         cache=quantities.parse_size(cache_size),
         patience=options.seconds(patience, "--patience"),
         once=once,
-        prefetch=prefetch,
+        prefetch=not no_prefetch,
     )
     places: dict[str, ReadableDestination] = {}
     for each in addresses:

@@ -297,7 +297,7 @@ def test_a_bucket_is_served(
 def test_what_clients_read_first_is_fetched_when_a_later_point_is_served(
     history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(history / "repo", tmp_path / "repo")
+    shutil.copytree(history / "repo", tmp_path / "repo", ignore=shutil.ignore_patterns("reads"))
     fetched: list[object] = []
     monkeypatch.setattr(BlobReading, "prefetch", lambda _, reads: fetched.append(reads))
 
