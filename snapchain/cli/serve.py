@@ -98,6 +98,19 @@ def serve(
     once: Annotated[
         bool, typer.Option("--once", help="End when the last client that has opened an export has disconnected.")
     ] = False,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache-dir",
+            readable=False,
+            metavar="DIR",
+            help="Keep what was fetched in DIR/snapchain-blobs too, as it is stored, so encrypted. Servers on this "
+            "host share it: each blob is fetched once, also by a later server.",
+        ),
+    ] = None,
+    cache_dir_size: Annotated[
+        str, typer.Option("--cache-dir-size", metavar="BYTES", help="Keep so many bytes in --cache-dir.")
+    ] = "4G",
     no_prefetch: Annotated[
         bool,
         typer.Option(
@@ -145,6 +158,8 @@ def serve(
         patience=options.seconds(patience, "--patience"),
         once=once,
         prefetch=not no_prefetch,
+        cache_dir=cache_dir,
+        shared_cache=quantities.parse_size(cache_dir_size),
     )
     places: dict[str, ReadableDestination] = {}
     for each in addresses:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from snapchain.destination.summary import DiskSummary
     from snapchain.destination.usage import StoredUsage
+    from snapchain.host.shared_cache import SharedCache
     from snapchain.model.retention import Rules
     from snapchain.model.traffic import Traffic
 
@@ -230,6 +231,15 @@ class BlobDisk(Protocol):
 
     def load(self, blobs: Sequence[StoredBlob], /) -> Iterator[tuple[StoredBlob, bytes]]:
         """Each blob with its bytes, in any order; blobs of any disk of the destination. Raises Corrupt, Unavailable."""
+        ...
+
+
+@runtime_checkable
+class SharesBlobs(Protocol):
+    """A BlobDisk that can read through a cache of this host."""
+
+    def load_shared(self, blobs: Sequence[StoredBlob], cache: SharedCache, /) -> Iterator[tuple[StoredBlob, bytes]]:
+        """As `load`. What is found in the cache is proven like what comes from the destination."""
         ...
 
 

@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 
 from snapchain.destination.address import PointAddress
-from snapchain.destination.reading import BlobDisk, ReadableDestination, RecordsFirstReads
+from snapchain.destination.reading import BlobDisk, ReadableDestination, RecordsFirstReads, SharesBlobs
 from snapchain.destination.records import PointRecord
 from snapchain.errors import Corrupt, InvalidInput, NotFound
+from snapchain.host.shared_cache import SharedCache
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.points import chosen_point
-from snapchain.nbd.cache import BlockCache, Loader
+from snapchain.nbd.cache import BlockCache, Load, Loader
 from snapchain.nbd.exports import Export, Exports
 from snapchain.nbd.first_reads import first_reads
 from snapchain.nbd.listening import (
@@ -43,6 +44,7 @@ from snapchain.ops.guest_records import read_record
 
 CACHE_BYTES = 256 << 20
 LEAST_CACHE = 16 << 20
+SHARED_CACHE_BYTES = 4 << 30
 PATIENCE = 120.0
 """Seconds for which a read waits for a store that does not answer, before it fails."""
 _MOST_NOTED = 1000
@@ -61,6 +63,7 @@ class ServeRequest:
     cache: bytes; patience: seconds
     once: end when the last client has gone
     prefetch: fetch what clients of the disk have read first before, and record what they read first now
+    cache_dir: a directory for blobs as they are stored, which processes share; shared_cache: its bytes
     """
 
     addresses: Sequence[PointAddress]
@@ -72,6 +75,8 @@ class ServeRequest:
     patience: float = PATIENCE
     once: bool = False
     prefetch: bool = True
+    cache_dir: Path | None = None
+    shared_cache: int = SHARED_CACHE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +144,8 @@ class Serving:
             )
         if request.cache < LEAST_CACHE:
             raise InvalidInput(f"the cache has at least {LEAST_CACHE >> 20} MiB", hint="--cache-size 64M")
+        if request.shared_cache < LEAST_CACHE:
+            raise InvalidInput(f"--cache-dir has at least {LEAST_CACHE >> 20} MiB", hint="--cache-dir-size 1G")
         self._request = request
         self._destinations = destinations
         self._place = None if request.listen is None else parse_place(request.listen)
@@ -192,6 +199,9 @@ class Serving:
 
     def _exports(self, stack: ExitStack, on_event: OnEvent) -> Iterator[Export]:
         cache = BlockCache(self._request.cache)
+        shared: SharedCache | None = None
+        if self._request.cache_dir is not None:
+            shared = stack.enter_context(SharedCache(self._request.cache_dir, self._request.shared_cache))
         loaders: dict[str, Loader] = {}
 
         @contextmanager
@@ -211,7 +221,7 @@ class Serving:
                 with lock:
                     loader = loaders.get(chosen.destination.url)
                     if loader is None:
-                        loader = loaders[chosen.destination.url] = Loader(cache, disk.load)
+                        loader = loaders[chosen.destination.url] = Loader(cache, _load(disk, shared))
                         stack.callback(loader.close)
                 reading = BlobReading(disk, disk, loader, patience=self._request.patience)
                 if not (self._request.prefetch and isinstance(disk, RecordsFirstReads)):
@@ -252,6 +262,12 @@ class Serving:
             tls=self._request.tls is not None,
             cache=self._request.cache,
         )
+
+
+def _load(disk: BlobDisk, shared: SharedCache | None) -> Load:
+    if shared is None or not isinstance(disk, SharesBlobs):
+        return disk.load
+    return lambda blobs: disk.load_shared(blobs, shared)
 
 
 def _chosen(destination: ReadableDestination, address: PointAddress, *, all_points: bool) -> Iterator[_Chosen]:

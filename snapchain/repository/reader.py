@@ -14,6 +14,7 @@ import numpy as np
 from snapchain.destination.reading import Part, ReadingCost, Sink, StoredBlob
 from snapchain.destination.records import HoldRecord, PointRecord
 from snapchain.errors import Corrupt
+from snapchain.host.shared_cache import SharedCache
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model.content import Hashes
 from snapchain.model.events import Notice, OnEvent, ignore
@@ -155,6 +156,10 @@ class WholePoint:
     def load(self, blobs: Sequence[StoredBlob], /) -> Iterator[tuple[StoredBlob, bytes]]:
         """As BlobDisk."""
         return self.view.load(blobs)
+
+    def load_shared(self, blobs: Sequence[StoredBlob], cache: SharedCache, /) -> Iterator[tuple[StoredBlob, bytes]]:
+        """As SharesBlobs."""
+        return self.view.load_shared(blobs, cache)
 
     def first_reads(self) -> FirstReads:
         """As RecordsFirstReads."""

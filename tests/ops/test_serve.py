@@ -318,6 +318,27 @@ def test_what_clients_read_first_is_fetched_when_a_later_point_is_served(
     assert fetched == [(), ((32, 1), (64, 1), (33, 1))]
 
 
+def test_a_server_needs_not_fetch_what_another_one_has_fetched(tmp_path: Path) -> None:
+    """Shown by a pack that is damaged in between: its bytes come from the directory that both use."""
+    raw = _overwritten(tmp_path)
+    address, name = f"{tmp_path}/repo::{DISK}@1", f"{DISK}@1"
+
+    def read(cache_dir: Path) -> bytes:
+        with serving(tmp_path, address, cache_dir=cache_dir), Client(tmp_path / "s").go(name) as client:
+            return client.read(0, len(raw))
+
+    assert read(tmp_path / "cache") == raw
+    for pack in (tmp_path / "repo" / "packs").rglob("*"):
+        if pack.is_file() and pack.stat().st_size > MiB:
+            body = bytearray(pack.read_bytes())
+            body[MiB // 2] ^= 1
+            pack.chmod(0o600)
+            pack.write_bytes(body)
+    with pytest.raises(ReadFailed):
+        read(tmp_path / "other")
+    assert read(tmp_path / "cache") == raw
+
+
 def test_a_replica_is_shipped_to_while_it_is_served_and_merges_leave_its_files(history: Path, tmp_path: Path) -> None:
     shutil.copytree(history / "replica", tmp_path / "replica")
     image = tmp_path / "web1.qcow2"
