@@ -160,10 +160,10 @@ class PrivateDirectory:
         with os_errors(self.path / name):
             return self._directory.status(name)
 
-    def touch(self, name: str) -> None:
+    def mark_used(self, name: str) -> None:
         """Give a file the time of now."""
         with os_errors(self.path / name):
-            os.utime(name, dir_fd=self._directory.fd, follow_symlinks=False)
+            self._directory.mark_used(name)
 
     def remove(self, name: str) -> None:
         """Idempotent."""

@@ -97,7 +97,7 @@ class SharedCache:
         with suppress(SnapchainError), self._used():
             data = self._directory.read(name, cap=size)
             if time.time() - self._directory.status(name).st_mtime > _USED_AGAIN:
-                self._directory.touch(name)
+                self._directory.mark_used(name)
             return data if len(data) == size else None
         return None
 

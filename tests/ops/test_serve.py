@@ -334,7 +334,7 @@ def test_a_server_needs_not_fetch_what_another_one_has_fetched(tmp_path: Path) -
             body[MiB // 2] ^= 1
             pack.chmod(0o600)
             pack.write_bytes(body)
-    with pytest.raises(ReadFailed):
+    with pytest.raises(ReadFailed, match="error 5"):
         read(tmp_path / "other")
     assert read(tmp_path / "cache") == raw
 

@@ -90,8 +90,8 @@ def test_an_altered_or_moved_record_is_damage() -> None:
     repo.store.put(first_reads_name(repo.keys.disk_key("other")), data)
     repo.store.put(name, data[:-1] + bytes([data[-1] ^ 1]))
     for disk in (DISK, "other"):
-        with pytest.raises(Corrupt):
+        with pytest.raises(Corrupt, match="altered"):
             record(repo, disk).read()
     repo.store.put(name, b"")
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match="not the snapchain object"):
         record(repo).read()

@@ -75,7 +75,7 @@ def test_damage_in_the_store_is_not_kept(shipped: Shipped, tmp_path: Path) -> No
     shipped.repository.store.put(name, bytes(body))
     with SharedCache(tmp_path, 64 * MiB) as cache:
         for _ in range(2):
-            with pytest.raises(Corrupt):
+            with pytest.raises(Corrupt, match="altered"):
                 list(view(shipped).load_shared([blob], cache))
         assert cache.take(f"{blob.where[0]}-{blob.where[1]:08x}", size=blob.where[2]) is None
 
