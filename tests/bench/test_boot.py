@@ -47,7 +47,7 @@ def boot_agent_guest(overlay: Path) -> None:
     """To a shell that has read what an ext4 holds."""
     shutil.rmtree(overlay.parent / "machine", ignore_errors=True)
     with AgentGuest(overlay.parent / "machine", disks={"vda": overlay}) as guest:
-        guest.sh("cat /mnt/vda/* >/dev/null")
+        guest.sh("cat /mnt/vda/bin/* >/dev/null")
 
 
 def alpine_disk(folder: Path) -> Path:
@@ -61,11 +61,11 @@ def alpine_disk(folder: Path) -> Path:
 def agent_disk(folder: Path) -> Path:
     """40 MB of programs of this machine."""
     files = folder / "files"
-    files.mkdir()
+    (files / "bin").mkdir(parents=True)
     size = 0
     for path in sorted(Path("/usr/bin").iterdir()):
         if path.is_file() and not path.is_symlink() and size < 40 << 20:
-            shutil.copyfile(path, files / path.name)
+            shutil.copyfile(path, files / "bin" / path.name)
             size += path.stat().st_size
     return formatted(folder / "disk.qcow2", size="128M", files=files)
 
