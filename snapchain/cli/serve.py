@@ -98,6 +98,26 @@ def serve(
     once: Annotated[
         bool, typer.Option("--once", help="End when the last client that has opened an export has disconnected.")
     ] = False,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache-dir",
+            readable=False,
+            metavar="DIR",
+            help="Keep what was fetched in DIR/snapchain-blobs too, as it is stored, so encrypted. Servers on this "
+            "host share it: each blob is fetched once, also by a later server.",
+        ),
+    ] = None,
+    cache_dir_size: Annotated[
+        str, typer.Option("--cache-dir-size", metavar="BYTES", help="Keep so many bytes in --cache-dir.")
+    ] = "4G",
+    no_prefetch: Annotated[
+        bool,
+        typer.Option(
+            "--no-prefetch",
+            help="Do not record what clients read first, and do not fetch ahead what was recorded before.",
+        ),
+    ] = False,
     limit_rate: options.LimitRate = None,
     out: Output,
 ) -> None:
@@ -112,6 +132,10 @@ def serve(
     would else guess it from bytes that the guest wrote. Zeroes are not sent: clients that ask learn which ranges hold
     data. Each byte of a repository is proven before it is sent. A range whose bytes are lost gives an I/O error there
     and a note here, and all other ranges can be read. Writes are refused.
+
+    What clients read first, up to 256 MiB in 3 minutes, is recorded in the repository. When a point of the disk is
+    served again, it is fetched in the same order before it is asked for, so a guest boots faster. Programs that ask for
+    the map of a disk, as copies do, are not recorded.
 
     While a store does not answer, reads wait for --patience, then fail; later reads work again. As long as a point of
     a repository is served, gc keeps what it needs. A point that only --all-points lists is kept while a client has it
@@ -133,6 +157,9 @@ def serve(
         cache=quantities.parse_size(cache_size),
         patience=options.seconds(patience, "--patience"),
         once=once,
+        prefetch=not no_prefetch,
+        cache_dir=cache_dir,
+        shared_cache=quantities.parse_size(cache_dir_size),
     )
     places: dict[str, ReadableDestination] = {}
     for each in addresses:

@@ -13,6 +13,7 @@ from snapchain.errors import Corrupt
 from snapchain.model.content import Hashes
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents, Int64s
+from snapchain.model.first_reads import FirstReads
 from snapchain.model.guest_checks import GuestCheck, GuestChecks
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     )
     from snapchain.destination.summary import DiskSummary
     from snapchain.destination.usage import StoredUsage
+    from snapchain.host.shared_cache import SharedCache
     from snapchain.model.retention import Rules
     from snapchain.model.traffic import Traffic
 
@@ -229,6 +231,28 @@ class BlobDisk(Protocol):
 
     def load(self, blobs: Sequence[StoredBlob], /) -> Iterator[tuple[StoredBlob, bytes]]:
         """Each blob with its bytes, in any order; blobs of any disk of the destination. Raises Corrupt, Unavailable."""
+        ...
+
+
+@runtime_checkable
+class SharesBlobs(Protocol):
+    """A BlobDisk that can read through a cache of this host."""
+
+    def load_shared(self, blobs: Sequence[StoredBlob], cache: SharedCache, /) -> Iterator[tuple[StoredBlob, bytes]]:
+        """As `load`. What is found in the cache is proven like what comes from the destination."""
+        ...
+
+
+@runtime_checkable
+class RecordsFirstReads(Protocol):
+    """A WholeDisk that remembers what clients read first of any point of its disk. Nothing but speed depends on it."""
+
+    def first_reads(self) -> FirstReads:
+        """As it was recorded last; nothing where it was not. Raises Corrupt, Unsupported, Unavailable."""
+        ...
+
+    def note_first_reads(self, reads: FirstReads, /) -> None:
+        """Record it in the place of what was. Whoever may read may do so. Raises what the store refuses."""
         ...
 
 

@@ -250,6 +250,11 @@ class Directory:
                 return False
         return True
 
+    def mark_used(self, name: str) -> None:
+        """Give a file the time of now."""
+        with acting_as(self._naming):
+            os.utime(_single(name), dir_fd=self.fd, follow_symlinks=False)
+
     def give_name(self, fd: int, old: str, new: str, *, replacing: os.stat_result | None) -> None:
         """Rename a file from its temporary name to its final one, durably.
 

@@ -136,6 +136,35 @@ class PrivateDirectory:
                 self._directory.remove(temporary)
             self._directory.sync()
 
+    def write_unsynced(self, name: str, data: bytes | memoryview) -> None:
+        """As `write`, for bytes that prove themselves: a crash of the machine may leave others under the name."""
+        temporary = temporary_beside(self.path / name, purpose=NEW).name
+        with os_errors(self.path / name):
+            fd = self._directory.create(temporary)
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    file.write(data)
+                self._directory.rename(temporary, name)
+            except BaseException:
+                self._directory.remove(temporary)
+                raise
+
+    def open_beside(self, name: str) -> int:
+        """A descriptor of a file that processes lock and count in; it is made if missing. Raises as `read`."""
+        self.write_once(name, b"")
+        with os_errors(self.path / name):
+            return self._directory.open_file(name, writing=True)
+
+    def status(self, name: str) -> os.stat_result:
+        """The status of a file."""
+        with os_errors(self.path / name):
+            return self._directory.status(name)
+
+    def mark_used(self, name: str) -> None:
+        """Give a file the time of now."""
+        with os_errors(self.path / name):
+            self._directory.mark_used(name)
+
     def remove(self, name: str) -> None:
         """Idempotent."""
         with os_errors(self.path / name):

@@ -29,6 +29,8 @@ GAP_BYTES = 128 << 10
 """Stored bytes between two blobs that are cheaper to fetch than to ask again."""
 _LOOKED_AT = 256
 WORKERS = 6
+_FOR_THOSE_WHO_WAIT = 2
+"""Threads that fetch nothing ahead: a client does not wait until a request that nobody waits for is through."""
 _MOST_AHEAD = 32 << 20
 
 
@@ -223,6 +225,7 @@ class Crew:
         self._ready = threading.Condition()
         self._urgent: deque[Callable[[], None]] = deque()
         self._ahead: deque[Callable[[], None]] = deque()
+        self._free = max(1, count - _FOR_THOSE_WHO_WAIT)
         self._closed = False
         for number in range(count):
             threading.Thread(target=self._run, name=f"nbd fetch {number}", daemon=True).start()
@@ -242,13 +245,18 @@ class Crew:
     def _run(self) -> None:
         while True:
             with self._ready:
-                while not (self._urgent or self._ahead or self._closed):
+                while not (self._urgent or (self._ahead and self._free) or self._closed):
                     self._ready.wait()
                 if self._closed:
                     return
+                is_ahead = not self._urgent
                 work = (self._urgent or self._ahead).popleft()
+                self._free -= is_ahead
             work()
             del work  # it may hold bytes
+            if is_ahead:
+                with self._ready:
+                    self._free += 1
 
 
 def _unheard(work: Callable[[], None]) -> None:

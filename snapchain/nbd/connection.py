@@ -142,6 +142,7 @@ class _Transmission:
         self._name, self._reading = opened.name, opened.reading
         self._structured, self._contexts = structured, contexts
         self._ahead = ReadAhead(self._reading.most_ahead)
+        self._recorder = self._reading.recorder
         self._sending = threading.Lock()
         self._waiting: queue.Queue[Request | None] = queue.Queue(_REQUESTS)
         self._answerer: threading.Thread | None = None
@@ -211,17 +212,26 @@ class _Transmission:
                 ahead = self._ahead.wanted(first, stop) if first < stop else None
                 if ahead is not None:
                     reading.ahead(*ahead)
+            if self._recorder is not None:
+                self._record(offset, length)
             try:
                 pieces = reading.ready(offset, length)
             except (SnapchainError, OSError) as error:
                 return [self._failed(request, error)]
             return None if pieces is None else self._read_reply(request, pieces)
         if request.command == Command.BLOCK_STATUS:
+            self._recorder = None  # a program that copies the disk reads all of it, in its own order
             runs = block_status(reading.extents, offset, length, only_one=request.wants_one_run)
             return [status_chunk(cookie, runs)]
         if request.command == Command.CACHE:
             reading.ahead(*self._numbers(offset, length))
         return [done_chunk(cookie) if self._structured else simple_reply(cookie)]
+
+    def _record(self, offset: int, length: int) -> None:
+        if self._recorder is not None and self._recorder.is_open:
+            self._recorder.note(offset, length)
+        else:
+            self._recorder = None
 
     def _numbers(self, offset: int, length: int) -> tuple[int, int]:
         """Of the blocks with data in a range: the first, and one past the last."""

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol, TypeVar
 
 from snapchain.destination.reading import BlobDisk, WholeDisk
 from snapchain.errors import Corrupt, SnapchainError, Unavailable
+from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import DATA, Extents
+from snapchain.model.first_reads import FirstReads, portions
 from snapchain.nbd.cache import Blob, Loader
 from snapchain.nbd.data_blocks import DataBlocks
 from snapchain.nbd.protocol import Piece
@@ -32,7 +35,23 @@ PORTION = 1 << 20
 _MOST_BLOCKS = 1 << 16
 """Of which an export remembers what they are made of: some 30 MiB for 16 GiB."""
 _FETCHED_TOGETHER = 16
+_LEAVES_OF_A_STEP, _STEPS_AT_ONCE = 32, 4
+"""Of what is fetched because an earlier client has read it: few enough that what clients wait for comes soon."""
 _PAUSE, _LONGEST_PAUSE = 0.5, 5.0
+
+
+class Notes(Protocol):
+    """Takes down what clients read. is_open: whether more is taken"""
+
+    is_open: bool
+
+    def note(self, offset: int, length: int, /) -> None:
+        """A client reads this range."""
+        ...
+
+    def close(self) -> None:
+        """Take down no more."""
+        ...
 
 
 class Reading(Protocol):
@@ -40,12 +59,14 @@ class Reading(Protocol):
 
     size: bytes; extents: its map
     data: which blocks of `BLOCK` bytes hold data; most_ahead: how many of them may be fetched ahead for a client
+    recorder: what is told of each read, None for nothing
     """
 
     size: int
     extents: Extents
     data: DataBlocks
     most_ahead: int
+    recorder: Notes | None
 
     def ready(self, offset: int, length: int, /) -> list[Piece] | None:
         """The pieces of a range that can be given at once; None where it must be waited for, or is long."""
@@ -74,6 +95,7 @@ class FileReading:
     most_ahead = 0
 
     def __init__(self, disk: WholeDisk) -> None:
+        self.recorder: Notes | None = None
         self.size, self.extents, self._disk = disk.size, disk.extents, disk
         self.data = DataBlocks(disk.extents, BLOCK)
 
@@ -128,6 +150,7 @@ class BlobReading:
         self._lock = threading.Lock()
         self._table: dict[int, tuple[_Segment, ...]] = {}
         self._closing = threading.Event()
+        self.recorder: Notes | None = None
 
     def end(self) -> None:
         """See `Reading`."""
@@ -188,6 +211,38 @@ class BlobReading:
             work = partial(self._fetch, begin << SHIFT, min(end << SHIFT, self.size), ahead=True)
             self._loader.later(work)
 
+    def prefetch(self, reads: FirstReads) -> None:
+        """Fetch these leaves in their order when nobody waits for others, until half of the cache is theirs."""
+        at_once = max(1, min(_LEAVES_OF_A_STEP, self.most_ahead // _STEPS_AT_ONCE))
+        left = deque(portions(reads, at_once))
+        room = self._loader.cache.limit // 2
+        lock = threading.Lock()
+
+        def step() -> None:
+            """Begin with the next ones. Those after them come when these are no longer waiting."""
+            nonlocal room
+            try:
+                runs = left.popleft()
+            except IndexError:
+                return
+            for first, count in runs:
+                start, stop = first * LEAF_BYTES, min((first + count) * LEAF_BYTES, self.size)
+                if start >= stop:
+                    continue
+                self._resolve(start, stop)
+                shown = dict.fromkeys(self._shown(start, stop))
+                missing = [blob for blob in shown if blob.data is None and blob.loading is None]
+                with lock:
+                    room -= sum(blob.stored.size for blob in missing)
+                    if room < 0:
+                        left.clear()
+                        return
+                self._loader.fetch(missing, ahead=True)
+            self._loader.later(step)
+
+        for _ in range(_STEPS_AT_ONCE):
+            self._loader.later(step)
+
     def soon(self, offset: int, length: int) -> None:
         """See `Reading`."""
         stop = min(offset + length, offset + _FETCHED_TOGETHER * BLOCK)
@@ -240,9 +295,18 @@ class BlobReading:
     def _fetch(self, offset: int, stop: int, *, ahead: bool = False) -> None:
         """Find out what a range is made of, and begin to fetch what is not here."""
         self._resolve(offset, stop)
-        wanted = [blob for _, segments in self._segments(offset, stop) for _, _, blob, _, _ in segments if blob]
+        wanted = self._shown(offset, stop)
         if wanted:
             self._loader.fetch(wanted, ahead=ahead)
+
+    def _shown(self, offset: int, stop: int) -> list[Blob]:
+        """The blobs that a range shows, whose blocks are looked up already."""
+        return [
+            blob
+            for base, segments in self._segments(offset, stop)
+            for first, last, blob, _, _ in segments
+            if blob is not None and base + first < stop and base + last > offset
+        ]
 
     def _segments(self, offset: int, stop: int) -> Iterator[tuple[int, tuple[_Segment, ...]]]:
         """(offset, segments) of the blocks of a range."""

@@ -8,12 +8,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Self
 
-from snapchain.destination.reading import BlobDisk, ReadableDestination
+from snapchain.destination.reading import BlobDisk, ReadableDestination, RecordsFirstReads, SharesBlobs
 from snapchain.destination.records import PointRecord
 from snapchain.errors import Corrupt, InvalidInput, NotFound
+from snapchain.host.shared_cache import SharedCache
 from snapchain.model.events import Notice, OnEvent
-from snapchain.nbd.cache import BlockCache, Loader
+from snapchain.nbd.cache import BlockCache, Load, Loader
 from snapchain.nbd.exports import Export
+from snapchain.nbd.first_reads import first_reads
 from snapchain.nbd.reading import BlobReading, FileReading, Reading
 
 CACHE_BYTES = 256 << 20
@@ -30,12 +32,23 @@ class PointReadings:
     """Opens points of any destinations. A context manager: at its end nothing is fetched any more. Thread-safe.
 
     cache: bytes, for all points; patience: seconds for which a read waits for a store that does not answer
+    prefetch: fetch what was read first of the disk before, and record what is read first now
+    shared: what processes of this host share
     """
 
-    def __init__(self, *, cache: int, patience: float, on_event: OnEvent) -> None:
+    def __init__(
+        self,
+        *,
+        cache: int,
+        patience: float,
+        on_event: OnEvent,
+        prefetch: bool = False,
+        shared: SharedCache | None = None,
+    ) -> None:
         """Raises InvalidInput for a cache that is too small."""
         check_cache(cache)
         self._cache, self._patience, self._on_event = BlockCache(cache), patience, on_event
+        self._prefetch, self._shared = prefetch, shared
         self._lock = threading.Lock()
         self._loaders: dict[str, Loader] = {}
         self._stack = ExitStack()
@@ -76,9 +89,20 @@ class PointReadings:
             with self._lock:
                 loader = self._loaders.get(destination.url)
                 if loader is None:
-                    loader = self._loaders[destination.url] = Loader(self._cache, found.load)
+                    loader = self._loaders[destination.url] = Loader(self._cache, self._load(found))
                     self._stack.callback(loader.close)
-            yield BlobReading(found, found, loader, patience=self._patience)
+            reading = BlobReading(found, found, loader, patience=self._patience)
+            if not (self._prefetch and isinstance(found, RecordsFirstReads)):
+                yield reading
+                return
+            with first_reads(found, reading):
+                yield reading
+
+    def _load(self, disk: BlobDisk) -> Load:
+        shared = self._shared
+        if shared is None or not isinstance(disk, SharesBlobs):
+            return disk.load
+        return lambda blobs: disk.load_shared(blobs, shared)
 
 
 def check_cache(size: int) -> None:

@@ -21,6 +21,7 @@ from snapchain.destination.address import PointAddress
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import PointRecord
 from snapchain.errors import InvalidInput, NotFound
+from snapchain.host.shared_cache import SharedCache
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.points import chosen_point
 from snapchain.nbd.exports import Export, Exports
@@ -36,7 +37,9 @@ from snapchain.nbd.listening import (
 from snapchain.nbd.server import Server
 from snapchain.ops.guest_points import fault_of, guest_named
 from snapchain.ops.guest_records import read_record
-from snapchain.ops.readings import CACHE_BYTES, PATIENCE, PointReadings, ReadLog, check_cache
+from snapchain.ops.readings import CACHE_BYTES, LEAST_CACHE, PATIENCE, PointReadings, ReadLog, check_cache
+
+SHARED_CACHE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ class ServeRequest:
     cache: bytes; patience: seconds
     once: end when the last client has gone
     block_status: clients may ask which ranges hold data; a guest that streams from the export must not: decision 0163
+    prefetch: fetch what clients of the disk have read first before, and record what they read first now
+    cache_dir: a directory for blobs as they are stored, which processes share; shared_cache: its bytes
     """
 
     addresses: Sequence[PointAddress]
@@ -60,6 +65,9 @@ class ServeRequest:
     patience: float = PATIENCE
     once: bool = False
     block_status: bool = True
+    prefetch: bool = True
+    cache_dir: Path | None = None
+    shared_cache: int = SHARED_CACHE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +134,8 @@ class Serving:
                 hint="say --listen HOST:PORT too, or leave --tls out",
             )
         check_cache(request.cache)
+        if request.shared_cache < LEAST_CACHE:
+            raise InvalidInput(f"--cache-dir has at least {LEAST_CACHE >> 20} MiB", hint="--cache-dir-size 1G")
         self._request = request
         self._destinations = destinations
         self._place = None if request.listen is None else parse_place(request.listen)
@@ -153,8 +163,17 @@ class Serving:
         log = ReadLog(on_event)
         with ExitStack() as stack:
             tls = None if self._request.tls is None else tls_context(self._request.tls)
+            shared: SharedCache | None = None
+            if self._request.cache_dir is not None:
+                shared = stack.enter_context(SharedCache(self._request.cache_dir, self._request.shared_cache))
             readings = stack.enter_context(
-                PointReadings(cache=self._request.cache, patience=self._request.patience, on_event=on_event)
+                PointReadings(
+                    cache=self._request.cache,
+                    patience=self._request.patience,
+                    prefetch=self._request.prefetch,
+                    shared=shared,
+                    on_event=on_event,
+                )
             )
             exports = stack.enter_context(Exports(self._exports(readings)))
             port = None

@@ -34,6 +34,7 @@ class BlobReader:
         self.damaged: set[str] = set()
         self._store, self._keys, self._load = store, keys, load
         self._get: Get = self.read_range
+        self._on_read: Callable[[Location, memoryview], None] = _unheard
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._index: BlobIndex | None = None
@@ -44,6 +45,16 @@ class BlobReader:
         other = copy.copy(self)
         other._get = get  # noqa: SLF001 - the two are one thing
         return other
+
+    def heard_by(self, on_read: Callable[[Location, memoryview], None]) -> BlobReader:
+        """The same reader, which tells of each blob that it has read and found good: the bytes that are stored."""
+        other = copy.copy(self)
+        other._on_read = on_read  # noqa: SLF001 - the two are one thing
+        return other
+
+    def opened(self, blob: bytes, where: Location, text: bytes) -> bytes:
+        """The plain bytes of a blob. text: what is stored of it. Raises Corrupt."""
+        return self._reader(where.pack).blob(blob, where.offset, where.raw, text)
 
     def read_range(self, pack: str, offset: int, length: int) -> bytes | memoryview:
         """Stored bytes of a pack. Raises NotFound, Unavailable."""
@@ -126,7 +137,10 @@ class BlobReader:
         for at in group:
             blob, where = wanted[at]
             begin = where.offset - first.offset
-            yield at, reader.blob(blob, where.offset, where.raw, view[begin : begin + where.stored])
+            text = view[begin : begin + where.stored]
+            plain = reader.blob(blob, where.offset, where.raw, text)
+            self._on_read(where, text)
+            yield at, plain
 
     def _reader(self, pack: str) -> PackReader:
         with self._lock:
@@ -136,6 +150,10 @@ class BlobReader:
                 if len(self._readers) > _READERS:
                     self._readers.popitem(last=False)
             return reader
+
+
+def _unheard(_where: Location, _text: memoryview) -> None:
+    """Nobody listens."""
 
 
 def neighbours(wanted: Sequence[tuple[bytes, Location]], *, most: int = GROUP_BYTES) -> Iterator[list[int]]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from snapchain.destination.reading import Part, StoredBlob
 from snapchain.errors import Corrupt
+from snapchain.host.shared_cache import SharedCache
 from snapchain.model.extents import DATA, Extents, Int64s, over
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.format import layer_name
@@ -19,6 +20,7 @@ from snapchain.repository.layers import StoredLayer, resolve
 from snapchain.repository.packs import Location
 from snapchain.repository.pages import Page
 from snapchain.repository.read_ahead import Get
+from snapchain.repository.shared_blobs import read_shared
 
 Target = tuple[int, int, int, int]
 """Number of a buffer, offset in it, offset in the blob, length."""
@@ -115,6 +117,12 @@ class ChainView:
     def load(self, blobs: Sequence[StoredBlob]) -> Iterator[tuple[StoredBlob, bytes]]:
         """As BlobDisk."""
         for place, plain in self._blobs.read_all([(blob.id, Location(*blob.where)) for blob in blobs]):
+            yield blobs[place], plain
+
+    def load_shared(self, blobs: Sequence[StoredBlob], cache: SharedCache) -> Iterator[tuple[StoredBlob, bytes]]:
+        """As SharesBlobs."""
+        wanted = [(blob.id, Location(*blob.where)) for blob in blobs]
+        for place, plain in read_shared(self._blobs, cache, wanted):
             yield blobs[place], plain
 
     def locations(self, ranges: Sequence[tuple[int, int]]) -> list[Location]:

@@ -102,7 +102,8 @@ def _judged(errors: Iterable[Any], what: str, subject: str) -> SnapchainError:
 #
 #     0   6   "SNAPCH"
 #     6   1   kind: I index, D damage, L layer, C catalogue, E lease, G state of a guest, K list of key slots,
-#             V what was verified, X what is to be deleted, S samples of indexes; P begins a pack (packs.py)
+#             V what was verified, R what was read first, X what is to be deleted, S samples of indexes;
+#             P begins a pack (packs.py)
 #     7   1   format, 1
 #     8   8   zero
 #     16  32  salt
@@ -146,6 +147,7 @@ EXPANSIONS: dict[bytes, Expansion] = {
     b"S": Expansion(64 * _MIB, 8, _MIB // 4),
     b"L": Expansion(128 * _MIB, 8, _MIB // 4),
     b"V": _JSON,
+    b"R": _JSON,
 }
 """By kind. Two thirds of an index and half of a page table are hashes, which do not compress: true ones unpack to two
 or three times their size."""

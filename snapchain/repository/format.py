@@ -12,6 +12,7 @@
     verified/NAME                 packs and layers that were read and found good, and when
     layers/LAYER                  one layer: its header and the table of its pages
     disks/DISK/GENERATION         the catalogue of one disk: its points and their layers
+    reads/DISK                    what clients of a served point of the disk read first
     guests/GUEST/NUMBER           a step of a guest from one state to another: who may run it
     leases/MODE-NAME              who is at work; put again as long as he is
     witness                       made once: a store that lets it be made again ignores conditions
@@ -82,6 +83,9 @@ PAGE_ROW = np.dtype(
 
 VERIFIED_ROW = np.dtype([("id", "u1", (PACK_ID_BYTES,)), ("time", "<u8")])
 """A pack or a layer that was found good, and when: seconds since 1970."""
+
+FIRST_READS_ROW = np.dtype([("first", "<u8"), ("count", "<u8")])
+"""Leaves that were read: the first, and how many."""
 
 _INDEX = re.compile(r"index/([0-9]{10})-[0-9a-f]{32}")
 _DAMAGE = re.compile(r"index/damaged-[0-9a-f]{32}")
@@ -161,6 +165,11 @@ def is_samples(name: str) -> bool:
 def verified_name(name: str) -> str:
     """Object name of a record of what was verified."""
     return f"verified/{name}"
+
+
+def first_reads_name(disk: str) -> str:
+    """Object name of the record of what clients of a disk read first."""
+    return f"reads/{disk}"
 
 
 def is_verified(name: str) -> bool:

@@ -14,13 +14,16 @@ import numpy as np
 from snapchain.destination.reading import Part, ReadingCost, Sink, StoredBlob
 from snapchain.destination.records import HoldRecord, PointRecord
 from snapchain.errors import Corrupt
+from snapchain.host.shared_cache import SharedCache
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model.content import Hashes
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.extents import Extents, Int64s, covering, over
+from snapchain.model.first_reads import FirstReads
 from snapchain.repository.catalogue import Point, find_point
 from snapchain.repository.chain import ChainView
 from snapchain.repository.filling import Filling
+from snapchain.repository.first_reads import StoredFirstReads
 from snapchain.repository.layers import StoredLayer, leaves_shown
 from snapchain.repository.lost_maps import LostMap, tolerant
 from snapchain.repository.replay import Replay
@@ -115,11 +118,12 @@ class WholePoint:
     """A PointDisk. What it gives is what its blobs hold: only who takes all of it can prove its content.
 
     extents: DATA where the map is lost, too: nobody knows that it is zero
-    lost: these ranges, ascending and apart
+    reads: what clients of this disk read first; lost: these ranges, ascending and apart
     """
 
     view: ChainView
     extents: Extents
+    reads: StoredFirstReads
     lost: Sequence[LostMap] = ()
 
     @property
@@ -152,6 +156,18 @@ class WholePoint:
     def load(self, blobs: Sequence[StoredBlob], /) -> Iterator[tuple[StoredBlob, bytes]]:
         """As BlobDisk."""
         return self.view.load(blobs)
+
+    def load_shared(self, blobs: Sequence[StoredBlob], cache: SharedCache, /) -> Iterator[tuple[StoredBlob, bytes]]:
+        """As SharesBlobs."""
+        return self.view.load_shared(blobs, cache)
+
+    def first_reads(self) -> FirstReads:
+        """As RecordsFirstReads."""
+        return self.reads.read()
+
+    def note_first_reads(self, reads: FirstReads, /) -> None:
+        """As RecordsFirstReads."""
+        self.reads.write(reads)
 
 
 def point_record(point: Point, layers: int) -> PointRecord:
@@ -238,7 +254,7 @@ def whole_point(
         if lost:
             first, stop = np.array([(each.start, each.stop) for each in lost], np.int64).T
             shown = over(shown, covering(shown.size, first, stop))
-        yield WholePoint(view, shown, lost)
+        yield WholePoint(view, shown, StoredFirstReads(repository.store, repository.keys, disk), lost)
 
 
 @contextmanager

@@ -28,8 +28,9 @@ from snapchain.destination.records import RenamePlan, RenameReport
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.repository import guest_states
+from snapchain.repository import first_reads, guest_states
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
+from snapchain.repository.first_reads import StoredFirstReads
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository
 
@@ -147,6 +148,10 @@ class DiskRename:
             self._old.advance(source, time=datetime.now(UTC), points=(), parents={})
         lease.check()
         self._new.advance(target, time=datetime.now(UTC), renamed_from=None)
+        first_reads.move(*(self._first_reads(each.name) for each in (self._old, self._new)))
+
+    def _first_reads(self, disk: str) -> StoredFirstReads:
+        return StoredFirstReads(self._repository.store, self._repository.keys, disk)
 
     def _made(self, source: Catalogue, target: Current | None) -> Current:
         """Step 2."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from snapchain.nbd.reading import BlobReading, FileReading, Reading
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore, StoreWrapper
 from snapchain.repository.chain import ChainView
+from snapchain.repository.first_reads import StoredFirstReads
 from snapchain.repository.format import pack_name
 from snapchain.repository.lost_maps import LostMap
 from snapchain.repository.reader import WholePoint
@@ -30,7 +32,7 @@ def whole(shipped: Shipped, store: ObjectStore | None = None) -> WholePoint:
     """The top of a stack, through a repository opened afresh."""
     fresh = again(shipped.repository, store)
     view = ChainView([fresh.layer(layer.id) for layer in shipped.layers], fresh.blobs)
-    return WholePoint(view, view.extents.owned_by(0))
+    return WholePoint(view, view.extents.owned_by(0), StoredFirstReads(fresh.store, fresh.keys, "web1/vda"))
 
 
 def pieces_of(reading: Reading, offset: int, length: int) -> bytes | None:
@@ -147,9 +149,8 @@ def test_one_altered_byte_of_a_pack_is_an_error_of_its_blob_alone(loaders: Loade
 
 def test_where_the_map_is_lost_the_rest_is_read(loaders: Loaders) -> None:
     stack = [drawn(256 * KiB, [Run(0, 256 * KiB, 7)], b"")]
-    view = whole(ship(stack)).view
     gone = LostMap(64 * KiB, 100 * KiB, Corrupt("the map of that range is damaged"))
-    disk = WholePoint(view, view.extents.owned_by(0), (gone,))
+    disk = replace(whole(ship(stack)), lost=(gone,))
     assert [(part.start, part.stop) for part in disk.parts(0, disk.size) if part.lost] == [gone[:2]]
     assert [part.lost is not None for part in disk.parts(80 * KiB, 90 * KiB)] == [True]
     loader = Loader(BlockCache(MiB), disk.load, workers=1)

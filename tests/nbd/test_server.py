@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -16,9 +17,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from snapchain.errors import Busy, Conflict, InvalidInput
 from snapchain.guest.nbd_client import ALLOCATION, NbdExport
+from snapchain.nbd.channel import PlainChannel
+from snapchain.nbd.connection import Client as NbdClient, _Transmission
+from snapchain.nbd.handshake import Handshake
 from snapchain.nbd.listening import default_socket, parse_place, tcp_listener, tcp_uri, unix_listener, unix_uri
 from snapchain.nbd.reading import FileReading
 from tests.nbd.serving import Client, KiB, Loaders, MadeDisk, MiB, ReadFailed, Served, reading_of, served, threads
@@ -262,6 +267,62 @@ def test_mutated_clients_harm_nobody(server: Served, disk: MadeDisk) -> None:
         assert other.result()
     wait_until(lambda: not server.server.connected)
     assert all(name == "nbd accept" or name.startswith("nbd fetch") for name in threads())
+    wait_until(lambda: not _left_of_clients())
+
+
+def _left_of_clients() -> list[object]:
+    gc.collect()
+    return [each for each in gc.get_objects() if isinstance(each, (_Transmission, Handshake, PlainChannel, NbdClient))]
+
+
+_EDGES = (0, 1, 511, 4096, 33 * 64 * KiB - 1, 40 * 64 * KiB, 32 * MiB, 32 * MiB + 1, (1 << 32) - 1)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0, 2, 3, 4, 5, 6, 7, 8, 9, 0xFFFF]),
+            st.sampled_from([0, 1, 2, 4, 8, 12, 16, 0x8000, 0xFFFF]),
+            st.one_of(st.sampled_from([*_EDGES, 1 << 63, (1 << 64) - 1]), st.integers(0, 41 * 64 * KiB)),
+            st.one_of(st.sampled_from(_EDGES), st.integers(0, 100 * KiB)),
+        ),
+        max_size=12,
+    ),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_requests_are_answered_with_what_the_disk_has(
+    server: Served, disk: MadeDisk, requests: list[tuple[int, int, int, int]], structured: bool, contexts: bool
+) -> None:
+    """Each has one reply with its cookie; what was read is what the disk has, whatever was asked beside it."""
+    disk.bad.clear()
+    left: dict[int, tuple[int, int, int]] = {}
+    with Client(server.path).go(NAME, structured=structured, contexts=contexts) as client:
+        for cookie, (command, flags, offset, length) in enumerate(requests):
+            client.request(command, offset, length, cookie=cookie, flags=flags)
+            if command == 2:
+                break
+            left[cookie] = (command, offset, length)
+        if 2 not in {command for command, *_ in requests}:
+            client.request(2)
+        while left:
+            if structured:
+                chunks = client.chunks()
+                assert len({cookie for _, cookie, _ in chunks}) == 1
+                command, offset, length = left.pop(chunks[0][1])
+                if command != 0 or any(kind & 0x8000 for kind, *_ in chunks):
+                    continue
+                body = b"".join(data[8:] for kind, _, data in chunks if kind == 1)
+            else:
+                error, cookie = client.simple()
+                command, offset, length = left.pop(cookie)
+                if command != 0 or error:
+                    continue
+                body = client.take(length)
+            assert body == disk.content[offset : offset + length]
+        assert client.is_hung_up()
+    assert not server.notes
 
 
 def _has_refused(server: Served, count: int) -> bool:

@@ -23,6 +23,7 @@ from snapchain.destination.reading import ReadableDestination
 from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
 from snapchain.model.events import Notice
 from snapchain.nbd.block_status import block_status
+from snapchain.nbd.reading import BlobReading
 from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.serve import ServePlan, ServeReport, ServeRequest, Serving
@@ -291,6 +292,51 @@ def test_a_bucket_is_served(
     snapchain.ship(history / "3.raw", url, DISK)
     with serving(tmp_path, f"{url}::{DISK}") as plan:
         compare(uris(plan)[DISK], history / "3.raw")
+
+
+def test_what_clients_read_first_is_fetched_when_a_later_point_is_served(
+    history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(history / "repo", tmp_path / "repo", ignore=shutil.ignore_patterns("reads"))
+    fetched: list[object] = []
+    monkeypatch.setattr(BlobReading, "prefetch", lambda _, reads: fetched.append(reads))
+
+    def read(point: int, *offsets: int, prefetch: bool = True) -> None:
+        name = f"{DISK}@{point}"
+        with (
+            serving(tmp_path, f"{tmp_path}/repo::{name}", prefetch=prefetch),
+            Client(tmp_path / "s").go(name) as client,
+        ):
+            for offset in offsets:
+                client.read(offset, 512)
+
+    read(1, 2 * MiB, 4 * MiB, prefetch=False)
+    assert not (tmp_path / "repo" / "reads").exists()
+    read(1, 2 * MiB, 4 * MiB, 2 * MiB + LEAF)
+    read(3, prefetch=False)
+    read(3)
+    assert fetched == [(), ((32, 1), (64, 1), (33, 1))]
+
+
+def test_a_server_needs_not_fetch_what_another_one_has_fetched(tmp_path: Path) -> None:
+    """Shown by a pack that is damaged in between: its bytes come from the directory that both use."""
+    raw = _overwritten(tmp_path)
+    address, name = f"{tmp_path}/repo::{DISK}@1", f"{DISK}@1"
+
+    def read(cache_dir: Path) -> bytes:
+        with serving(tmp_path, address, cache_dir=cache_dir), Client(tmp_path / "s").go(name) as client:
+            return client.read(0, len(raw))
+
+    assert read(tmp_path / "cache") == raw
+    for pack in (tmp_path / "repo" / "packs").rglob("*"):
+        if pack.is_file() and pack.stat().st_size > MiB:
+            body = bytearray(pack.read_bytes())
+            body[MiB // 2] ^= 1
+            pack.chmod(0o600)
+            pack.write_bytes(body)
+    with pytest.raises(ReadFailed, match="error 5"):
+        read(tmp_path / "other")
+    assert read(tmp_path / "cache") == raw
 
 
 def test_a_replica_is_shipped_to_while_it_is_served_and_merges_leave_its_files(history: Path, tmp_path: Path) -> None:

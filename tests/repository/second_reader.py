@@ -298,6 +298,16 @@ class Reader:
                 found[each.hex()] = max(time, found.get(each.hex(), 0))
         return {each: time for each, time in found.items() if each not in self.damaged()}
 
+    def first_reads(self, disk: str) -> list[tuple[int, int]]:
+        """(first leaf, number of leaves) that clients of a disk read first; nothing where that cannot be read."""
+        name = f"reads/{self.keys.folder(disk)}"
+        try:
+            body = self.keys.unseal(b"R", name, (self._root / name).read_bytes())
+            rows = list(struct.iter_unpack("<QQ", body))
+        except (Damaged, FileNotFoundError, struct.error):
+            return []
+        return rows if all(count for _, count in rows) and sum(count for _, count in rows) <= 4096 else []
+
     def _blob_at(self, blob: bytes, where: Location) -> bytes:
         with self._root.joinpath("packs", where.pack[:2], where.pack).open("rb") as file:
             file.seek(where.offset)

@@ -23,6 +23,7 @@ from snapchain.repository import collecting as gc, keys as slots, tidying
 from snapchain.repository.catalogue import Point
 from snapchain.repository.crypto import AES, CHACHA, NONE, SUITES
 from snapchain.repository.envelope import unseal
+from snapchain.repository.first_reads import StoredFirstReads
 from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.packs import PackReader
@@ -253,6 +254,18 @@ def test_other_passphrases_open_nothing(tmp_path: Path) -> None:
     another = slots.wrap(bytes(32), "another", config).model_dump_json().encode()
     repository.store.put("keys/" + "0" * 32, another)
     assert Reader(tmp_path, PASSPHRASE).disks() == {}
+
+
+def test_what_clients_read_first(tmp_path: Path, suite: str) -> None:
+    repository = make(tmp_path, suite)
+    assert read(tmp_path, suite).first_reads("web1/vda") == []
+    record = StoredFirstReads(repository.store, repository.keys, "web1/vda")
+    record.write(((7, 2), (1, 1)))
+    assert read(tmp_path, suite).first_reads("web1/vda") == [(7, 2), (1, 1)]
+    (path,) = (tmp_path / "reads").iterdir()
+    path.chmod(0o600)
+    path.write_bytes(_flipped(path.read_bytes()))
+    assert read(tmp_path, suite).first_reads("web1/vda") == []
 
 
 def _flipped(body: bytes) -> bytes:
