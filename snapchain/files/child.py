@@ -14,7 +14,7 @@ from typing import Any
 from snapchain.files import messages
 from snapchain.files.confinement import NotConfined, confine
 from snapchain.files.disk import Disk, Volume
-from snapchain.files.libyal import Unix
+from snapchain.files.libyal import Unix, words_of
 from snapchain.files.messages import Hangup, Kind
 from snapchain.files.node import Facts, FileSystem, Node
 from snapchain.files.sleuthkit import Windows
@@ -90,7 +90,7 @@ class _Child:
         except MemoryError:
             _fail(self._fd, "corrupt", "reading it takes more memory than a sound file system would need")
         except Exception as error:  # noqa: BLE001 - whatever a library raises for hostile bytes
-            _fail(self._fd, "corrupt", f"it cannot be read: {_words(error)}")
+            _fail(self._fd, "corrupt", f"it cannot be read: {words_of(error)}")
 
     def _found(self) -> list[Described]:
         if self._volumes is None:
@@ -151,7 +151,7 @@ class _Child:
             except (Hangup, BrokenPipeError, ConnectionResetError, MemoryError):
                 raise
             except Exception as error:  # noqa: BLE001 - as in `do`
-                messages.send(self._fd, Kind.END, _words(error).encode("utf-8", "replace"))
+                messages.send(self._fd, Kind.END, words_of(error).encode("utf-8", "replace"))
             else:
                 messages.send(self._fd, Kind.END)
 
@@ -179,18 +179,13 @@ class _Child:
             except (Hangup, BrokenPipeError, ConnectionResetError, MemoryError):
                 raise
             except Exception as error:  # noqa: BLE001 - as in `do`
-                self._problem(names, _words(error))
+                self._problem(names, words_of(error))
 
         visit([], node, depth)
         return {"path": where}
 
     def _problem(self, names: list[str], words: str) -> None:
         messages.send(self._fd, Kind.PROBLEM, json.dumps({"path": names, "words": words[:1000]}).encode())
-
-
-def _words(error: Exception) -> str:
-    """The library's reason; it names its own functions, innermost last."""
-    return (str(error) or type(error).__name__)[:1000]
 
 
 def _at(system: FileSystem, where: list[str]) -> Node:

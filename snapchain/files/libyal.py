@@ -16,6 +16,15 @@ _MOST_ATTRIBUTES = 1024
 _MOST_TARGET = 4096
 
 
+def words_of(error: Exception) -> str:
+    """The reason; libyal tells it as a chain of its functions, of which the second is the innermost."""
+    text = str(error) or type(error).__name__
+    if "UTF-8" in text:
+        return "its name, or where it leads, is not UTF-8"
+    causes = [each.partition(": ")[2] for each in text.split(". ") if each.startswith(("lib", "py"))]
+    return (causes[min(1, len(causes) - 1)] if causes else text)[:1000]
+
+
 class Unix:
     """A FileSystem. module: pyfsext or pyfsxfs"""
 
@@ -60,7 +69,7 @@ class _Node:
                 entry = self._entry.get_sub_file_entry(number)
                 name = entry.name
             except (OSError, RuntimeError, ValueError) as error:
-                yield f"its entry {number} cannot be read: {error}"
+                yield f"its entry {number} cannot be read: {words_of(error)}"
             else:
                 yield str(name), _Node(self._handle, entry)
 
