@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +84,7 @@ def test_root_becomes_nobody_without_capabilities() -> None:
         assert child.stdout.read(1) == b"x"
         lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
         status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
-        networks = {os.readlink(f"/proc/{each}/ns/net") for each in (child.pid, "self")}
+        networks = {str(Path(f"/proc/{each}/ns/net").readlink()) for each in (child.pid, "self")}
         child.kill()
     assert (status["Uid"], status["Gid"], status["Groups"]) == (["65534"] * 4, ["65534"] * 4, [])
     assert {int(status[name][0], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {0}
