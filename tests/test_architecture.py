@@ -39,10 +39,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replica": FLOOR | {"objects", "destination", "image", "source", "merge", "guest"},
     # Serves what it can read at any offset, whatever that is: it knows no kind of destination.
     "nbd": FLOOR | {"destination"},
+    # A guest's file systems, read by a child without rights: it knows nothing but bytes.
+    "files": FLOOR,
     # The one door: opens what a URL names.
     "destinations": FLOOR | {"objects", "destination", "repository", "replica"},
     "ops": FLOOR
-    | {"objects", "image", "source", "guest", "merge", "destination", "destinations", "repository", "replica", "nbd"},
+    | {
+        "objects",
+        "image",
+        "source",
+        "guest",
+        "merge",
+        "destination",
+        "destinations",
+        "repository",
+        "replica",
+        "nbd",
+        "files",
+    },
     # The command line parses, opens what is named, calls ops and shows. It sees errors, to turn them into exit codes,
     # host, to run --password-command, and model, to say which points to keep.
     "cli": FLOOR | {"destination", "destinations", "ops", "guest"},

@@ -30,6 +30,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "Get back": {
         "restore": "Write a point to a new file, a device or stdout, or as a whole chain.",
         "serve": "Serve points as read-only block devices, over NBD.",
+        "files": "List, show, get and find single files of a point or an image.",
         "mount": "Show every point of a destination as a raw file, by FUSE.",
     },
     "Look": {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from snapchain.errors import Unavailable
@@ -22,7 +23,7 @@ _THEIR_FD = 3
 _PACKAGES = Path(__file__).resolve().parents[2]
 
 
-def start_module(module: str, argument: str, *, fd: int) -> int:
+def start_module(module: str, argument: str, *, fd: int, environment: Mapping[str, str] = os.environ) -> int:
     """Run `module.main(fd, argument)` in a new Python with a copy of `fd`, and no standard streams; its pid.
 
     It finds modules where this process does.  A path that is relative here would be another one there: it is left out.
@@ -35,7 +36,7 @@ def start_module(module: str, argument: str, *, fd: int) -> int:
     nulls = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
     actions = [(os.POSIX_SPAWN_DUP2, fd, _THEIR_FD), *nulls]
     with os_errors(sys.executable):
-        return os.posix_spawn(argv[0], argv, os.environ, file_actions=actions, setsid=True, setsigmask=())
+        return os.posix_spawn(argv[0], argv, environment, file_actions=actions, setsid=True, setsigmask=())
 
 
 def start_program(argv: list[str], *, log: Path, environment: dict[str, str]) -> int:

@@ -230,6 +230,26 @@ class Directory:
         with acting_as(self._naming):
             os.link(_single(old), _single(new), src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
 
+    def link_into(self, old: str, other: Directory, new: str) -> None:
+        """Give a file of this directory a name in another one."""
+        with acting_as(other._naming):
+            os.link(_single(old), _single(new), src_dir_fd=self.fd, dst_dir_fd=other.fd, follow_symlinks=False)
+
+    def make_symlink(self, name: str, target: str) -> None:
+        """Make a symbolic link, which may lead anywhere."""
+        with acting_as(self._naming):
+            os.symlink(target, _single(name), dir_fd=self.fd)
+
+    def set_owner(self, name: str, owner: tuple[int, int]) -> None:
+        """Set the user and the group of an entry itself, also of a link."""
+        with acting_as(self._naming):
+            os.chown(_single(name), *owner, dir_fd=self.fd, follow_symlinks=False)
+
+    def set_times(self, name: str, times: tuple[int, int]) -> None:
+        """Set the (atime, mtime) of an entry itself, in nanoseconds, also of a link."""
+        with acting_as(self._naming):
+            os.utime(_single(name), ns=times, dir_fd=self.fd, follow_symlinks=False)
+
     def remove(self, name: str, *, only: os.stat_result | None = None) -> bool:
         """Remove a name; whether it was there. only: remove it only if it still is that file."""
         with acting_as(self._naming):
