@@ -24,6 +24,7 @@ from snapchain.objects.store import ObjectStore, Refused, innermost
 RACERS = 8
 MOST_DRIFT = 180.0
 """Seconds between the clocks that leases bear; S3 itself refuses requests at 900."""
+FOLDERS = ("disk", "disk-x", "disk.y")
 ASKED_AGAIN = 3
 """A retried request may take the 412 about an object of equal bytes for its own success."""
 
@@ -51,6 +52,8 @@ class ListsInPages(Protocol):
 
     def list_in_pages(self, prefix: str, page: int) -> Sequence[str]: ...
 
+    def list_dirs_in_pages(self, prefix: str, page: int) -> Sequence[str]: ...
+
 
 @runtime_checkable
 class ChecksUploads(Protocol):
@@ -60,7 +63,7 @@ class ChecksUploads(Protocol):
 
 
 def probe(store: ObjectStore) -> ProbeResult:
-    """Some 30 small requests.  Cleans up after itself, as far as the store lets it.
+    """Some 50 small requests.  Cleans up after itself, as far as the store lets it.
 
     Raises Unsupported for a store that cannot hold a repository, and the store's own errors (no bucket, no access).
     """
@@ -160,14 +163,22 @@ def _one_of_many(store: ObjectStore, name: str, findings: list[str]) -> bool:
 
 
 def _pages_are_whole(store: ObjectStore, prefix: str) -> None:
-    """A page holds 1000 names: what goes wrong between two of them must not be found when there are so many."""
+    """A page holds 1000 names: what goes wrong between two of them must not be found when there are so many.
+
+    As bytes, `disk-x/0` comes before `disk/0`.  A server that keeps folders walks `disk` first; one that then goes on
+    after the last name of a page, as bytes, loses `disk-x` (s3rver does).
+    """
     bottom = innermost(store)
     if not isinstance(bottom, ListsInPages):
         return
+    for folder in FOLDERS:
+        store.put(f"{prefix}{folder}/0", b"")
     whole = [info.name for info in store.list(prefix)]
     for page in (1, 2):
         if list(bottom.list_in_pages(prefix, page)) != whole:
             raise Unsupported(f"a listing in pages of {page} misses objects", subject=store.url)
+        if not set(FOLDERS) <= set(bottom.list_dirs_in_pages(prefix, page)):
+            raise Unsupported(f"a listing of folders in pages of {page} misses some", subject=store.url)
 
 
 def _refuses_damage(store: ObjectStore, name: str) -> bool | None:

@@ -239,6 +239,10 @@ class S3Store:
         """The names that `list` gives, asked for in pages of so many; for the probe."""
         return [info.name for info in self._listed(valid_prefix(prefix), page=page)]
 
+    def list_dirs_in_pages(self, prefix: str, page: int) -> Sequence[str]:
+        """The names that `list_dirs` gives, asked for in pages of so many; for the probe."""
+        return sorted(self._listed(directory_prefix(prefix), delimiter="/", page=page).folders)
+
     def top_names(self) -> Sequence[str]:
         """First segments of keys below the prefix, ours or not, from one page."""
         page = next(self._pages(self._prefix, delimiter="/", page=PAGE))
