@@ -12,14 +12,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, Unavailable, Unsupported
-from snapchain.objects.store import ObjectStore, Refused, innermost
+from snapchain.objects.store import NoConditions, ObjectStore, Refused, innermost
 
 RACERS = 8
 MOST_DRIFT = 180.0
@@ -71,8 +71,7 @@ def probe(store: ObjectStore) -> ProbeResult:
     findings: list[str] = []
     try:
         drift = _reads_and_lists(store, folder)
-        with _believed(store):
-            conditional = _creates_once(store, f"{folder}/twice") and _one_of_many(store, f"{folder}/race", findings)
+        conditional = _is_conditional(store, folder, findings)
         checks = _refuses_damage(store, f"{folder}/damaged")
         _pages_are_whole(store, f"{folder}/")
     finally:
@@ -95,8 +94,9 @@ def still_conditional(store: ObjectStore, name: str, data: bytes) -> bool:
     `data` must be exactly its bytes, so that a store which overwrites (say, after a proxy was put before it that drops
     the header) does no harm.
     """
-    with _believed(store):
+    with _believed(store), suppress(NoConditions):
         return any(not store.create(name, data) for _ in range(ASKED_AGAIN))
+    return False
 
 
 @contextmanager
@@ -135,6 +135,12 @@ def _same(store: ObjectStore, name: str, body: bytes) -> None:
     store.put(name, body)
     if store.get(name) != body:
         raise Unsupported("an object is not read back as it was written", subject=store.url)
+
+
+def _is_conditional(store: ObjectStore, folder: str, findings: list[str]) -> bool:
+    with _believed(store), suppress(NoConditions):
+        return _creates_once(store, f"{folder}/twice") and _one_of_many(store, f"{folder}/race", findings)
+    return False
 
 
 def _creates_once(store: ObjectStore, name: str) -> bool:
