@@ -4,6 +4,9 @@ rclone serve s3: checks signatures and Content-MD5, ignores If-None-Match silent
 moto:            honours If-None-Match, checks neither signatures nor MD5
 
 A server that cannot be started is an error, never a skip.
+
+A server of yours takes the place of both where TEST_S3_ENDPOINT names it (http://127.0.0.1:7480); its keys are those of
+the tests, or TEST_S3_ACCESS_KEY and TEST_S3_SECRET_KEY.  Tests of what only moto or only rclone does fail there.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,8 +33,8 @@ from tests.waiting import HANG, wait_until
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
-ACCESS_KEY = "snapchain-tests"
-SECRET_KEY = "snapchain-secret"
+ACCESS_KEY = os.environ.get("TEST_S3_ACCESS_KEY", "snapchain-tests")
+SECRET_KEY = os.environ.get("TEST_S3_SECRET_KEY", "snapchain-secret")
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 """No server outlives a killed test run (util-linux, which every Debian has)."""
 PATIENCE = HANG
@@ -89,6 +92,12 @@ def moto_s3(folder: Path) -> Iterator[S3Server]:
     argv = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
     with _running(argv, port, folder / "moto.log", "moto") as server:
         yield server
+
+
+def given_s3() -> AbstractContextManager[S3Server] | None:
+    """The server that TEST_S3_ENDPOINT names, already running; None without."""
+    endpoint = os.environ.get("TEST_S3_ENDPOINT")
+    return nullcontext(S3Server(endpoint, "given", Path(os.devnull))) if endpoint else None
 
 
 @contextmanager

@@ -12,18 +12,19 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, Unavailable, Unsupported
-from snapchain.objects.store import ObjectStore, Refused, innermost
+from snapchain.objects.store import NoConditions, ObjectStore, Refused, innermost
 
 RACERS = 8
 MOST_DRIFT = 180.0
 """Seconds between the clocks that leases bear; S3 itself refuses requests at 900."""
+FOLDERS = ("disk", "disk-x", "disk.y")
 ASKED_AGAIN = 3
 """A retried request may take the 412 about an object of equal bytes for its own success."""
 
@@ -51,6 +52,8 @@ class ListsInPages(Protocol):
 
     def list_in_pages(self, prefix: str, page: int) -> Sequence[str]: ...
 
+    def list_dirs_in_pages(self, prefix: str, page: int) -> Sequence[str]: ...
+
 
 @runtime_checkable
 class ChecksUploads(Protocol):
@@ -60,7 +63,7 @@ class ChecksUploads(Protocol):
 
 
 def probe(store: ObjectStore) -> ProbeResult:
-    """Some 30 small requests.  Cleans up after itself, as far as the store lets it.
+    """Some 50 small requests.  Cleans up after itself, as far as the store lets it.
 
     Raises Unsupported for a store that cannot hold a repository, and the store's own errors (no bucket, no access).
     """
@@ -68,8 +71,7 @@ def probe(store: ObjectStore) -> ProbeResult:
     findings: list[str] = []
     try:
         drift = _reads_and_lists(store, folder)
-        with _believed(store):
-            conditional = _creates_once(store, f"{folder}/twice") and _one_of_many(store, f"{folder}/race", findings)
+        conditional = _is_conditional(store, folder, findings)
         checks = _refuses_damage(store, f"{folder}/damaged")
         _pages_are_whole(store, f"{folder}/")
     finally:
@@ -92,8 +94,9 @@ def still_conditional(store: ObjectStore, name: str, data: bytes) -> bool:
     `data` must be exactly its bytes, so that a store which overwrites (say, after a proxy was put before it that drops
     the header) does no harm.
     """
-    with _believed(store):
+    with _believed(store), suppress(NoConditions):
         return any(not store.create(name, data) for _ in range(ASKED_AGAIN))
+    return False
 
 
 @contextmanager
@@ -134,6 +137,12 @@ def _same(store: ObjectStore, name: str, body: bytes) -> None:
         raise Unsupported("an object is not read back as it was written", subject=store.url)
 
 
+def _is_conditional(store: ObjectStore, folder: str, findings: list[str]) -> bool:
+    with _believed(store), suppress(NoConditions):
+        return _creates_once(store, f"{folder}/twice") and _one_of_many(store, f"{folder}/race", findings)
+    return False
+
+
 def _creates_once(store: ObjectStore, name: str) -> bool:
     if not store.create(name, b"first"):
         raise Unsupported("an object that nobody made is said to exist", subject=store.url)
@@ -160,14 +169,22 @@ def _one_of_many(store: ObjectStore, name: str, findings: list[str]) -> bool:
 
 
 def _pages_are_whole(store: ObjectStore, prefix: str) -> None:
-    """A page holds 1000 names: what goes wrong between two of them must not be found when there are so many."""
+    """A page holds 1000 names: what goes wrong between two of them must not be found when there are so many.
+
+    As bytes, `disk-x/0` comes before `disk/0`.  A server that keeps folders walks `disk` first; one that then goes on
+    after the last name of a page, as bytes, loses `disk-x` (s3rver does).
+    """
     bottom = innermost(store)
     if not isinstance(bottom, ListsInPages):
         return
+    for folder in FOLDERS:
+        store.put(f"{prefix}{folder}/0", b"")
     whole = [info.name for info in store.list(prefix)]
     for page in (1, 2):
         if list(bottom.list_in_pages(prefix, page)) != whole:
             raise Unsupported(f"a listing in pages of {page} misses objects", subject=store.url)
+        if not set(FOLDERS) <= set(bottom.list_dirs_in_pages(prefix, page)):
+            raise Unsupported(f"a listing of folders in pages of {page} misses some", subject=store.url)
 
 
 def _refuses_damage(store: ObjectStore, name: str) -> bool | None:

@@ -48,6 +48,7 @@ from snapchain.objects.s3_settings import AS_THE_BUCKET, S3Settings
 from snapchain.objects.store import (
     LARGEST_LISTED_SIZE,
     Data,
+    NoConditions,
     ObjectInfo,
     Properties,
     check_size,
@@ -123,6 +124,7 @@ class S3Store:
         self._page = PAGE
         self._bucket_seen = False
         self._expects = True
+        self._knows_conditions = True
         self._has_lock: bool | None = None
         self._etags_are_md5 = False
         """Whether this server has ever given the MD5 of a whole object as its ETag."""
@@ -144,7 +146,10 @@ class S3Store:
             self._send(name, body, create=False)
 
     def create(self, name: str, data: Data) -> bool:
-        """As ObjectStore.create.  Unavailable means that it is not known whether the object was made."""
+        """As ObjectStore.create.  Unavailable means that it is not known whether the object was made.
+
+        Raises NoConditions where `properties.conditional_put` is true and the server does none.
+        """
         valid_name(name)
         body = joined(data)
         if self.properties.conditional_put is not True and self.size(name) is not None:
@@ -152,10 +157,18 @@ class S3Store:
         from botocore.exceptions import BotoCoreError, ClientError
 
         for attempt in range(CONFLICT_ATTEMPTS):
+            conditional = self._knows_conditions
             try:
-                self._send(name, body, create=True)
+                self._send(name, body, create=conditional)
             except ClientError as error:
                 status = status_of(error)
+                if status == 501 and conditional:  # OpenStack Swift, where other servers ignore the condition
+                    if self.properties.conditional_put is True:
+                        raise NoConditions(
+                            "the server does no conditional writes (If-None-Match)", subject=self._subject(name)
+                        ) from error
+                    self._knows_conditions = False
+                    continue
                 if status == 409:
                     self._sleep(random.uniform(0, 0.05 * 2**attempt))  # noqa: S311
                     continue
@@ -238,6 +251,10 @@ class S3Store:
     def list_in_pages(self, prefix: str, page: int) -> Sequence[str]:
         """The names that `list` gives, asked for in pages of so many; for the probe."""
         return [info.name for info in self._listed(valid_prefix(prefix), page=page)]
+
+    def list_dirs_in_pages(self, prefix: str, page: int) -> Sequence[str]:
+        """The names that `list_dirs` gives, asked for in pages of so many; for the probe."""
+        return sorted(self._listed(directory_prefix(prefix), delimiter="/", page=page).folders)
 
     def top_names(self) -> Sequence[str]:
         """First segments of keys below the prefix, ours or not, from one page."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from snapchain.errors import Corrupt, InvalidInput, Unavailable
+from snapchain.errors import Corrupt, InvalidInput, Unavailable, Unsupported
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Data: TypeAlias = Buffer | Sequence[Buffer]
@@ -68,6 +68,10 @@ class Refused(Unavailable):
 
 class Archived(Refused):
     """The object is whole, and in a tier from which it has to be restored before it can be read: never damage."""
+
+
+class NoConditions(Unsupported):
+    """The store answered that it does no conditional writes; nothing was written."""
 
 
 class ObjectStore(Protocol):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.servers import S3Server, moto_s3, rclone_s3
+from tests.servers import S3Server, given_s3, moto_s3, rclone_s3
 
 # Failing asserts of the shipped contract suite shall show their values, as those of the tests do.
 pytest.register_assert_rewrite("snapchain.testing.object_contract")
@@ -12,13 +12,13 @@ pytest.register_assert_rewrite("snapchain.testing.object_contract")
 
 @pytest.fixture(scope="session")
 def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with moto_s3(tmp_path_factory.mktemp("moto")) as server:
+    with given_s3() or moto_s3(tmp_path_factory.mktemp("moto")) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with rclone_s3(tmp_path_factory.mktemp("rclone")) as server:
+    with given_s3() or rclone_s3(tmp_path_factory.mktemp("rclone")) as server:
         yield server
 
 

@@ -147,6 +147,37 @@ class ForgetsBetweenPages(MemoryStore):
         names = [info.name for info in self.list(prefix)]
         return [name for number, name in enumerate(names) if number < page or number % (page + 1)]
 
+    def list_dirs_in_pages(self, prefix: str, _: int) -> Sequence[str]:
+        return list(self.list_dirs(prefix))
+
+
+class WalksFolders(MemoryStore):
+    """Lists in the order of a walk through folders, and goes on after a page's last name as bytes: as s3rver does.
+
+    objects: of the two listings, whether that of objects does
+    """
+
+    def __init__(self, *, objects: bool) -> None:
+        super().__init__()
+        self.objects = objects
+
+    def list_in_pages(self, prefix: str, page: int) -> Sequence[str]:
+        names = [info.name for info in self.list(prefix)]
+        return walked(names, page) if self.objects else names
+
+    def list_dirs_in_pages(self, prefix: str, page: int) -> Sequence[str]:
+        return [name.rstrip("/") for name in walked([f"{name}/" for name in self.list_dirs(prefix)], page)]
+
+
+def walked(names: Sequence[str], page: int) -> list[str]:
+    """What a client gets of these names, page by page."""
+    found: list[str] = []
+    while True:
+        following = [name for name in names if not found or name > found[-1]]
+        if not following:
+            return sorted(found)
+        found += sorted(following, key=lambda name: name.split("/"))[:page]
+
 
 class NeverDeletes(Vicious):
     def delete(self, name: str) -> None:
@@ -184,6 +215,10 @@ def test_what_no_repository_can_live_with(vice: type[Vicious], words: str) -> No
 def test_a_listing_that_loses_names_between_pages() -> None:
     with pytest.raises(Unsupported, match="in pages of 1 misses objects"):
         probe(ForgetsBetweenPages())
+    with pytest.raises(Unsupported, match="in pages of 1 misses objects"):
+        probe(WalksFolders(objects=True))
+    with pytest.raises(Unsupported, match="a listing of folders in pages of 1 misses some"):
+        probe(WalksFolders(objects=False))
 
 
 @pytest.mark.parametrize("vice", [Overwrites, LooksBeforeItWrites])

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.objects import open_store, s3, store as limits
 from snapchain.objects.pace import ATTEMPTS
+from snapchain.objects.probe import still_conditional
 from snapchain.objects.s3 import CONFLICT_ATTEMPTS, MOST_TIMEOUTS, READ_ATTEMPTS, S3Store
 from snapchain.objects.s3_client import (
     REQUEST_THREAD,
@@ -31,7 +32,7 @@ from snapchain.objects.s3_client import (
     warnings_about,
 )
 from snapchain.objects.s3_errors import CODES, EXCEPTIONS, STATUSES, from_s3_error
-from snapchain.objects.store import ObjectInfo, Refused
+from snapchain.objects.store import NoConditions, ObjectInfo, Refused
 from tests.objects.scripted import DROP, MISSING, Reply, Script, content, error, scripted_server, stored
 from tests.servers import S3Server, free_port
 from tests.waiting import HANG
@@ -170,10 +171,25 @@ def test_a_409_is_tried_again(store: S3Store, script: Script) -> None:
     assert len(script.requests) == CONFLICT_ATTEMPTS
 
 
-def test_a_server_without_conditions_is_unsupported(store: S3Store, script: Script) -> None:
+def test_a_server_that_refuses_conditions(store: S3Store, script: Script) -> None:
+    """As OpenStack Swift does. Where conditions are relied on, nothing is written without them."""
     script.says(error(501, "NotImplemented"))
-    with pytest.raises(Unsupported, match="does not implement"):
+    with pytest.raises(NoConditions, match="does no conditional writes"):
         store.create("a", BODY)
+    assert script.methods == ["PUT"]
+    assert not still_conditional(store, "a", BODY)
+
+
+@pytest.mark.parametrize("known", [False, None])
+def test_where_nothing_relies_on_conditions_they_are_tried_once(
+    store: S3Store, script: Script, known: bool | None
+) -> None:
+    store.properties = replace(store.properties, conditional_put=known)
+    script.says(MISSING, MISSING, error(501, "NotImplemented"), stored(BODY), MISSING, stored(BODY))
+    assert store.create("a", BODY) is True
+    assert store.create("b", BODY) is True
+    puts = [request.headers.get("If-None-Match") for request in script.requests if request.method == "PUT"]
+    assert puts == ["*", None, None]
 
 
 # ---- what was stored

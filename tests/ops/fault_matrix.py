@@ -205,7 +205,7 @@ class Host:
         if not points:
             time.sleep(0.5)
             return
-        disk, point = self.draw.choice(sorted(points))
+        disk, point = self.draw.choice(sorted(points.keys() - dropped) or sorted(points))
         out = self.place / f"restored{self.number}.raw"
         try:
             restore(self.repository(), out, point, disk=disk, force=True)

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -52,7 +52,9 @@ class Supervised:
     def _watch(self) -> None:
         while not self._end.is_set():
             with self._log.open("ab") as log:
-                self._process = subprocess.Popen(self._argv, stdout=subprocess.PIPE, stderr=log, text=True)
+                self._process = subprocess.Popen(
+                    self._argv, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+                )
             assert self._process.stdout is not None
             with self._process.stdout as lines:
                 for text in lines:
@@ -74,17 +76,23 @@ class Supervised:
 
     def stop_for(self, seconds: float) -> None:
         """As a virtual machine that is frozen."""
-        process = self._process
-        process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
         time.sleep(seconds)
-        process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
         self.counts["stops"] += 1
 
     def end(self) -> None:
-        """Kill it."""
+        """Kill it, also one that was started again just now."""
         self._end.set()
-        self._process.kill()
-        self._thread.join()
+        while self._thread.is_alive():
+            self._signal(signal.SIGKILL)
+            self._thread.join(0.1)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Send it to the whole group: faketime is a parent of its own, and there may be a qemu-img."""
+        if self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
 
 
 @pytest.mark.soak
