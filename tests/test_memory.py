@@ -89,6 +89,7 @@ def test_what_is_no_directory_of_this_user_is_left_alone(tmp_path: Path) -> None
     other = made(place / "other")
     memory.remove_dead_runs(place)
     assert (elsewhere / "image").exists()
+    assert (place / f"{memory.PREFIX}link").is_symlink()
     assert (place / f"{memory.PREFIX}file").exists()
     assert other.exists()
 
