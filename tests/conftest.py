@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +27,7 @@ from snapchain.host import records as state_key
 from snapchain.repository import keys
 from tests.exhaustive import EXHAUSTIVE
 from tests.host.others import open_host as open_host  # noqa: PLC0414 - a fixture
-from tests.memory import use_memory
+from tests.memory import begin_run, end_run, note_failure
 
 IN_CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
 
@@ -139,9 +139,24 @@ def _one_at_a_time(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         yield
 
 
-def pytest_configure() -> None:
-    use_memory()
+@pytest.hookimpl(tryfirst=True)  # before pytest asks where temporary files go
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.option.collectonly:
+        begin_run(config.option)
     _let_children_be_interrupted()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    end_run()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and isinstance(item, pytest.Function) and "tmp_path" in item.funcargs:
+        note_failure(item.funcargs["tmp_path"])
+    return report
 
 
 def _let_children_be_interrupted() -> None:

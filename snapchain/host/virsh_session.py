@@ -15,6 +15,7 @@ from __future__ import annotations
 import secrets
 import shlex
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -75,7 +76,8 @@ class VirshSession:
         try:
             if self._channel is None:
                 self._channel = self._started()
-            self._channel.write(line.encode())
+            with suppress(_EndedError):  # what it said before it ended is there to be read
+                self._channel.write(line.encode())
             while end not in said:
                 piece = self._channel.read(_PIECE, patience=max(deadline - time.monotonic(), 0.0))
                 if not piece:

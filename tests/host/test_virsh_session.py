@@ -11,6 +11,7 @@ import pytest
 
 from snapchain.errors import NotFound, ToolFailed, Unavailable
 from snapchain.host import virsh_session
+from snapchain.host.process_channel import ProcessChannel
 from snapchain.host.virsh import Virsh
 from snapchain.host.virsh_session import VirshSession
 from tests.waiting import HANG, gone, wait_until
@@ -77,7 +78,15 @@ def test_one_that_hangs_is_ended(session: VirshSession) -> None:
     assert session.text("domstate", "--domain", "test").strip() == "running"
 
 
-def test_a_daemon_that_is_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["the question", "the end"])
+def test_a_daemon_that_is_not_there(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = ProcessChannel.write
+
+    def late(channel: ProcessChannel, line: bytes) -> None:
+        assert first == "the question" or channel.has_ended(HANG)
+        write(channel, line)
+
+    monkeypatch.setattr(ProcessChannel, "write", late)
     with (
         VirshSession(Virsh(f"qemu+unix:///system?socket={tmp_path}/none")) as session,
         pytest.raises(Unavailable, match="libvirt is not reachable: failed to connect"),

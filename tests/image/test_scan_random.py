@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from snapchain.image import scan
 from tests.exhaustive import examples
 from tests.image.oracle import assert_as_qemu, qemu
+from tests.memory import scratch
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -114,7 +115,7 @@ def io(path: Path, commands: list[str], image_format: str = "qcow2") -> None:
 @settings(max_examples=examples(25))
 @given(st.lists(layers(), min_size=1, max_size=4), st.sampled_from(["none", "raw", "compressed"]), st.data())
 def test_chains_map_and_read_as_in_qemu(stack: list[Layer], root: str, data: st.DataObject) -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+    with tempfile.TemporaryDirectory(dir=scratch()) as name:
         directory = Path(name)
         below: Path | None = None
         below_format = "qcow2"

@@ -25,10 +25,11 @@ from tests.exhaustive import examples
 from tests.image.mounts import mounted
 from tests.image.oracle import qemu
 from tests.image.test_scan_random import Layer, io, layers, made_root, make
+from tests.memory import scratch
 
 KiB = 1 << 10
 MiB = 1 << 20
-SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
+SHM = scratch()
 
 
 def assemble(chain: ImageChain, first: int, last: int, out: Path, **options: Any) -> tuple[Assembly, Moved]:

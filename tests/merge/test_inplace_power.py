@@ -23,10 +23,11 @@ from snapchain.image import scan, threads
 from snapchain.image.qcow2.header import Backing
 from snapchain.merge import amendment as in_place
 from snapchain.merge.amendment import Amendment
+from tests.memory import scratch
 from tests.ops.stacks import Layer, build, flat, same
 
 MiB = 1 << 20
-SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
+SHM = scratch()
 SECTOR = 512
 SUBSETS = 6
 

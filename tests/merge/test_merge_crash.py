@@ -21,10 +21,11 @@ from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from snapchain.ops import doctor
 from tests.image.mounts import mounted
+from tests.memory import scratch
 from tests.ops.faulty_calls import CALLS, End, Fault, counted, met
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same
 
-SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
+SHM = scratch()
 STACK = (
     Layer(2 * MiB, writes=["write -P 1 0 2M"]),
     Layer(2 * MiB, writes=["write -P 2 0 512k", "write -z 1M 64k"]),

@@ -23,10 +23,11 @@ from snapchain.model.merging import Strategy
 from tests.exhaustive import examples
 from tests.image.mounts import mounted
 from tests.image.test_scan_random import Layer, layers
+from tests.memory import scratch
 from tests.merge.test_assemble import build, growable
 from tests.ops.stacks import clean, flat, names, same
 
-SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
+SHM = scratch()
 EXAMPLES = examples(16, times=16)
 WAYS = (Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT)
 merges: Counter[Strategy] = Counter()

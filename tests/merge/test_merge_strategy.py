@@ -28,6 +28,7 @@ from snapchain.merge.step import MergeStep
 from snapchain.model.merging import Strategy, cheapest
 from snapchain.ops import doctor
 from tests.image.mounts import mounted
+from tests.memory import scratch
 from tests.ops.faulty_calls import Fault, killed_before, met
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, qemu_img, same, write
 
@@ -191,7 +192,7 @@ def test_a_raw_root_is_not_committed_to(tmp_path: Path) -> None:
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+    with tempfile.TemporaryDirectory(dir=scratch()) as name:
         yield Path(name)
 
 

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 from snapchain.errors import SnapchainError
 from snapchain.image import scan
+from tests.memory import scratch
 
-SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
+SHM = scratch()
 CLUSTER = 512
 CLUSTERS = 8
 SIZE = CLUSTERS * CLUSTER

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.exhaustive import chosen
+from tests.memory import scratch
 from tests.ops import owners
 from tests.ops.owners import KVM, OTHER, QEMU, USER, Host, Standing, add_accounts, make, own
 from tests.ops.stacks import clean, same
@@ -106,7 +107,7 @@ def _preloaded() -> None:
 @pytest.fixture
 def place() -> Iterator[Path]:
     """Reachable for everybody, as what pytest makes is not, and in memory."""
-    found = Path(tempfile.mkdtemp(prefix="layouts-", dir="/dev/shm" if Path("/dev/shm").is_dir() else "/var/tmp"))
+    found = Path(tempfile.mkdtemp(prefix="layouts-", dir=scratch() or "/var/tmp"))
     found.chmod(0o755)
     try:
         yield found

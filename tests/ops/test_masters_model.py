@@ -30,7 +30,6 @@ What is assumed, and true only because a person or a program sees to it:
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -69,10 +68,11 @@ from snapchain.repository import guest_states
 from snapchain.source.at_rest import ImageAtRest
 from snapchain.source.ownership import check_not_given, note_epoch
 from tests.exhaustive import examples
+from tests.memory import scratch
 from tests.ops.guest_points import GUEST, instant
 from tests.ops.masters import BLOCKS, Content, Copy, World, killed_after, made_copy, ship, shows, write
 
-PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+PLACE = scratch()
 QUESTIONS: tuple[tuple[Any, str], ...] = (
     (migration, "ask_for_handover"),
     (disk_writer, "guest_at"),

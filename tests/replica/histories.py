@@ -30,6 +30,7 @@ from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship.run import Files, ShipRequest, send_blindly
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.points_merge import ReplicaMerge
+from tests.memory import scratch
 from tests.ops.stacks import clean, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
 from tests.replica.merging import endpoint
@@ -37,7 +38,7 @@ from tests.replica.merging import endpoint
 KiB = 1 << 10
 MiB = 1 << 20
 LARGEST = 5 * MiB
-SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
+SHM = scratch()
 
 
 class History:

@@ -23,13 +23,14 @@ from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.messages import Merge
 from snapchain.replica.stream.requests import Feature, Right
 from snapchain.replica.verification import verify_replica
+from tests.memory import scratch
 from tests.ops.faulty_calls import End, Fault, met
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, clean, qemu_img, same
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, endpoint
 
-SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
+SHM = scratch()
 
 
 class Scene:
