@@ -312,6 +312,14 @@ def test_bytes_that_nobody_wrote_are_found_before_it_is_plain(site: Site, monkey
     assert record_of(site.image) is not None
 
 
+def test_an_image_that_lacks_something_stays_as_it_is(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where zeroes are missing alone, which read the same."""
+    monkeypatch.setattr(runs, "hydrate", lambda *_args, **_more: as_a_guest(site.image, f"write -z 64k {SIZE - 65536}"))
+    with pytest.raises(Unavailable, match="65536 bytes of its point were not copied yet"):
+        site.run()
+    assert site.header().backing is not None
+
+
 def test_a_guest_has_it_open(site: Site) -> None:
     """The one that is given copies under it, else it is waited for."""
     site.run(later=True)
