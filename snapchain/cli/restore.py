@@ -61,7 +61,7 @@ _STREAM = "-"
     snapchain restore s3://bucket/prefix /images --match 'web*' --match 'db*' --point yesterday
     """,
     when_interrupted="OUT was not made (a device or a stream has a part of the point); run it again: what was written "
-    "of a file, if it is much, is continued, and so are the disks of a guest",
+    "of a file, if it is much, is continued, and so are the disks of a guest. With --instant OUT stays usable, and the next run copies the rest",
 )
 @options.takes_output(passphrase=True)
 def restore(
@@ -216,7 +216,7 @@ def restore(
     a process in the background serves as `snapchain serve` does. The point is then copied into OUT, and compared with
     it; at the end OUT is a plain qcow2 file, and the process is gone. While the copying runs, no guest can open OUT. To
     start a guest at once, say --later: the guest reads from the destination what OUT lacks. Run the command again
-    to copy.
+    to copy. With --start a guest that QEMU ran without libvirt is started, and its disks are copied while it runs.
 
     Ctrl-C ends the copying. OUT stays usable, and the process goes on. After Ctrl-C, an error, or a restart of the
     host, run the same command again: it starts the process, and continues with the same point. Without the process OUT

@@ -33,6 +33,8 @@ _PAUSED_LOOKS = 2
 """Looks in a row after which a paused job is resumed: QEMU pauses it for a moment at each change of the graph."""
 _STOPPED = "io-error"
 _NO_ROOM = "nospace"
+_CONTINUE_SECONDS = 1.0
+"""Between two requests that a stopped guest repeats."""
 _SERVER_SECONDS = 2.0
 """Between two looks whether the server runs. It is started again long before a request has waited in vain."""
 _SERVER_PATIENCE = 600.0
@@ -106,6 +108,7 @@ class Hydration:
         self._paused = 0
         self._served_at = 0.0
         self._fails_since: float | None = None
+        self._continued_at = 0.0
         self._ignores_room = True
         self._copied, self._copied_at, self._failed, self._told = -1, 0.0, False, 0
 
@@ -210,11 +213,19 @@ class Hydration:
                 hint="make room, then run the command again: the guest goes on, and has seen no error",
             )
         if may_continue(state, lacks_room=lacks_room and not self._ignores_room):
-            self._on_event(Notice("the guest was stopped by an I/O error, and is continued"))
-            with suppress(Refused):
-                self._monitor.execute("cont")
-            self._failed = True
+            self._continue()
         self._ignores_room = False
+
+    def _continue(self) -> None:
+        """Let the guest repeat its request; not too often, since QEMU's client needs some seconds to connect again."""
+        at = time.monotonic()
+        if at - self._continued_at < _CONTINUE_SECONDS:
+            return
+        if self._continued_at == 0.0:
+            self._on_event(Notice("the guest was stopped by an I/O error, and is continued"))
+        self._continued_at, self._failed = at, True
+        with suppress(Refused):
+            self._monitor.execute("cont")
 
     def _is_served(self) -> bool:
         """Whether the server runs now. Raises Unavailable where it could not be started for too long."""

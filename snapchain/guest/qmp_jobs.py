@@ -24,6 +24,11 @@ _STATUS = {
     "null": JobStatus.GONE,
 }
 """waiting: for other jobs of its transaction; aborting: on its way to concluded."""
+_OVER_FOR = {
+    "job-dismiss": (JobStatus.GONE,),
+    "block-job-set-speed": (JobStatus.PENDING, JobStatus.CONCLUDED, JobStatus.GONE),
+}
+"""The states in which a job has no use for a command any more, where these are others than for the rest."""
 _IN_THE_WAY = re.compile(r"\bbusy\b|in use|used as|\block\b|conflict|permission|blocked", re.IGNORECASE)
 
 
@@ -124,8 +129,7 @@ class QmpJob:
         try:
             self._monitor.execute(command, arguments)
         except Refused:
-            over = JobStatus.GONE if command == "job-dismiss" else JobStatus.CONCLUDED
-            if self.progress().status not in (JobStatus.GONE, over):
+            if self.progress().status not in _OVER_FOR.get(command, (JobStatus.CONCLUDED, JobStatus.GONE)):
                 raise
 
 

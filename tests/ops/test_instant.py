@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 import snapchain
 from snapchain.destination.protocol import Destination
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, Unavailable, Unsupported
+from snapchain.guest.storage_daemon import StorageDaemon
 from snapchain.host.openers import OpenFiles
 from snapchain.image.qcow2.bitmap import read_bitmap
 from snapchain.image.qcow2.header import read_header
@@ -127,13 +129,13 @@ def run_directory(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Temp
     monkeypatch.setattr(hydrate, "_STALLED_LOOKS", 1)
     yield
     for path in folder.glob("snapchain/instant-*.sock"):
-        with server.socket.socket(server.socket.AF_UNIX) as visitor:
+        with socket.socket(socket.AF_UNIX) as visitor:
             try:
                 visitor.connect(str(path))
             except OSError:
                 continue
             pid, _, _ = server._UCRED.unpack(
-                visitor.getsockopt(server.socket.SOL_SOCKET, server.socket.SO_PEERCRED, server._UCRED.size)
+                visitor.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, server._UCRED.size)
             )
         os.kill(pid, signal.SIGKILL)
 
@@ -237,11 +239,11 @@ def _copies(image: Path) -> bool:
 
 
 def test_a_second_run_beside_it_is_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, said = runs.hydrate, list[str]()
+    real, said = hydrate.hydrate, list[str]()
 
     def twice(*args: Any, **more: Any) -> None:
         monkeypatch.setattr(runs, "hydrate", real)
-        with hydrate.StorageDaemon("x", "0123", [{"driver": "qcow2", "node-name": "x", "backing": None, "file": {
+        with StorageDaemon("x", "0123", [{"driver": "qcow2", "node-name": "x", "backing": None, "file": {
             "driver": "file", "filename": str(site.image)}}]):  # fmt: skip
             with pytest.raises(Busy) as caught:
                 site.run()
@@ -296,7 +298,7 @@ def test_what_a_killed_guest_wrote_is_kept_and_not_called_proven(site: Site) -> 
 
 
 def test_bytes_that_nobody_wrote_are_found_before_it_is_plain(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = runs.hydrate
+    real = hydrate.hydrate
 
     def then_rots(image: Path, *args: Any, **more: Any) -> None:
         real(image, *args, **more)
@@ -310,6 +312,14 @@ def test_bytes_that_nobody_wrote_are_found_before_it_is_plain(site: Site, monkey
         site.run()
     assert site.header().backing is not None
     assert record_of(site.image) is not None
+
+
+def test_an_image_that_lacks_something_stays_as_it_is(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where zeroes are missing alone, which read the same."""
+    monkeypatch.setattr(runs, "hydrate", lambda *_args, **_more: as_a_guest(site.image, f"write -z 64k {SIZE - 65536}"))
+    with pytest.raises(Unavailable, match="65536 bytes of its point were not copied yet"):
+        site.run()
+    assert site.header().backing is not None
 
 
 def test_a_guest_has_it_open(site: Site) -> None:

@@ -235,6 +235,7 @@ def test_without_its_server_the_guest_reads_nothing_at_all(site: Site, monkeypat
     site.end_guest()
 
 
+@pytest.mark.soak
 def test_a_killed_restore_leaves_a_guest_that_runs_and_the_next_one_finishes(site: Site) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.ops.test_instant_guest import SLOW, Site; "
