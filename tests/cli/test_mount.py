@@ -87,8 +87,7 @@ def test_the_points_are_files_for_several_readers_at_once(history: Path, library
 
         def compare(number: int) -> None:
             subprocess.run(["cmp", folder / f"{number}.raw", history / f"{number}.raw"], check=True)
-            words = ["-f", "raw", "-F", "raw", folder / f"{number}.raw", history / f"{number}.raw"]
-            subprocess.run(["qemu-img", "compare", "-q", *words], check=True)
+            qemu_img("compare", "-f", "raw", "-F", "raw", folder / f"{number}.raw", history / f"{number}.raw")
 
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(compare, [1, 2] * 3))
