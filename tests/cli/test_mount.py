@@ -193,7 +193,7 @@ def test_points_that_come_later_appear(run: Run, history: Path, monkeypatch: pyt
     with PointReadings(cache=32 * MiB, patience=0, on_event=ignore) as readings:
         tree = module.PointTree(place, None, files_of(place.disks()), readings, ReadLog(ignore))
         assert tree.target("/web1/vda/latest.raw") == "2.raw"
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError, match=r"3\.raw"):
             tree.open("/web1/vda/3.raw")
         assert run("ship", "web1.qcow2", f"repo::{DISK}").status == 0
         handle = tree.open("/web1/vda/3.raw")

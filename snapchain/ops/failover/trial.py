@@ -129,8 +129,10 @@ def remove_clone(directory: Path, *, connect: str | None, on_notice: Callable[[s
         for process in qemu_processes():
             if any(f"{directory}/" in word for word in process.argv):
                 _end(process.pid)
-        with suppress(FileNotFoundError):
-            socket_of(directory).unlink()
+        socket = socket_of(directory)
+        if socket.exists():
+            with os_errors(socket), Directory.open(socket.parent) as beside:
+                beside.remove(socket.name)
         with os_errors(directory), Directory.open(directory.parent) as above:
             _empty(directory)
             above.remove_directory(directory.name)
