@@ -100,4 +100,4 @@ def give_socket(path: Path, uid: int) -> None:
     """Let another user connect to a socket of this process. Only root can, and root needs to."""
     if os.geteuid() == 0 and uid != 0:
         with os_errors(path), Directory.open(path.parent) as here:
-            os.chown(path.name, uid, -1, dir_fd=here.opened(), follow_symlinks=False)
+            here.give(path.name, uid)
