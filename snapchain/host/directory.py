@@ -220,6 +220,10 @@ class Directory:
                 self._listed = os.open(".", _LIST, dir_fd=self.fd)
         return self._listed
 
+    def give(self, name: str, uid: int) -> None:
+        """Give a file of this directory to another user; of a link, the link itself."""
+        os.chown(name, uid, -1, dir_fd=self.opened(), follow_symlinks=False)
+
     def rename(self, old: str, new: str) -> None:
         """Rename; an existing file of the new name is replaced."""
         with acting_as(self._naming):

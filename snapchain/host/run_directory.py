@@ -94,3 +94,10 @@ def give_to(path: Path, uid: int) -> None:
     if os.geteuid() == 0 and uid != 0:
         with Directory.open(path) as here:
             os.fchown(here.opened(), uid, -1)
+
+
+def give_socket(path: Path, uid: int) -> None:
+    """Let another user connect to a socket of this process. Only root can, and root needs to."""
+    if os.geteuid() == 0 and uid != 0:
+        with os_errors(path), Directory.open(path.parent) as here:
+            here.give(path.name, uid)

@@ -44,7 +44,12 @@ def test_a_guest_boots_from_its_point_until_its_agent_answers(
     place: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, ...]] = []
-    monkeypatch.setattr(module, "_taken", lambda images: seen.append(_last(images)) or _taken(images))
+
+    def taken(images: Sequence[Path]) -> int:
+        seen.append(_last(images))
+        return _taken(images)
+
+    monkeypatch.setattr(module, "_taken", taken)
     stored(place, tmp_path, bootable(tmp_path))
     report = tried(place, tmp_path)
     assert (report.ok, report.by, report.served, report.console) == (True, "agent", True, ())
@@ -134,8 +139,10 @@ def test_the_first_serial_port_of_a_command_line_is_logged(port: tuple[str, ...]
     "ports",
     [
         "",
-        "<serial type='pty'><target port='0'/><log file='/old'/></serial>"
-        "<console type='pty'><target type='serial'/></console>",
+        (
+            "<serial type='pty'><target port='0'/><log file='/old'/></serial>"
+            "<console type='pty'><target type='serial'/></console>"
+        ),
         "<serial type='file'><source path='/old'/></serial>",
         "<console type='pty'><target type='virtio'/></console>",
     ],

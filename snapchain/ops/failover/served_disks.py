@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Self
 
 from snapchain.destination.reading import ReadableDestination
-from snapchain.host.directory import Directory
 from snapchain.host.files import UNCHANGED
-from snapchain.host.os_errors import os_errors
-from snapchain.host.run_directory import LONGEST_SOCKET, base
+from snapchain.host.run_directory import LONGEST_SOCKET, base, give_socket
 from snapchain.model.events import OnEvent
 from snapchain.nbd.exports import Exports
 from snapchain.nbd.listening import unix_listener, unix_uri
@@ -65,18 +63,13 @@ class ServedDisks:
                 )
             )
             listening = stack.enter_context(unix_listener(self._socket))
-            if self._for_libvirt and os.geteuid() == 0:
-                self._give_socket()
+            if self._for_libvirt and _QEMU_DIRECTORY.is_dir():
+                give_socket(self._socket, _QEMU_DIRECTORY.stat().st_uid)
             stack.enter_context(Server(exports, [listening], on_fault=self._failed, on_note=self._log.note))
             for each in disks:
                 uri = unix_uri(self._socket, each.path.name)
                 new_overlay(each.path, each.point.virtual_size, uri, bitmap=None, standing=UNCHANGED)
             self._stack = stack.pop_all()
-
-    def _give_socket(self) -> None:
-        with os_errors(self._socket), Directory.open(self._socket.parent) as directory:
-            owner = _QEMU_DIRECTORY.stat().st_uid if _QEMU_DIRECTORY.is_dir() else 0
-            os.chown(self._socket.name, owner, -1, dir_fd=directory.opened(), follow_symlinks=False)
 
     def _failed(self, name: str, offset: int, length: int, error: Exception) -> None:
         self.failed_reads += 1

@@ -129,8 +129,10 @@ def remove_clone(directory: Path, *, connect: str | None, on_notice: Callable[[s
         for process in qemu_processes():
             if any(f"{directory}/" in word for word in process.argv):
                 _end(process.pid)
-        with suppress(FileNotFoundError):
-            socket_of(directory).unlink()
+        socket = socket_of(directory)
+        if socket.exists():
+            with os_errors(socket), Directory.open(socket.parent) as beside:
+                beside.remove(socket.name)
         with os_errors(directory), Directory.open(directory.parent) as above:
             _empty(directory)
             above.remove_directory(directory.name)
@@ -172,7 +174,9 @@ def trial(
     why_not: str | None = None
     lines: tuple[str, ...] = ()
     notes: list[Event] = []
-    with _removed(directory, on_event), ExitStack() as stack:
+    is_libvirt = chosen.record.kind == "libvirt"
+    # libvirt runs QEMU as another user, who has to reach its own files in there, and sees no others.
+    with _removed(directory, 0o711 if is_libvirt else 0o700, on_event), ExitStack() as stack:
         restoration = GuestRestoration(
             destination,
             view,
@@ -188,7 +192,6 @@ def trial(
         served: ServedDisks | None = None
         if not request.restores and _can_be_served(destination, restoration):
             # Events come from threads of the server: the caller gets them from this one.
-            is_libvirt = chosen.record.kind == "libvirt"
             served = ServedDisks(destination, socket_of(directory), for_libvirt=is_libvirt, on_event=notes.append)
             stack.enter_context(served)
         else:
@@ -386,11 +389,11 @@ def _running(
 
 
 @contextmanager
-def _removed(directory: Path, on_event: OnEvent) -> Iterator[None]:
-    """A new directory, and all that is in it, for the length of the block."""
+def _removed(directory: Path, mode: int, on_event: OnEvent) -> Iterator[None]:
+    """A new directory, and all that is in it, for the length of the block. mode: of the directory"""
     make_directories(directory.parent, mode=0o755)
     with os_errors(directory), Directory.open(directory.parent) as above:
-        above.make_directory(directory.name)
+        above.make_directory(directory.name, mode=mode, whatever_the_umask=True)
     try:
         yield
     finally:
