@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from snapchain.errors import InvalidInput
 from snapchain.host import shared_cache as module
 from snapchain.host.shared_cache import FOLDER, SharedCache
+from tests.waiting import HANG, wait_until
 
 KiB = 1 << 10
 
@@ -138,6 +142,29 @@ def test_where_nothing_can_be_kept_nothing_is_said(
     with SharedCache(tmp_path, 100 * KiB) as other:
         other.keep("a", b"x")
     assert cache.take("a", size=1) == b"x"
+
+
+def test_its_end_waits_for_who_is_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a number of a descriptor would be that of another file."""
+    gate, is_open = threading.Event(), []
+    cache = SharedCache(tmp_path, 100 * KiB)
+
+    def slow(*_: object) -> None:
+        gate.wait(HANG)
+        is_open.append(os.fstat(cache._total).st_ino == (tmp_path / FOLDER / "total").stat().st_ino)
+
+    monkeypatch.setattr(cache._directory, "write_unsynced", slow)
+    with ThreadPoolExecutor(2) as pool:
+        writing = pool.submit(cache.keep, "a", b"x")
+        wait_until(lambda: cache._users)
+        ending = pool.submit(cache.__exit__, None, None, None)
+        wait_until(lambda: cache._closed)
+        with suppress(TimeoutError):
+            ending.result(0.1)
+        gate.set()
+        writing.result(HANG)
+        ending.result(HANG)
+    assert is_open == [True]
 
 
 def test_after_its_end_it_touches_no_descriptor(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from snapchain.destination.reading import StoredBlob
 from snapchain.errors import Corrupt, InvalidInput, SnapchainError, Unavailable
 from snapchain.model import first_reads as limits
 from snapchain.model.extents import ABSENT, DATA, Extents
@@ -90,21 +92,25 @@ def test_no_more_than_half_of_the_cache_is_fetched(loaders: Loaders) -> None:
 
 def test_who_waits_is_served_while_all_that_is_fetched_ahead_hangs(loaders: Loaders) -> None:
     """There are threads that fetch nothing ahead."""
-    held, gate = threading.Event(), threading.Event()
-    disk = MadeDisk(200)
+    gate, too_many, hanging = threading.Event(), threading.Event(), threading.Semaphore(3)
 
-    def wait() -> None:
-        if disk.loads[-1] != [3]:
-            held.set()
-            gate.wait(HANG)
+    class Hangs(MadeDisk):
+        def load(self, blobs: Sequence[StoredBlob], /) -> Iterator[tuple[StoredBlob, bytes]]:
+            if blobs[0].where[3] != 3:
+                if not hanging.acquire(blocking=False):
+                    too_many.set()
+                gate.wait(HANG)
+            return super().load(blobs)
 
-    disk.gate = wait
-    loader = loaders(disk, workers=4)
-    with first_reads(Kept(((100, 90),)), reading_of(disk, loader)):
-        held.wait(HANG)
+    loader = loaders(disk := Hangs(200), workers=4)
+    with ExitStack() as stack:
+        stack.enter_context(first_reads(Kept(tuple((leaf, 1) for leaf in range(20, 200, 4))), reading_of(disk, loader)))
+        stack.callback(gate.set)
+        # As many as there are threads for it, each with a request of its own, since the leaves are apart.
+        wait_until(lambda: hanging._value == 1 or too_many.is_set())
+        too_many.wait(0.1)
         blob = loader.blob(disk.blob(3))
-        assert loader.bytes_of(blob, timeout=HANG)[0] == 4
-        gate.set()
+        assert loader.bytes_of(blob, timeout=5)[0] == 4
 
 
 @pytest.mark.parametrize(
