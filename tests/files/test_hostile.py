@@ -179,6 +179,17 @@ def test_a_file_never_goes_through_a_link_of_the_guest(tmp_path: Path, monkeypat
     assert [path.name for path in (tmp_path / "outside").iterdir()] == ["precious"]
 
 
+def test_devices_and_set_id_bits_are_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = [said(f'["{each}"]', each, ',"mode":511') for each in ("device", "fifo", "socket", "unknown")]
+    lying(monkeypatch, lambda fd: told(fd, TOP, *more, said('["suid"]', "file", ',"mode":3565')))
+    result = attempt(BytesSource(FileBytes(Path(), b"x" * 4096)), tmp_path / "out")
+    assert isinstance(result, GetReport)
+    assert len(result.left_out) == 4
+    assert result.not_kept == ("set-id bits",)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["suid"]
+    assert (tmp_path / "out" / "suid").stat().st_mode & 0o7777 == 0o755
+
+
 def test_a_name_that_comes_twice_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link = said('["one"]', "symlink", f',"target":"{tmp_path / "outside" / "precious"}"')
     lying(monkeypatch, lambda fd: told(fd, TOP, link, said('["one"]')))
