@@ -179,6 +179,21 @@ def test_a_file_never_goes_through_a_link_of_the_guest(tmp_path: Path, monkeypat
     assert [path.name for path in (tmp_path / "outside").iterdir()] == ["precious"]
 
 
+def test_a_file_that_cannot_be_read_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def child(fd: int) -> None:
+        messages.send(fd, Kind.ENTRY, TOP.encode())
+        messages.send(fd, Kind.ENTRY, said('["half"]').encode())
+        messages.send(fd, Kind.DATA, b"ev")
+        messages.send(fd, Kind.END, b"a block is gone")
+        told(fd, said('["good"]'))
+
+    lying(monkeypatch, child)
+    result = attempt(BytesSource(FileBytes(Path(), b"x" * 4096)), tmp_path / "out")
+    assert isinstance(result, GetReport)
+    assert [(each.path, each.reason) for each in result.skipped] == [("/half", "a block is gone")]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good"]
+
+
 def test_devices_and_set_id_bits_are_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = [said(f'["{each}"]', each, ',"mode":511') for each in ("device", "fifo", "socket", "unknown")]
     lying(monkeypatch, lambda fd: told(fd, TOP, *more, said('["suid"]', "file", ',"mode":3565')))
