@@ -192,7 +192,7 @@ class Session:
                 content: Iterator[bytes | int] = iter(())
                 if contents and entry.kind == "file" and entry.same_as is None:
                     content = self._content(entry, deadline)
-                bad = next(filter(None, map(trouble_of, entry.path)), None)
+                bad = next(filter(None, map(trouble_of, (*entry.path, *(entry.same_as or ())))), None)
                 if bad is not None:
                     self._note(Problem(path=entry.path, words=bad))
                 else:
