@@ -23,7 +23,7 @@ from snapchain.files.session import Session
 from snapchain.ops.files.getting import GetReport, GetRequest, Getting
 from snapchain.ops.files.opening import Limits
 from tests.exhaustive import EXHAUSTIVE
-from tests.files.images import FileBytes, MiB, kinds, make, plant
+from tests.files.images import FileBytes, MiB, contents, kinds, make, plant
 from tests.files.sources import BytesSource
 
 EACH = 40 if EXHAUSTIVE else 2
@@ -265,3 +265,25 @@ def test_a_store_that_is_away_is_no_damage(tmp_path: Path) -> None:
 
     result = attempt(BytesSource(Away(Path(), bytes(MiB))), tmp_path / "out")
     assert isinstance(result, Unavailable)
+
+
+def test_a_file_in_a_lost_range_is_skipped_with_the_reason_of_the_store(tmp_path: Path) -> None:
+    tree = plant(tmp_path / "tree", 20, unix=True)
+    data = make("ext4", tree, tmp_path / "image", size=48 * MiB).read_bytes()
+    at = data.index(b"middle" * 100)
+
+    class Lost(FileBytes):
+        def read(self, offset: int, length: int, /) -> bytes:
+            if offset < at + 4 and at < offset + length:
+                raise Corrupt("pack 7 is missing")
+            return super().read(offset, length)
+
+    result = attempt(BytesSource(Lost(Path(), data)), tmp_path / "got" / "out")
+    assert isinstance(result, GetReport)
+    lost = {each.path: each.reason for each in result.skipped}
+    assert lost.keys() == {"/sparse", "/second name"}  # one file; its neighbours in a block of the disk are there
+    assert "pack 7 is missing" in lost.values()
+    found = contents(tmp_path / "got" / "out")
+    assert {name: found[name] for name in contents(tree).keys() & found.keys()} == {
+        name: value for name, value in contents(tree).items() if f"/{name}" not in lost
+    }
