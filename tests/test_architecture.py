@@ -118,6 +118,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "model",
         "host",
         "image",
+        "files",
         "source",
         "guest",
         "merge",

@@ -40,6 +40,25 @@ PROMISES: dict[str, list[str]] = {
         "tests/test_promises.py::test_promise_7_nothing_that_somebody_writes_to_is_shipped",
         "tests/host/test_locks.py::test_a_writer_without_locks_is_seen",
     ],
+    # A hostile file system in a guest
+    "files-child": [
+        "tests/files/test_confinement.py::test_what_it_cannot_do",
+        "tests/files/test_confinement.py::test_root_becomes_nobody_without_capabilities",
+        "tests/files/test_hostile.py::test_a_child_that_was_taken_over_is_an_error",
+    ],
+    "files-outside": [
+        "tests/files/test_hostile.py::test_a_name_that_no_file_can_have_is_skipped",
+        "tests/files/test_hostile.py::test_a_file_never_goes_through_a_link_of_the_guest",
+        "tests/files/test_hostile.py::test_a_name_that_comes_twice_is_written_once",
+    ],
+    "files-kinds": [
+        "tests/files/test_hostile.py::test_devices_and_set_id_bits_are_not_made",
+    ],
+    "files-bounds": [
+        "tests/files/test_hostile.py::test_mutated_file_systems",
+        "tests/files/test_hostile.py::test_a_child_that_reads_for_ever_is_ended",
+        "tests/files/test_hostile.py::test_files_of_more_bytes_than_the_limit_are_not_written",
+    ],
     # Other users of this host
     "host-rights": [
         "tests/host/test_directory.py::test_whose_rights_a_directory_is_used_with",

@@ -32,7 +32,10 @@ class Disk:
             if skip == 0 and stop - offset > _BLOCK and number not in self._blocks:
                 data = self._ask(offset, min(stop - offset, messages.MOST))
             else:
-                data = self._block(number)[skip : skip + stop - offset]
+                try:
+                    data = self._block(number)[skip : skip + stop - offset]
+                except OSError:  # another part of the block may be what is lost
+                    data = self._ask(offset, min(stop - offset, _BLOCK - skip))
             pieces.append(data)
             offset += len(data)
         return b"".join(pieces)

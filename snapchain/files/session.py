@@ -80,6 +80,7 @@ class Session:
         self._socket: socket.socket | None = None
         self._pid = 0
         self._lost: SnapchainError | None = None
+        self._lost_range = (0, 0)
         self.missing: Sequence[str] = ()
         self.problems: list[Problem] = []
         self.dropped_problems = 0
@@ -183,16 +184,18 @@ class Session:
                 self._note(self._said(Problem, payload))
             elif kind is Kind.DONE:
                 self._said(Walked, payload)
+                self._note_silent()
                 return
             elif kind is Kind.FAILED:
                 raise self._failure(payload)
             elif kind is Kind.ENTRY:
                 deadline.renew()
+                self._note_silent()
                 entry = self._said(Entry, payload)
                 content: Iterator[bytes | int] = iter(())
                 if contents and entry.kind == "file" and entry.same_as is None:
                     content = self._content(entry, deadline)
-                bad = next(filter(None, map(trouble_of, entry.path)), None)
+                bad = next(filter(None, map(trouble_of, (*entry.path, *(entry.same_as or ())))), None)
                 if bad is not None:
                     self._note(Problem(path=entry.path, words=bad))
                 else:
@@ -220,9 +223,10 @@ class Session:
                 self._serve(payload, deadline)
                 continue
             if kind is Kind.END:
-                if payload or left:
+                lost = self._lost_words()
+                if payload or left or lost:
                     words = payload.decode("utf-8", "replace") or f"{left} of its {entry.size} bytes are missing"
-                    raise Unreadable(self._lost_words() or words, subject="/".join(entry.path))
+                    raise Unreadable(lost or words, subject="/".join(entry.path))
                 return
             if kind is Kind.DATA and payload:
                 piece: bytes | int = payload
@@ -245,6 +249,11 @@ class Session:
             self.problems.append(problem)
         else:
             self.dropped_problems += 1
+
+    def _note_silent(self) -> None:
+        """A library may take bytes that it could not read for the end of a directory, and say nothing."""
+        if (words := self._lost_words()) is not None:
+            self._note(Problem(path=(), words=f"{words}: files may be missing"))
 
     def _lost_words(self) -> str | None:
         """Why bytes of the disk could not be given since the last call. Raises it where it is no damage."""
@@ -293,7 +302,11 @@ class Session:
             kind, data = Kind.BYTES, self._disk.read(offset, length)
         except SnapchainError as error:
             self._lost = error.detached()
+            self._lost_range = (offset, offset + length)
             kind, data = Kind.LOST, b""
+        else:
+            if self._lost_range[0] <= offset and offset + length <= self._lost_range[1]:
+                self._lost = None  # a part of what could not be given at once
         deadline.at += time.monotonic() - began  # our time does not count
         try:
             messages.send(self._socket.fileno(), kind, data)

@@ -23,7 +23,7 @@ from snapchain.files.session import Session
 from snapchain.ops.files.getting import GetReport, GetRequest, Getting
 from snapchain.ops.files.opening import Limits
 from tests.exhaustive import EXHAUSTIVE
-from tests.files.images import FileBytes, MiB, kinds, make, plant
+from tests.files.images import FileBytes, MiB, contents, kinds, make, plant
 from tests.files.sources import BytesSource
 
 EACH = 40 if EXHAUSTIVE else 2
@@ -164,11 +164,9 @@ TOP = said("[]", "directory")
 def test_a_name_that_no_file_can_have_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
     lying(monkeypatch, lambda fd: told(fd, TOP, entry, said('["good"]')))
     result = attempt(BytesSource(FileBytes(Path(), b"x" * 4096)), tmp_path / "out")
-    if isinstance(result, GetReport):
-        assert len(result.skipped) == 1
-        assert [path.name for path in (tmp_path / "out").rglob("*")] == ["good"]
-    else:
-        assert "not the name of a file" in str(result)  # `Directory` has refused it: the second guard
+    assert isinstance(result, GetReport)  # `Directory` would refuse the name too, and end the command
+    assert len(result.skipped) == 1
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["good"]
 
 
 def test_a_file_never_goes_through_a_link_of_the_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,12 +177,43 @@ def test_a_file_never_goes_through_a_link_of_the_guest(tmp_path: Path, monkeypat
     assert [path.name for path in (tmp_path / "outside").iterdir()] == ["precious"]
 
 
+def test_a_file_that_cannot_be_read_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def child(fd: int) -> None:
+        messages.send(fd, Kind.ENTRY, TOP.encode())
+        messages.send(fd, Kind.ENTRY, said('["half"]').encode())
+        messages.send(fd, Kind.DATA, b"ev")
+        messages.send(fd, Kind.END, b"a block is gone")
+        told(fd, said('["good"]'))
+
+    lying(monkeypatch, child)
+    result = attempt(BytesSource(FileBytes(Path(), b"x" * 4096)), tmp_path / "out")
+    assert isinstance(result, GetReport)
+    assert [(each.path, each.reason) for each in result.skipped] == [("/half", "a block is gone")]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good"]
+
+
+def test_devices_and_set_id_bits_are_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = [said(f'["{each}"]', each, ',"mode":511') for each in ("device", "fifo", "socket", "unknown")]
+    lying(monkeypatch, lambda fd: told(fd, TOP, *more, said('["suid"]', "file", ',"mode":3565')))
+    result = attempt(BytesSource(FileBytes(Path(), b"x" * 4096)), tmp_path / "out")
+    assert isinstance(result, GetReport)
+    assert len(result.left_out) == 4
+    assert result.not_kept == ("set-id bits",)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["suid"]
+    assert (tmp_path / "out" / "suid").stat().st_mode & 0o7777 == 0o755
+
+
 def test_a_name_that_comes_twice_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link = said('["one"]', "symlink", f',"target":"{tmp_path / "outside" / "precious"}"')
     lying(monkeypatch, lambda fd: told(fd, TOP, link, said('["one"]')))
     result = attempt(BytesSource(FileBytes(Path(), b"x" * 4096)), tmp_path / "out")
     assert isinstance(result, GetReport)
     assert [each.path for each in result.skipped] == ["/one"]
+
+
+def half_a_message(fd: int) -> None:
+    os.write(fd, b"\x06")
+    time.sleep(600)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +226,7 @@ def test_a_name_that_comes_twice_is_written_once(tmp_path: Path, monkeypatch: py
         (lambda _: os.kill(os.getpid(), 9), "was ended by SIGKILL"),
         (lambda fd: told(fd, TOP, said('["a"]').replace('"size":4', '"size":3')), "sends what it should not"),
         (lambda _: time.sleep(600), "found nothing for 1 s"),
-        (lambda fd: (os.write(fd, b"\x06"), time.sleep(600)), "sends what it should not"),
+        (half_a_message, "sends what it should not"),
     ],
 )
 def test_a_child_that_was_taken_over_is_an_error(
@@ -236,3 +265,25 @@ def test_a_store_that_is_away_is_no_damage(tmp_path: Path) -> None:
 
     result = attempt(BytesSource(Away(Path(), bytes(MiB))), tmp_path / "out")
     assert isinstance(result, Unavailable)
+
+
+def test_a_file_in_a_lost_range_is_skipped_with_the_reason_of_the_store(tmp_path: Path) -> None:
+    tree = plant(tmp_path / "tree", 20, unix=True)
+    data = make("ext4", tree, tmp_path / "image", size=48 * MiB).read_bytes()
+    at = data.index(b"middle" * 100)
+
+    class Lost(FileBytes):
+        def read(self, offset: int, length: int, /) -> bytes:
+            if offset < at + 4 and at < offset + length:
+                raise Corrupt("pack 7 is missing")
+            return super().read(offset, length)
+
+    result = attempt(BytesSource(Lost(Path(), data)), tmp_path / "got" / "out")
+    assert isinstance(result, GetReport)
+    lost = {each.path: each.reason for each in result.skipped}
+    assert lost.keys() == {"/sparse", "/second name"}  # one file; its neighbours in a block of the disk are there
+    assert "pack 7 is missing" in lost.values()
+    found = contents(tmp_path / "got" / "out")
+    assert {name: found[name] for name in contents(tree).keys() & found.keys()} == {
+        name: value for name, value in contents(tree).items() if f"/{name}" not in lost
+    }
