@@ -155,8 +155,8 @@ def pytest_unconfigure() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.failed and isinstance(item, pytest.Function) and "tmp_path" in item.funcargs:
-        note_failure(item.funcargs["tmp_path"])
+    if report.failed and isinstance(item, pytest.Function) and isinstance(path := item.funcargs.get("tmp_path"), Path):
+        note_failure(path)
     return report
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 import snapchain
+from snapchain.host.openers import OpenFiles
 from tests.cli.conftest import Run, qemu_img, spawned, write
 from tests.cli.test_serve import leases
 from tests.waiting import HANG, wait_until
@@ -201,3 +203,21 @@ def test_points_that_come_later_appear(run: Run, history: Path, monkeypatch: pyt
         assert tree.target("/web1/vda/latest.raw") == "3.raw"
         tree.close(handle)
         tree.end()
+
+
+def test_a_mount_that_hangs_hangs_nobody_who_looks_for_open_files(history: Path) -> None:
+    """Merges look for programs that have an image open, and must not wait for each file system of the host."""
+    with mounted(history) as child, (history / "mnt" / "web1" / "vda" / "1.raw").open("rb") as file:
+        reader = subprocess.Popen(["sleep", str(HANG)], stdin=file)
+        try:
+            child.send_signal(signal.SIGSTOP)
+            time.sleep(1.5)  # the kernel answers from its memory for a second
+            with ThreadPoolExecutor(1) as pool:
+                found = pool.submit(OpenFiles)
+                try:
+                    assert found.result(HANG).openers((history / "1.raw").stat()) == []
+                finally:
+                    child.kill()  # which wakes a thread that waits
+        finally:
+            reader.kill()
+            reader.wait(HANG)
