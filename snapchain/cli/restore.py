@@ -61,7 +61,8 @@ _STREAM = "-"
     snapchain restore s3://bucket/prefix /images --match 'web*' --match 'db*' --point yesterday
     """,
     when_interrupted="OUT was not made (a device or a stream has a part of the point); run it again: what was written "
-    "of a file, if it is much, is continued, and so are the disks of a guest. With --instant OUT stays usable, and the next run copies the rest",
+    "of a file, if it is much, is continued, and so are the disks of a guest. "
+    "With --instant OUT stays usable, and the next run copies the rest",
 )
 @options.takes_output(passphrase=True)
 def restore(
