@@ -42,7 +42,7 @@ GUESTS = ("running-guests.md", "live-migration.md")
 
 # What a test cannot reach: a bucket, a device, a password manager, another host, /etc, a libvirtd; what has no end.
 ELSEWHERE = re.compile(
-    r"s3://|/dev/|pass show|ssh kvm2|^nightly /etc/|--define|^watch (?!.*--(print|dry))|^serve (?!.*--dry)"
+    r"s3://|/dev/|pass show|ssh kvm2|^nightly /etc/|--define|^watch (?!.*--(print|dry))|^serve (?!.*--dry)|^mount "
     # The server is a process of its own, which does not have the cheap keys of these tests.
     r"|^restore --instant (?!.*--dry)"
     r"|^migrate --(?:domain|qmp) (?!.*--(dry|abort))"

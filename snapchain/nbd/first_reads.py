@@ -67,9 +67,18 @@ class Recorder:
 
 
 @contextmanager
-def first_reads(disk: RecordsFirstReads, reading: BlobReading, *, seconds: float = SECONDS) -> Iterator[None]:
-    """A block in which `reading` is served: what was recorded is fetched, and what is read first is recorded."""
-    recorder = reading.recorder = Recorder(reading.extents)
+def first_reads(
+    disk: RecordsFirstReads, reading: BlobReading, *, records: bool = True, seconds: float = SECONDS
+) -> Iterator[None]:
+    """A block in which `reading` is served: what was recorded is fetched, and what is read first is recorded.
+
+    records: False where clients read in an order of their own, such as QEMU that copies all of the disk
+    """
+    recorder = Recorder(reading.extents)
+    if records:
+        reading.recorder = recorder
+    else:
+        recorder.close()
 
     def run() -> None:
         known: FirstReads = ()

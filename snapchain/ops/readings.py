@@ -32,7 +32,7 @@ class PointReadings:
     """Opens points of any destinations. A context manager: at its end nothing is fetched any more. Thread-safe.
 
     cache: bytes, for all points; patience: seconds for which a read waits for a store that does not answer
-    prefetch: fetch what was read first of the disk before, and record what is read first now
+    prefetch: fetch what was read first of the disk before; records: record what is read first now
     shared: what processes of this host share
     """
 
@@ -43,12 +43,13 @@ class PointReadings:
         patience: float,
         on_event: OnEvent,
         prefetch: bool = False,
+        records: bool = True,
         shared: SharedCache | None = None,
     ) -> None:
         """Raises InvalidInput for a cache that is too small."""
         check_cache(cache)
         self._cache, self._patience, self._on_event = BlockCache(cache), patience, on_event
-        self._prefetch, self._shared = prefetch, shared
+        self._prefetch, self._records, self._shared = prefetch, records, shared
         self._lock = threading.Lock()
         self._loaders: dict[str, Loader] = {}
         self._stack = ExitStack()
@@ -95,7 +96,7 @@ class PointReadings:
             if not (self._prefetch and isinstance(found, RecordsFirstReads)):
                 yield reading
                 return
-            with first_reads(found, reading):
+            with first_reads(found, reading, records=self._records):
                 yield reading
 
     def _load(self, disk: BlobDisk) -> Load:

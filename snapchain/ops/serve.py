@@ -52,7 +52,7 @@ class ServeRequest:
     cache: bytes; patience: seconds
     once: end when the last client has gone
     block_status: clients may ask which ranges hold data; a guest that streams from the export must not: decision 0163
-    prefetch: fetch what clients of the disk have read first before, and record what they read first now
+    prefetch: fetch what clients of the disk have read first before, and record what they read first now, if `records`
     cache_dir: a directory for blobs as they are stored, which processes share; shared_cache: its bytes
     """
 
@@ -66,6 +66,7 @@ class ServeRequest:
     once: bool = False
     block_status: bool = True
     prefetch: bool = True
+    records: bool = True
     cache_dir: Path | None = None
     shared_cache: int = SHARED_CACHE_BYTES
 
@@ -171,6 +172,7 @@ class Serving:
                     cache=self._request.cache,
                     patience=self._request.patience,
                     prefetch=self._request.prefetch,
+                    records=self._request.records,
                     shared=shared,
                     on_event=on_event,
                 )

@@ -85,7 +85,7 @@ def test_one_that_does_not_boot_shows_its_console(
 
 def test_what_takes_too_much_of_this_host_ends(place: Open, tmp_path: Path) -> None:
     stored(place, tmp_path, argv(tmp_path))
-    report = tried(place, tmp_path, console_says="never", space=1)
+    report = tried(place, tmp_path, console_says="never", space=1, seconds=10.0)
     assert (report.ok, report.by) == (False, "console")
     assert "may take 1" in (report.why_not or "")
     whole = tried(place, tmp_path, restores=True)

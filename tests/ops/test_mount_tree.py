@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta, timezone
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from snapchain.destination.guest_record import RECORD_DISK
 from snapchain.destination.records import DiskRecord, PointRecord
+from snapchain.nbd.exports import OpenedExport
+from snapchain.nbd.read_ahead import ReadAhead
+from snapchain.ops.mount.run import PointTree, _Handle
 from snapchain.ops.mount.tree import Link, PointFile, files_of, find
 
 AT = datetime(2026, 11, 30, 1, 0, 0, 300_000, tzinfo=UTC)
@@ -49,3 +56,15 @@ def test_names_that_meet_and_names_that_no_path_can_have() -> None:
         "./c is left out: no path can have such a name",
         "a: 1.raw is left out, since there is a disk a/1.raw",
     )
+
+
+def test_a_short_read_is_an_error() -> None:
+    """The kernel would take what is missing for zeroes."""
+    reading: Any = SimpleNamespace(size=512, most_ahead=0, ready=lambda offset, _length: [(offset, 100, bytes(100))])
+    unused: Any = None
+    tree = PointTree(unused, None, files_of([]), unused, unused)
+    tree._handles[1] = _Handle("a", OpenedExport("a", reading, lambda: None), ReadAhead(0))
+    assert tree.read(1, 412, 4096) == bytes(100)
+    with pytest.raises(OSError, match=r"Errno 5\] a"):
+        tree.read(1, 0, 512)
+    assert tree.read(1, 512, 4096) == b""

@@ -53,7 +53,9 @@ class ServedDisks:
     def make(self, disks: Sequence[PlacedDisk]) -> None:
         """Serve the points, and make an empty overlay on each. Raises as opening a point, and as writing a file."""
         with ExitStack() as stack:
-            readings = stack.enter_context(PointReadings(cache=CACHE_BYTES, patience=PATIENCE, on_event=self._on_event))
+            readings = stack.enter_context(
+                PointReadings(cache=CACHE_BYTES, patience=PATIENCE, prefetch=True, on_event=self._on_event)
+            )
             exports = stack.enter_context(
                 Exports(
                     [

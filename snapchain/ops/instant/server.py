@@ -189,7 +189,8 @@ def _serve(image: Path, passphrase: object, on_ready: Callable[[], None]) -> Non
     destination = open_destination(record.destination, passphrase=lambda: word)
     addresses = list(dict.fromkeys(each.address for each in served.values()))
     # A guest's QEMU takes a failed block status for the end of the point, and reads zeroes (decision 0163).
-    request = ServeRequest(addresses=addresses, socket=path, patience=PATIENCE, block_status=False)
+    # What QEMU copies it reads by the same connection as its guest: that is no record of what a boot reads first.
+    request = ServeRequest(addresses=addresses, socket=path, patience=PATIENCE, block_status=False, records=False)
     with _Log(log_of(record)) as log:
         serving = Serving(request, {record.destination: destination})
         watch = threading.Thread(target=_watch, args=(list(served), record), name="instant watch", daemon=True)
