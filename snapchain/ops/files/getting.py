@@ -253,7 +253,7 @@ class Getting:
                 temporary = temporary_beside(output, purpose=NEW).name
                 fd = directory.create(temporary)
                 try:
-                    with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor
+                    with os.fdopen(fd, "wb") as file:
                         with _Stream(file.write) as stream:
                             yield make(stream, name, keep=request.keep)
                         file.flush()
