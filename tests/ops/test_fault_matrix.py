@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import NotFound
+from snapchain.errors import Conflict, NotFound
 from snapchain.repository import collecting
 from snapchain.repository.opening import open_repository
 from snapchain.repository.verification import verify
@@ -124,7 +124,10 @@ def test_four_writers_two_collectors_and_two_readers(kind: str, tmp_path: Path, 
     _check(tmp_path, url, "as it was left")
     opened = open_repository(url, passphrase=lambda: PASSPHRASE, writing=True)
     for _ in range(3):
-        assert collecting.run(opened).findings == ()
+        try:
+            assert collecting.run(opened).findings == ()
+        except Conflict:  # the claim of a host that was killed, which holds for ten minutes (exclusive.py)
+            assert not opened.conditional
     _check(tmp_path, url, "after three collections")
     assert counts["points reported"] > 10
     assert counts["collections"] > 5
