@@ -1,4 +1,4 @@
-"""`snapchain mount DEST[::DISK] DIR`: show every point as a raw file, by FUSE."""
+"""`snapchain mount DEST[::DISK] DIR`: show every point of a destination as a raw file, by FUSE."""
 
 from __future__ import annotations
 

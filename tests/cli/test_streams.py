@@ -39,6 +39,8 @@ READING = {
     "help": ["--help"],
     "version": ["--version"],
     "serve": ["serve", "repo::web1", "--dry-run"],
+    "mount": ["mount", "repo", "mnt", "--dry-run"],
+    "files": ["files", "volumes", "other.qcow2"],
     "a plan": ["ship", "web1.qcow2", "repo::new", "--dry-run"],
 }
 CHANGING = {
@@ -97,6 +99,7 @@ def ground(run: Run, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run("ship", "other.qcow2", "repo::spare")
     run("hold", "repo::held@1", "--tag", "t")
     here = Path.cwd()
+    (here / "mnt").mkdir()
     (here / "nightly.toml").write_text(
         f'time_zone = "UTC"\nstate = "{here}/state"\n[[disks]]\npath = "{here}/other.qcow2"\n'
         f'[[destinations]]\nname = "vault"\nurl = "{here}/repo"\n'

@@ -51,6 +51,7 @@ CHANGES = (
     "restore {mine}/repo::d {images}/new.qcow2",
     "restore {mine}/repo::d {images}/new.qcow2 --chain",
     "serve {mine}/repo::d --socket {images}/s",
+    "mount {mine}/repo {images}",
     "nightly {mine}/night.toml",
     "init {images}/repo --no-encryption",
     "gc {images}/repo",
@@ -60,6 +61,7 @@ CHANGES = (
 READS = (
     "inspect {disk} --image-dir {real}",
     "diff {images}/1.qcow2 {disk} --image-dir {real}",
+    "files volumes {disk} --image-dir {real}",
     "ship {disk} {mine}/repo::d --image-dir {real}",
     "send {disk} dir:{mine}/replica::d --image-dir {real}",
     "sync {disk} dir:{mine}/replica::s --image-dir {real}",

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import DiskRecord
-from snapchain.errors import NotFound, SnapchainError
+from snapchain.errors import NotFound, SnapchainError, Unavailable
 from snapchain.host.fuse import Mount, Status, check_mountable
+from snapchain.host.path_resolution import place_to_change
 from snapchain.model.events import OnEvent, ignore
 from snapchain.nbd.exports import Exports, OpenedExport
 from snapchain.nbd.read_ahead import ReadAhead
@@ -85,7 +86,11 @@ class Mounting:
         """Looks up the points. Raises NotFound, and as `whole` and `check_mountable`."""
         check_cache(request.cache)
         self._destination, self._request = destination, request
-        self._directory = request.directory.absolute()
+        try:
+            self._directory = place_to_change(request.directory.absolute())
+        except Unavailable:
+            check_mountable(request.directory)  # has words for a mount whose program has ended: it cannot be entered
+            raise
         check_mountable(self._directory)
         self._files = files_of(_listed(destination, request.disk))
         for newest in _points(self._files.root):
