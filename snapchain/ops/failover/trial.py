@@ -308,19 +308,18 @@ def _booted(address: GuestAddress, name: str, request: TrialRequest, limits: _Li
         agent = guest.agent()
         if agent is None:
             state = guest.state()
-            return "running", None if state is State.RUNNING else f"it is {state.value}"
+            return "running", limits.exceeded() if state is State.RUNNING else f"it is {state.value}"
         return "agent", _until(limits, lambda: _answers(lambda: agent.ping(timeout=_PING_SECONDS)))
 
 
 def _until(limits: _Limits, attempt: Callable[[], str | None]) -> str | None:
-    """None as soon as an attempt gives that, else what the last one has said."""
-    while True:
+    """None as soon as an attempt gives that, else what the last one has said, or which limit was passed before."""
+    while (exceeded := limits.exceeded()) is None:
         said = attempt()
         if said is None or time.monotonic() >= limits.until:
             return said
-        if (exceeded := limits.exceeded()) is not None:
-            return exceeded
         time.sleep(_POLL_SECONDS)
+    return exceeded
 
 
 class _Search:
