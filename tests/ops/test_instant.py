@@ -435,3 +435,38 @@ def test_the_bitmap_is_read_as_qemu_writes_it(tmp_path: Path) -> None:
         assert read_bitmap(file.fileno(), read_header(file.fileno(), subject=image), "c", subject=image) is None
     assert found is not None
     assert (found[0], set(found[1].nonzero()[0].tolist())) == (65536, pieces)
+
+
+class _Looks:
+    """A monitor that shows so many bytes of a job, look by look. flushes: how long each flush may take"""
+
+    def __init__(self, *done: int) -> None:
+        self.left = list(done)
+        self.flushes: list[tuple[int, float]] = []
+        self._done = 0
+
+    def rows(self, command: str) -> list[dict[str, object]]:
+        assert command == "query-jobs"
+        self._done = self.left.pop(0)
+        status = "running" if self.left else "pending"
+        return [{"id": "hydrate", "status": status, "current-progress": self._done, "total-progress": 9}]
+
+    def execute(self, command: str, _arguments: object = None, *, seconds: float = 0) -> None:
+        if command == "blockdev-reopen":
+            self.flushes.append((self._done, seconds))
+
+    def mark(self) -> int:
+        return 0
+
+    def wait(self, *_: object, **_more: object) -> None:
+        pass
+
+
+def test_a_flush_waits_as_long_as_the_server_waits_for_its_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU answers after the reads that are under way. It is not asked at all while nothing moves."""
+    monkeypatch.setattr(hydrate, "_FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(hydrate, "_STALLED_LOOKS", 20)
+    looks = _Looks(1, 1, 1, 5, 9)
+    hydrate._Copying(looks, Path("x"), None, lambda: None, lambda _event: None).run(0)  # type: ignore[arg-type]
+    assert [done for done, _ in looks.flushes] == [1, 5]
+    assert all(seconds > server.PATIENCE for _, seconds in looks.flushes)

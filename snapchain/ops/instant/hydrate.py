@@ -30,6 +30,7 @@ PHASE = "copy"
 _JOB, _IMAGE, _FILE, _POINT = "hydrate", "image", "file", "point"
 _TOP = {"driver": "qcow2", "node-name": _IMAGE, "file": _FILE, "backing": _POINT}
 _FLUSH_SECONDS = 5.0
+_MARGIN_SECONDS = 60.0
 """So much at most is copied again after a crash: QEMU keeps the tables in memory."""
 _RECONNECT_SECONDS = 30
 _LOOK_SECONDS = 0.5
@@ -120,7 +121,7 @@ class _Copying:
                 break
             if job.get("status") == "paused":
                 self._resume(begin)
-            elif time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
+            elif not self._stalled and time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
                 self._flush()
             elif self._stalled and self._stalled % _STALLED_LOOKS == 0:
                 self._revive()
@@ -129,8 +130,11 @@ class _Copying:
             self._monitor.execute("job-cancel", {"id": _JOB})
 
     def _flush(self) -> None:
-        """A reopening with the same options writes all that QEMU holds. The daemon has no other command for that."""
-        self._monitor.execute("blockdev-reopen", {"options": [_TOP]})
+        """A reopening with the same options writes all that QEMU holds. The daemon has no other command for that.
+
+        It waits for reads that are under way: as long as a server waits for a store that is away.
+        """
+        self._monitor.execute("blockdev-reopen", {"options": [_TOP]}, seconds=server.PATIENCE + _MARGIN_SECONDS)
         self._flushed_at = time.monotonic()
 
     def _note(self, job: Any) -> None:
