@@ -45,7 +45,7 @@ BUSY = error(503, "SlowDown")
 
 
 @cache
-def shared_client(endpoint: str, read_timeout: float = 0.5) -> S3Client:
+def shared_client(endpoint: str, read_timeout: float = HANG) -> S3Client:
     """One for all tests: making a client takes a tenth of a second."""
     return new_client(endpoint, read_timeout=read_timeout)
 
