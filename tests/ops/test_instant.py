@@ -435,3 +435,19 @@ def test_the_bitmap_is_read_as_qemu_writes_it(tmp_path: Path) -> None:
         assert read_bitmap(file.fileno(), read_header(file.fileno(), subject=image), "c", subject=image) is None
     assert found is not None
     assert (found[0], set(found[1].nonzero()[0].tolist())) == (65536, pieces)
+
+
+def test_a_point_with_other_bytes_is_not_the_point(site: Site) -> None:
+    """A repository that was made anew has the same number for it: the image would show parts of both."""
+    site.run(later=True)
+    record = record_of(site.image)
+    assert record is not None
+    site.kill_server()
+    record_file(site.image).write(record.model_copy(update={"content_id": "00" * 32}))
+    with pytest.raises(Conflict, match="is not the point that it was begun with"):
+        site.run()
+    with pytest.raises(Unavailable, match="is not the point that it was begun with"):  # started again for a guest
+        server.ensure(site.image, lambda: None)
+    record_file(site.image).write(record)
+    site.run()
+    site.check_done()

@@ -29,7 +29,14 @@ from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.points import chosen_point
 from snapchain.ops.instant import server
 from snapchain.ops.instant.overlay import BITMAP, backing_of, make_overlay
-from snapchain.ops.instant.record import HOLD, InstantRecord, record_file, record_of, served_with
+from snapchain.ops.instant.record import (
+    HOLD,
+    InstantRecord,
+    check_point,
+    record_file,
+    record_of,
+    served_with,
+)
 
 Passphrase = Callable[[], str | None]
 _TOKEN_BYTES = 6
@@ -162,6 +169,8 @@ def prepare(
     for each in images:
         destination.whole(each.disk, str(each.point.point))  # is not entered: raises where it cannot be done
     records = _recorded(located, images, guest, guest_point)
+    for path, record in records.items():
+        check_point(destination, path, record)
     records = {path: _held(destination, path, record, on_event) for path, record in records.items()}
     first = next(iter(records))
     try:
