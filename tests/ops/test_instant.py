@@ -11,13 +11,14 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 import snapchain
 from snapchain.destination.protocol import Destination
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, Unavailable, Unsupported
+from snapchain.guest.qmp import Monitor
 from snapchain.guest.storage_daemon import StorageDaemon
 from snapchain.host.openers import OpenFiles
 from snapchain.image.qcow2.bitmap import read_bitmap
@@ -451,3 +452,38 @@ def test_a_point_with_other_bytes_is_not_the_point(site: Site) -> None:
     record_file(site.image).write(record)
     site.run()
     site.check_done()
+
+
+def test_a_flush_waits_as_long_as_a_read_may(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU drains its reads first, and those wait for a store that is away: 60 s would end the copying."""
+    waits, real = list[float | None](), Monitor.execute
+
+    def execute(self: Monitor, command: str, *args: Any, **more: Any) -> Any:
+        if command == "blockdev-reopen":
+            waits.append(more.get("seconds"))
+        return real(self, command, *args, **more)
+
+    monkeypatch.setattr(Monitor, "execute", execute)
+    monkeypatch.setattr(hydrate, "_FLUSH_SECONDS", 0.0)
+    site.run(speed=4 * MiB)
+    assert waits
+    assert all(each is not None and each > server.PATIENCE for each in waits)
+    site.check_done()
+
+
+def test_a_full_file_system_is_not_called_damage(site: Site) -> None:
+    """QEMU calls it an error of reading: the copy is written by the filter that reads."""
+
+    class Full:
+        def newest(self, *_args: object, **_more: object) -> dict[str, str]:
+            return {"operation": "read"}
+
+        def rows(self, _command: str) -> list[dict[str, str]]:
+            return [{"io-status": "nospace"}]
+
+    site.run(later=True)
+    record = record_of(site.image)
+    assert record is not None
+    copying = hydrate._Copying(cast("Monitor", Full()), site.image, record, lambda: None, lambda _event: None)
+    assert isinstance(copying._given_up(0), Unavailable)
+    assert "the image cannot be written" in str(copying._given_up(0))
