@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ import pytest
 
 import snapchain
 from snapchain.destination.protocol import Destination
-from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable, Unsupported
 from snapchain.guest.qmp import Monitor
 from snapchain.guest.storage_daemon import StorageDaemon
 from snapchain.host.openers import OpenFiles
@@ -25,7 +26,7 @@ from snapchain.image.qcow2.bitmap import read_bitmap
 from snapchain.image.qcow2.header import read_header
 from snapchain.model.events import Event, Notice
 from snapchain.ops.guest_points_merge import guest_at
-from snapchain.ops.instant import finish, hydrate, run as runs, server
+from snapchain.ops.instant import finish, hydrate, prepare, run as runs, server
 from snapchain.ops.instant.guest_images import GuestInstantReport, GuestInstantRequest, GuestInstantRestoration
 from snapchain.ops.instant.record import record_file, record_of
 from snapchain.ops.instant.run import InstantReport, InstantRequest, InstantRestoration
@@ -487,3 +488,33 @@ def test_a_full_file_system_is_not_called_damage(site: Site) -> None:
     copying = hydrate._Copying(cast("Monitor", Full()), site.image, record, lambda: None, lambda _event: None)
     assert isinstance(copying._given_up(0), Unavailable)
     assert "the image cannot be written" in str(copying._given_up(0))
+
+
+def test_two_runs_that_begin_at_once_have_one_record(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the image may name the socket of the one, and the record that of the other."""
+    real, second, seen = prepare.check_new, threading.Event(), list[Path]()
+
+    def slow(image: Path) -> None:
+        seen.append(image)
+        if len(seen) == 1:
+            second.wait(0.5)  # the other run comes here too, unless it is kept out
+        else:
+            second.set()
+        real(image)
+
+    runs_of_both = [site.restoration(later=True) for _ in range(2)]
+    monkeypatch.setattr(prepare, "check_new", slow)
+    destination = site.place()
+
+    def begin(each: InstantRestoration) -> None:
+        with suppress(SnapchainError):  # the slower one may find the image made meanwhile
+            prepare.prepare(destination, site.dest, [each._wanted], passphrase=lambda: None)
+
+    threads = [threading.Thread(target=begin, args=(each,)) for each in runs_of_both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG)
+    assert len(seen) == 1
+    site.run()
+    site.check_done()

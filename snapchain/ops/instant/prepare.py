@@ -24,6 +24,8 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.host.files import UNCHANGED, Standing, remove_temporaries
 from snapchain.host.os_errors import os_errors
 from snapchain.host.path_resolution import place_to_change
+from snapchain.host.private import PrivateDirectory
+from snapchain.host.run_directory import base
 from snapchain.host.temporary_names import NEW
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.points import chosen_point
@@ -168,7 +170,9 @@ def prepare(
     """
     for each in images:
         destination.whole(each.disk, str(each.point.point))  # is not entered: raises where it cannot be done
-    records = _recorded(located, images, guest, guest_point)
+    # Two runs that begin at once get one record: an image of another socket than its record names could not go on.
+    with PrivateDirectory(base(), make=True) as place, place.locked():
+        records = _recorded(located, images, guest, guest_point)
     for path, record in records.items():
         check_point(destination, path, record)
     records = {path: _held(destination, path, record, on_event) for path, record in records.items()}
