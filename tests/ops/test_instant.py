@@ -9,22 +9,24 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 import snapchain
 from snapchain.destination.protocol import Destination
-from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable, Unsupported
+from snapchain.guest.qmp import Monitor
 from snapchain.guest.storage_daemon import StorageDaemon
 from snapchain.host.openers import OpenFiles
 from snapchain.image.qcow2.bitmap import read_bitmap
 from snapchain.image.qcow2.header import read_header
 from snapchain.model.events import Event, Notice
 from snapchain.ops.guest_points_merge import guest_at
-from snapchain.ops.instant import finish, hydrate, run as runs, server
+from snapchain.ops.instant import finish, hydrate, prepare, run as runs, server
 from snapchain.ops.instant.guest_images import GuestInstantReport, GuestInstantRequest, GuestInstantRestoration
 from snapchain.ops.instant.record import record_file, record_of
 from snapchain.ops.instant.run import InstantReport, InstantRequest, InstantRestoration
@@ -438,11 +440,11 @@ def test_the_bitmap_is_read_as_qemu_writes_it(tmp_path: Path) -> None:
 
 
 class _Looks:
-    """A monitor that shows so many bytes of a job, look by look. flushes: how long each flush may take"""
+    """A monitor that shows so many bytes of a job, look by look. flushes: how many it showed at each flush"""
 
     def __init__(self, *done: int) -> None:
         self.left = list(done)
-        self.flushes: list[tuple[int, float]] = []
+        self.flushes: list[int] = []
         self._done = 0
 
     def rows(self, command: str) -> list[dict[str, object]]:
@@ -451,9 +453,9 @@ class _Looks:
         status = "running" if self.left else "pending"
         return [{"id": "hydrate", "status": status, "current-progress": self._done, "total-progress": 9}]
 
-    def execute(self, command: str, _arguments: object = None, *, seconds: float = 0) -> None:
+    def execute(self, command: str, _arguments: object = None, **_more: object) -> None:
         if command == "blockdev-reopen":
-            self.flushes.append((self._done, seconds))
+            self.flushes.append(self._done)
 
     def mark(self) -> int:
         return 0
@@ -462,11 +464,91 @@ class _Looks:
         pass
 
 
-def test_a_flush_waits_as_long_as_the_server_waits_for_its_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """QEMU answers after the reads that are under way. It is not asked at all while nothing moves."""
+def test_nothing_is_flushed_while_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for a read that may take minutes, and so would every other command."""
     monkeypatch.setattr(hydrate, "_FLUSH_SECONDS", -1.0)
     monkeypatch.setattr(hydrate, "_STALLED_LOOKS", 20)
     looks = _Looks(1, 1, 1, 5, 9)
     hydrate._Copying(looks, Path("x"), None, lambda: None, lambda _event: None).run(0)  # type: ignore[arg-type]
-    assert [done for done, _ in looks.flushes] == [1, 5]
-    assert all(seconds > server.PATIENCE for _, seconds in looks.flushes)
+    assert looks.flushes == [1, 5]
+
+
+def test_a_point_with_other_bytes_is_not_the_point(site: Site) -> None:
+    """A repository that was made anew has the same number for it: the image would show parts of both."""
+    site.run(later=True)
+    record = record_of(site.image)
+    assert record is not None
+    site.kill_server()
+    record_file(site.image).write(record.model_copy(update={"content_id": "00" * 32}))
+    with pytest.raises(Conflict, match="is not the point that it was begun with"):
+        site.run()
+    with pytest.raises(Unavailable, match="is not the point that it was begun with"):  # started again for a guest
+        server.ensure(site.image, lambda: None)
+    record_file(site.image).write(record)
+    site.run()
+    site.check_done()
+
+
+def test_a_flush_waits_as_long_as_a_read_may(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU drains its reads first, and those wait for a store that is away: 60 s would end the copying."""
+    waits, real = list[float | None](), Monitor.execute
+
+    def execute(self: Monitor, command: str, *args: Any, **more: Any) -> Any:
+        if command == "blockdev-reopen":
+            waits.append(more.get("seconds"))
+        return real(self, command, *args, **more)
+
+    monkeypatch.setattr(Monitor, "execute", execute)
+    monkeypatch.setattr(hydrate, "_FLUSH_SECONDS", 0.0)
+    site.run(speed=4 * MiB)
+    assert waits
+    assert all(each is not None and each > server.PATIENCE for each in waits)
+    site.check_done()
+
+
+def test_a_full_file_system_is_not_called_damage(site: Site) -> None:
+    """QEMU calls it an error of reading: the copy is written by the filter that reads."""
+
+    class Full:
+        def newest(self, *_args: object, **_more: object) -> dict[str, str]:
+            return {"operation": "read"}
+
+        def rows(self, _command: str) -> list[dict[str, str]]:
+            return [{"io-status": "nospace"}]
+
+    site.run(later=True)
+    record = record_of(site.image)
+    assert record is not None
+    copying = hydrate._Copying(cast("Monitor", Full()), site.image, record, lambda: None, lambda _event: None)
+    assert isinstance(copying._given_up(0), Unavailable)
+    assert "the image cannot be written" in str(copying._given_up(0))
+
+
+def test_two_runs_that_begin_at_once_have_one_record(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the image may name the socket of the one, and the record that of the other."""
+    real, second, seen = prepare.check_new, threading.Event(), list[Path]()
+
+    def slow(image: Path) -> None:
+        seen.append(image)
+        if len(seen) == 1:
+            second.wait(0.5)  # the other run comes here too, unless it is kept out
+        else:
+            second.set()
+        real(image)
+
+    runs_of_both = [site.restoration(later=True) for _ in range(2)]
+    monkeypatch.setattr(prepare, "check_new", slow)
+    destination = site.place()
+
+    def begin(each: InstantRestoration) -> None:
+        with suppress(SnapchainError):  # the slower one may find the image made meanwhile
+            prepare.prepare(destination, site.dest, [each._wanted], passphrase=lambda: None)
+
+    threads = [threading.Thread(target=begin, args=(each,)) for each in runs_of_both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG)
+    assert len(seen) == 1
+    site.run()
+    site.check_done()

@@ -37,7 +37,7 @@ from snapchain.model.content import LEAF_BYTES, content_id, empty_sum
 from snapchain.model.events import OnEvent, counting
 from snapchain.model.extents import ABSENT
 from snapchain.ops.diff import ImageSide, diff
-from snapchain.ops.instant.record import InstantRecord, record_file
+from snapchain.ops.instant.record import InstantRecord, check_point, record_file
 
 _PHASE = "prove"
 Bits = npt.NDArray[np.bool_]
@@ -111,6 +111,7 @@ def _proven(destination: ReadableDestination, file: ImageFile, record: InstantRe
     assert file.header is not None
     marked = _bitmap(file.path, record)
     written = marked if marked is not None else _unpacked(record.written, file.size)
+    check_point(destination, file.path, record)
     with destination.leaves(record.disk, str(record.point), on_event=on_event) as point:
         ranges = diff(point, ImageSide(str(file.path), chain)).ranges
     known = unknown = 0

@@ -30,9 +30,11 @@ PHASE = "copy"
 _JOB, _IMAGE, _FILE, _POINT = "hydrate", "image", "file", "point"
 _TOP = {"driver": "qcow2", "node-name": _IMAGE, "file": _FILE, "backing": _POINT}
 _FLUSH_SECONDS = 5.0
-_MARGIN_SECONDS = 60.0
 """So much at most is copied again after a crash: QEMU keeps the tables in memory."""
 _RECONNECT_SECONDS = 30
+_DRAIN_SECONDS = server.PATIENCE + 60.0
+"""For which a reopening may take: QEMU first waits for the reads that wait for a store that is away."""
+_NO_ROOM = "nospace"
 _LOOK_SECONDS = 0.5
 _STALLED_LOOKS = 20
 _TRIES = 15
@@ -130,11 +132,8 @@ class _Copying:
             self._monitor.execute("job-cancel", {"id": _JOB})
 
     def _flush(self) -> None:
-        """A reopening with the same options writes all that QEMU holds. The daemon has no other command for that.
-
-        It waits for reads that are under way: as long as a server waits for a store that is away.
-        """
-        self._monitor.execute("blockdev-reopen", {"options": [_TOP]}, seconds=server.PATIENCE + _MARGIN_SECONDS)
+        """A reopening with the same options writes all that QEMU holds. The daemon has no other command for that."""
+        self._monitor.execute("blockdev-reopen", {"options": [_TOP]}, seconds=_DRAIN_SECONDS)
         self._flushed_at = time.monotonic()
 
     def _note(self, job: Any) -> None:
@@ -180,15 +179,24 @@ class _Copying:
 
     def _given_up(self, begin: int) -> SnapchainError:
         failed = self._monitor.newest(lambda name, _data: name == "BLOCK_JOB_ERROR", after=begin) or {}
-        if failed.get("operation") == "write":
+        jobs = self._monitor.rows("query-block-jobs")
+        # A write of the copied bytes is a part of the job's read: QEMU calls its error one of reading.
+        if failed.get("operation") == "write" or any(each.get("io-status") == _NO_ROOM for each in jobs):
             return Unavailable(
                 "the image cannot be written",
                 subject=self._image,
                 hint="is there room for it? Then run the command again: it continues",
             )
         words = last_note(self._record)
+        if words is None:
+            return Unavailable(
+                "the point cannot be read, or the image cannot be written",
+                subject=self._image,
+                hint=f"look at the kernel's log, and at {server.log_of(self._record)}; then run the command again: it "
+                "continues",
+            )
         return Corrupt(
-            f"a part of the point cannot be read: {words or 'its server does not say why'}",
+            f"a part of the point cannot be read: {words}",
             subject=self._record.address,
             hint="nothing was filled with zeroes. `snapchain verify --read-data` and `snapchain repair` mend a "
             "repository; then run the command again: it continues",

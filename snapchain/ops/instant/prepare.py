@@ -24,12 +24,21 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.host.files import UNCHANGED, Standing, remove_temporaries
 from snapchain.host.os_errors import os_errors
 from snapchain.host.path_resolution import place_to_change
+from snapchain.host.private import PrivateDirectory
+from snapchain.host.run_directory import base
 from snapchain.host.temporary_names import NEW
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.points import chosen_point
 from snapchain.ops.instant import server
 from snapchain.ops.instant.overlay import BITMAP, backing_of, make_overlay
-from snapchain.ops.instant.record import HOLD, InstantRecord, record_file, record_of, served_with
+from snapchain.ops.instant.record import (
+    HOLD,
+    InstantRecord,
+    check_point,
+    record_file,
+    record_of,
+    served_with,
+)
 
 Passphrase = Callable[[], str | None]
 _TOKEN_BYTES = 6
@@ -161,7 +170,11 @@ def prepare(
     """
     for each in images:
         destination.whole(each.disk, str(each.point.point))  # is not entered: raises where it cannot be done
-    records = _recorded(located, images, guest, guest_point)
+    # Two runs that begin at once get one record: an image of another socket than its record names could not go on.
+    with PrivateDirectory(base(), make=True) as place, place.locked():
+        records = _recorded(located, images, guest, guest_point)
+    for path, record in records.items():
+        check_point(destination, path, record)
     records = {path: _held(destination, path, record, on_event) for path, record in records.items()}
     first = next(iter(records))
     try:

@@ -16,7 +16,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.address import PointAddress
+from snapchain.destination.reading import ReadableDestination
+from snapchain.errors import Conflict
 from snapchain.host.note_file import NoteFile
+from snapchain.model.points import chosen_point
 
 _SUFFIX = ".snapchain-instant"
 _PURPOSE = "instant-restore"
@@ -107,3 +110,19 @@ def served_with(image: Path, record: InstantRecord) -> dict[Path, InstantRecord]
     """The images that the same server serves, and that still depend on it, with their records."""
     found = {image.with_name(name): record_of(image.with_name(name)) for name in record.beside}
     return {path: each for path, each in found.items() if each is not None and each.token == record.token}
+
+
+def check_point(destination: ReadableDestination, image: Path, record: InstantRecord) -> None:
+    """Raises Conflict where the destination has another content under this number, NotFound where it has no such point.
+
+    A repository that was made anew counts from 1 again: the image would get parts of two points.
+    """
+    (disk,) = destination.disks(record.disk)
+    if chosen_point(disk.name, disk.points, str(record.point)).content_id == record.content_id:
+        return
+    raise Conflict(
+        f"{record.address} is not the point that it was begun with: its content is another one",
+        subject=image,
+        hint="nothing was copied from it. Bring back the repository or replica of that time; or remove the image to "
+        "give it up",
+    )

@@ -30,7 +30,7 @@ from snapchain.host.private import PrivateDirectory
 from snapchain.host.readable import is_readable
 from snapchain.host.run_directory import base
 from snapchain.model.events import Event, Notice
-from snapchain.ops.instant.record import InstantRecord, record_of, served_with
+from snapchain.ops.instant.record import InstantRecord, check_point, record_of, served_with
 
 PATIENCE = 600.0
 """Seconds for which a read waits for a store that does not answer. A guest that gets an error would stop, or worse."""
@@ -187,6 +187,8 @@ def _serve(image: Path, passphrase: object, on_ready: Callable[[], None]) -> Non
     served = served_with(image, record)
     word = passphrase if isinstance(passphrase, str) else None
     destination = open_destination(record.destination, passphrase=lambda: word)
+    for each_image, each in served.items():
+        check_point(destination, each_image, each)
     addresses = list(dict.fromkeys(each.address for each in served.values()))
     # A guest's QEMU takes a failed block status for the end of the point, and reads zeroes (decision 0163).
     # What QEMU copies it reads by the same connection as its guest: that is no record of what a boot reads first.
