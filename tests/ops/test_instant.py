@@ -322,6 +322,24 @@ def test_an_image_that_lacks_something_stays_as_it_is(site: Site, monkeypatch: p
     assert site.header().backing is not None
 
 
+def test_internal_snapshots_keep_what_they_show_of_the_point(site: Site) -> None:
+    """Without the backing file they would read zeroes."""
+    site.run(later=True)
+    qemu_img("snapshot", "-c", "before", site.image)
+    as_a_guest(site.image, "write -P 7 0 64k")
+    with pytest.raises(Unsupported, match="1 internal snapshots"):
+        site.run()
+    with pytest.raises(Unsupported, match="1 internal snapshots"):
+        finish.finish(site.place(), site.image, record_of(site.image), on_event=lambda _event: None)  # type: ignore[arg-type]
+    assert site.header().backing is not None
+    raw = site.folder / "before.raw"
+    qemu_img("convert", "-l", "before", "-O", "raw", site.image, raw)
+    assert raw.read_bytes() == site.shown
+    qemu_img("snapshot", "-d", "before", site.image)
+    site.run()
+    site.check_done(b"\7" * 65536 + site.shown[65536:])
+
+
 def test_a_guest_has_it_open(site: Site) -> None:
     """The one that is given copies under it, else it is waited for."""
     site.run(later=True)

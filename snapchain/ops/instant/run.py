@@ -26,7 +26,7 @@ from snapchain.host.openers import OpenFiles
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.instant.finish import Proof, finish, note_begin
 from snapchain.ops.instant.hydrate import hydrate
-from snapchain.ops.instant.overlay import depends_on
+from snapchain.ops.instant.overlay import check_no_snapshots, depends_on
 from snapchain.ops.instant.prepare import (
     Passphrase,
     WantedImage,
@@ -199,6 +199,7 @@ def complete(
     if later:
         return served_image(image, record)
     while not is_detached(image, record):
+        check_no_snapshots(image)
         if _waited(image, record, under_guest, on_event):
             continue
         record = note_begin(image, record)
