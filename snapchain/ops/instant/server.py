@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from snapchain.errors import NotFound, SnapchainError, Unavailable
+from snapchain.errors import Conflict, NotFound, SnapchainError, Unavailable
 from snapchain.host.detached import start_module
 from snapchain.host.directory import Directory
 from snapchain.host.files import open_or_make
@@ -31,6 +31,9 @@ from snapchain.host.readable import is_readable
 from snapchain.host.run_directory import base
 from snapchain.model.events import Event, Notice
 from snapchain.ops.instant.record import InstantRecord, record_of, served_with
+
+if TYPE_CHECKING:
+    from snapchain.ops.serve import ServedPoint
 
 PATIENCE = 600.0
 """Seconds for which a read waits for a store that does not answer. A guest that gets an error would stop, or worse."""
@@ -193,6 +196,7 @@ def _serve(image: Path, passphrase: object, on_ready: Callable[[], None]) -> Non
     request = ServeRequest(addresses=addresses, socket=path, patience=PATIENCE, block_status=False, records=False)
     with _Log(log_of(record)) as log:
         serving = Serving(request, {record.destination: destination})
+        _check_content(serving.plan().exports, served)
         watch = threading.Thread(target=_watch, args=(list(served), record), name="instant watch", daemon=True)
 
         def ready(_plan: object) -> None:
@@ -200,6 +204,19 @@ def _serve(image: Path, passphrase: object, on_ready: Callable[[], None]) -> Non
             on_ready()
 
         serving.run(ready, on_event=log.write)
+
+
+def _check_content(exports: Sequence[ServedPoint], images: Mapping[Path, InstantRecord]) -> None:
+    """Raises Conflict where a point has another content than when its image was made: an image of both is of no use."""
+    there = {(each.disk, each.point): each.content_id for each in exports}
+    for image, record in images.items():
+        if there[record.disk, record.point] != record.content_id:
+            raise Conflict(
+                f"{record.address} has another content than when the image was made",
+                subject=image,
+                hint="the destination was made anew, or is another one. Bring the former one back, and run the command "
+                "again; or restore to another file",
+            )
 
 
 def _watch(images: Sequence[Path], record: InstantRecord) -> None:
