@@ -78,6 +78,7 @@ class Hydration:
 
     job_id: the same in each run, so that the next one finds the job
     bitmap: of what was written, for an image at rest; it is removed when the image is filled
+    check: raises where the image must not lose its backing file; asked before the copying, and at its end
     serve: has the server run, and tells whether it had to be started; it raises Unavailable where that fails
     pace: watches a disk's latency, and sets the speed of its job; first_speed: bytes a second, 0 for no limit
     """
@@ -89,12 +90,14 @@ class Hydration:
         *,
         job_id: str,
         bitmap: str | None,
+        check: Callable[[], None],
         serve: Callable[[], bool],
         pace: Callable[[QmpGuest, str], OnLook],
         first_speed: int,
         on_event: OnEvent,
     ) -> None:
         self._guest, self._monitor, self._image, self._bitmap = guest, guest.monitor, image, bitmap
+        self._check = check
         self._serve, self._pace, self._first_speed, self._on_event = serve, pace, first_speed, on_event
         self._node = ""
         self._job = QmpJob(
@@ -140,6 +143,7 @@ class Hydration:
         depends = now.status is not JobStatus.GONE or len(self._disk().chain) > 1
         match next_act(now.status, depends=depends, paused=self._paused):
             case Act.BEGIN:
+                self._check()
                 self._begin()
             case Act.WAIT:
                 self._tell(now)
@@ -154,6 +158,7 @@ class Hydration:
                 job.wait(WAIT_SECONDS)
             case Act.FINALIZE:
                 job.flush()
+                self._check()
                 self._finalized = True
                 job.finalize()
                 job.wait(WAIT_SECONDS)

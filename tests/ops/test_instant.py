@@ -324,6 +324,58 @@ def test_an_image_that_lacks_something_stays_as_it_is(site: Site, monkeypatch: p
     assert site.header().backing is not None
 
 
+def test_internal_snapshots_keep_what_they_show_of_the_point(site: Site) -> None:
+    """Without the backing file they would read zeroes."""
+    site.run(later=True)
+    qemu_img("snapshot", "-c", "before", site.image)
+    as_a_guest(site.image, "write -P 7 0 64k")
+    with pytest.raises(Unsupported, match="1 internal snapshots"):
+        site.run()
+    with pytest.raises(Unsupported, match="1 internal snapshots"):
+        finish.finish(site.place(), site.image, record_of(site.image), on_event=lambda _event: None)  # type: ignore[arg-type]
+    assert site.header().backing is not None
+    raw = site.folder / "before.raw"
+    qemu_img("convert", "-l", "before", "-O", "raw", site.image, raw)
+    assert raw.read_bytes() == site.shown
+    qemu_img("snapshot", "-d", "before", site.image)
+    site.run()
+    site.check_done(b"\7" * 65536 + site.shown[65536:])
+
+
+def test_an_image_of_another_record_is_not_done_while_a_guest_has_it_open(site: Site) -> None:
+    """Its point would be let go, and its server ended."""
+    site.run(later=True)
+    record = record_of(site.image)
+    assert record is not None
+    record_file(site.image).write(record.model_copy(update={"socket": f"{record.socket}.2"}))
+    with subprocess.Popen(["qemu-io", "-f", "qcow2", site.image], stdin=-1, stdout=-1, text=True) as guest:
+        assert wait_until(lambda: any(each.writing for each in OpenFiles().openers(site.image.stat())))
+        with pytest.raises(Conflict, match="depends on something else than its record says"):
+            site.run(under_guest=lambda *_: True)
+        guest.communicate("q\n")
+    assert site.holds() == [record.hold]
+
+
+def test_another_content_under_the_same_number_is_not_served(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the image would be of the one, half of the other."""
+    monkeypatch.setattr(site, "dest", f"dir:{site.folder}/replica")
+    for name, fill in (("a", "1"), ("b", "2")):
+        qemu_img("create", "-q", "-f", "qcow2", site.folder / f"{name}.qcow2", str(SIZE))
+        as_a_guest(site.folder / f"{name}.qcow2", f"write -P {fill} 0 4M")
+    snapchain.ship(site.folder / "a.qcow2", site.place(), DISK)
+    site.run(later=True)
+    as_a_guest(site.image, "write -P 3 0 64k")
+    site.kill_server()
+    subprocess.run(["mv", site.folder / "replica", site.folder / "former"], check=True)
+    snapchain.ship(site.folder / "b.qcow2", site.place(), DISK)
+    with pytest.raises(Conflict, match="is not the point that it was begun with"):
+        site.run()
+    subprocess.run(["rm", "-r", site.folder / "replica"], check=True)
+    subprocess.run(["mv", site.folder / "former", site.folder / "replica"], check=True)
+    assert site.run().guest_bytes == 65536
+    site.check_done(b"\3" * 65536 + b"\1" * (4 * MiB - 65536) + bytes(SIZE - 4 * MiB))
+
+
 def test_a_guest_has_it_open(site: Site) -> None:
     """The one that is given copies under it, else it is waited for."""
     site.run(later=True)

@@ -203,6 +203,20 @@ def test_the_guest_writes_while_its_server_is_killed(site: Site) -> None:
     site.end_guest()
 
 
+def test_a_guest_with_an_internal_snapshot_keeps_the_backing_file(site: Site) -> None:
+    """QEMU would remove its name, and the snapshot would read zeroes."""
+    site.run(later=True)
+    site.monitors.append(Monitor(site.out / "test.qmp"))
+    site.ask("blockdev-snapshot-internal-sync", device="vda-top", name="before")
+    with pytest.raises(Unsupported, match="internal snapshots"):
+        site.run()
+    assert backing_of(site.image) is not None
+    site.ask("blockdev-snapshot-delete-internal-sync", device="vda-top", name="before")
+    site.run()
+    site.check_done()
+    site.end_guest()
+
+
 def test_without_its_server_the_guest_reads_nothing_at_all(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """QEMU's stream reads zeroes then, if the server has told it block states."""
     monkeypatch.setattr(records, "RECONNECT_SECONDS", 1)

@@ -37,6 +37,7 @@ from snapchain.model.content import LEAF_BYTES, content_id, empty_sum
 from snapchain.model.events import OnEvent, counting
 from snapchain.model.extents import ABSENT
 from snapchain.ops.diff import ImageSide, diff
+from snapchain.ops.instant.overlay import check_no_snapshots
 from snapchain.ops.instant.record import InstantRecord, check_point, record_file
 
 _PHASE = "prove"
@@ -78,9 +79,10 @@ def finish(destination: ReadableDestination, image: Path, record: InstantRecord,
     """Prove an image that was copied, and make it a plain one. Idempotent: a plain image is proven again.
 
     Raises Busy where a program has it open, Unavailable where a part is still lacking, Corrupt where it differs from
-    its point although no guest wrote there: then it is left as it is.
+    its point although no guest wrote there, Unsupported for internal snapshots: then it is left as it is.
     """
     with ImageLock(image, LockMode.WRITE):
+        check_no_snapshots(image)
         fd = open_behind(image, writing=True)
         try:
             with ImageFile(Place.of(image), os.dup(fd), format="qcow2", budget=RunBudget()) as file:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from snapchain.errors import Conflict, SnapchainError
+from snapchain.errors import Conflict, SnapchainError, Unsupported
 from snapchain.host import files
 from snapchain.host.directory import open_behind
 from snapchain.host.files import Standing
@@ -78,6 +78,23 @@ def backing_of(image: Path) -> Backing | None:
         return read_header(fd, subject=image).backing
     finally:
         os.close(fd)
+
+
+def check_no_snapshots(image: Path) -> None:
+    """Raises Unsupported for an image with internal snapshots: they would lose what they show of the backing file."""
+    fd = open_behind(image)
+    try:
+        count = read_header(fd, subject=image).snapshots
+    finally:
+        os.close(fd)
+    if count:
+        raise Unsupported(
+            f"it has {count} internal snapshots, which show parts of the point that are not in it: without its "
+            "backing file they would read zeroes there",
+            subject=image,
+            hint="copy what you need of them (`qemu-img convert -l NAME`), delete them (`qemu-img snapshot -d NAME`), "
+            "then run the command again; until then the image depends on the destination",
+        )
 
 
 def depends_on(image: Path, record: InstantRecord) -> bool:

@@ -26,7 +26,7 @@ from snapchain.host.openers import OpenFiles
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.instant.finish import Proof, finish, note_begin
 from snapchain.ops.instant.hydrate import hydrate
-from snapchain.ops.instant.overlay import depends_on
+from snapchain.ops.instant.overlay import backing_of, check_no_snapshots
 from snapchain.ops.instant.prepare import (
     Passphrase,
     WantedImage,
@@ -180,8 +180,20 @@ class InstantRestoration:
 
 
 def is_detached(image: Path, record: InstantRecord) -> bool:
-    """Whether an image of a record does not name its export any more: all was copied, and the end was cut off."""
-    return os.path.lexists(image) and not depends_on(image, record)
+    """Whether an image of a record names no export any more: all was copied, and the end was cut off.
+
+    Raises Conflict for an image that names another one: it is not done, whoever has it open; as reading its header.
+    """
+    if not os.path.lexists(image):
+        return False
+    found = backing_of(image)
+    if found is not None and found.name != record.backing_name:
+        raise Conflict(
+            "it depends on something else than its record says, so it is not the image of this instant restore",
+            subject=image,
+            hint=f"it depends on {found.name}, the record on {record.backing_name}; restore to another file",
+        )
+    return found is None
 
 
 def complete(
@@ -199,6 +211,7 @@ def complete(
     if later:
         return served_image(image, record)
     while not is_detached(image, record):
+        check_no_snapshots(image)
         if _waited(image, record, under_guest, on_event):
             continue
         record = note_begin(image, record)

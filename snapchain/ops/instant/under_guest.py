@@ -19,6 +19,7 @@ from snapchain.merge.pace import Pace
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.failover.start import start_script
 from snapchain.ops.instant import server
+from snapchain.ops.instant.overlay import check_no_snapshots
 from snapchain.ops.instant.prepare import Passphrase
 from snapchain.ops.instant.record import InstantRecord
 
@@ -83,6 +84,7 @@ class UnderQemu:
                 image,
                 job_id=f"sc-fill-{record.token}-{record.beside.index(image.name)}",
                 bitmap=record.bitmap,
+                check=lambda: check_no_snapshots(image),
                 serve=lambda: server.ensure(image, self.passphrase),
                 pace=pace.begin,
                 first_speed=pace.first_speed,
