@@ -604,3 +604,16 @@ def test_two_runs_that_begin_at_once_have_one_record(site: Site, monkeypatch: py
     assert len(seen) == 1
     site.run()
     site.check_done()
+
+
+def test_a_lost_record_does_not_end_the_server_under_an_image(site: Site) -> None:
+    """A guest may run on it; the server ends when the image is gone, or depends on nothing."""
+    site.run(later=True)
+    record = record_of(site.image)
+    assert record is not None
+    record_file(site.image).remove()
+    assert server._depends(site.image, record, is_early=False)
+    record_file(site.image).write(record)
+    site.run()
+    assert not server._depends(site.image, record, is_early=False)
+    site.check_done()

@@ -16,7 +16,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -30,6 +30,7 @@ from snapchain.host.private import PrivateDirectory
 from snapchain.host.readable import is_readable
 from snapchain.host.run_directory import base
 from snapchain.model.events import Event, Notice
+from snapchain.ops.instant.overlay import depends_on
 from snapchain.ops.instant.record import InstantRecord, check_point, record_of, served_with
 
 PATIENCE = 600.0
@@ -195,7 +196,7 @@ def _serve(image: Path, passphrase: object, on_ready: Callable[[], None]) -> Non
     request = ServeRequest(addresses=addresses, socket=path, patience=PATIENCE, block_status=False, records=False)
     with _Log(log_of(record)) as log:
         serving = Serving(request, {record.destination: destination})
-        watch = threading.Thread(target=_watch, args=(list(served), record), name="instant watch", daemon=True)
+        watch = threading.Thread(target=_watch, args=(served,), name="instant watch", daemon=True)
 
         def ready(_plan: object) -> None:
             watch.start()
@@ -204,10 +205,12 @@ def _serve(image: Path, passphrase: object, on_ready: Callable[[], None]) -> Non
         serving.run(ready, on_event=log.write)
 
 
-def _watch(images: Sequence[Path], record: InstantRecord) -> None:
+def _watch(served: Mapping[Path, InstantRecord]) -> None:
     """End this process when no image depends on it any more. An image that was not made yet is waited for."""
     began = time.monotonic()
-    while any(_depends(image, record, is_early=time.monotonic() - began < _FIRST_SECONDS) for image in images):
+    while any(
+        _depends(image, record, is_early=time.monotonic() - began < _FIRST_SECONDS) for image, record in served.items()
+    ):
         time.sleep(_LOOK_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -215,7 +218,8 @@ def _watch(images: Sequence[Path], record: InstantRecord) -> None:
 def _depends(image: Path, record: InstantRecord, *, is_early: bool) -> bool:
     found = record_of(image)
     if found is None or found.token != record.token:
-        return False
+        # Removed, altered, or not readable for a moment: a guest may run on the image all the same.
+        return depends_on(image, record)
     return os.path.lexists(image) or (is_early and not found.made)
 
 
