@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,8 @@ from snapchain.files.volumes import Content, Described, volumes
 
 _MOST_LINKS = 40
 _MOST_DEPTH = 200
+_MOST_FILES = 1 << 20
+_MOST_SIZE = 1 << 63
 _EXT, _XFS = frozenset({Content.EXT}), frozenset({Content.XFS})
 _MODULES = {
     "pyfsext": _EXT,
@@ -40,6 +43,7 @@ class Failed(Exception):
 
 def main(fd: int, argument: str) -> None:
     """Serve commands that come through `fd`. argument: the parent's process id and the bytes of the disk."""
+    os.closerange(fd + 1, _MOST_FILES)  # what a caller of snapchain left open may be a passphrase
     parent, size = map(int, argument.split())
     modules = {}
     missing = []
@@ -158,6 +162,9 @@ class _Child:
         def visit(names: list[str], node: Node, depth: int) -> None:
             try:
                 facts = node.facts()
+                if not 0 <= facts.size < _MOST_SIZE:
+                    self._problem(names, "its size is impossible")
+                    return
                 if match is None or (names and fnmatch.fnmatchcase(names[-1], match)):
                     tell(names, node, facts)
                 else:
@@ -174,6 +181,8 @@ class _Child:
                 for child in node.children():
                     if isinstance(child, str):
                         self._problem(names, child)
+                    elif not _is_text(child[0]):
+                        self._problem(names, f"the name of {child[0]!a}, which it holds, is not UTF-8")
                     else:
                         visit([*names, child[0]], child[1], depth - 1)
             except (Hangup, BrokenPipeError, ConnectionResetError, MemoryError):
@@ -186,6 +195,11 @@ class _Child:
 
     def _problem(self, names: list[str], words: str) -> None:
         messages.send(self._fd, Kind.PROBLEM, json.dumps({"path": names, "words": words[:1000]}).encode())
+
+
+def _is_text(name: str) -> bool:
+    """Whether JSON can hold it."""
+    return not any("\ud800" <= each <= "\udfff" for each in name)
 
 
 def _at(system: FileSystem, where: list[str]) -> Node:

@@ -22,6 +22,7 @@ _SECTOR = 512
 _MOST_TEXT = 8 << 20
 _MOST_DEPTH = 16
 _MOST_PIECES = 1 << 16
+_MOST_SIZE = 1 << 63
 _MAGIC = b" LVM2 x[5A%r0N*>"
 _TOKEN = re.compile(r'\s*(?:#[^\n]*\n\s*)*("(?:[^"\\]|\\.)*"|[A-Za-z0-9_.+/-]+|[{}\[\]=,])')
 
@@ -111,7 +112,8 @@ def _of_group(name: str, group: Mapping[str, Any], starts: Mapping[str, int]) ->
             pieces = tuple(sorted(piece for each in segments for piece in _pieces(each, extent, begins)))
             _check_whole(pieces, size)
         except Malformed as error:
-            volumes.append(LogicalVolume(f"{name}/{label}", size, trouble=str(error)))
+            shown = size if 0 <= size < _MOST_SIZE else 0
+            volumes.append(LogicalVolume(f"{name}/{label}", shown, trouble=str(error)))
         else:
             volumes.append(LogicalVolume(f"{name}/{label}", size, pieces))
     return volumes
@@ -151,7 +153,7 @@ def _check_whole(pieces: Sequence[Piece], size: int) -> None:
         if piece.at != at or piece.size <= 0:
             raise Malformed("its segments leave a gap, or overlap")
         at += piece.size
-    if at != size or not size:
+    if at != size or not 0 < size < _MOST_SIZE:
         raise Malformed("its segments do not give its size")
 
 

@@ -185,5 +185,5 @@ class NewFile:
 def _set_attributes(fd: int, attributes: Mapping[str, bytes]) -> None:
     """Those of users only: others mean rights on this host."""
     for name, value in attributes.items():
-        if name.startswith("user."):
+        if name.startswith("user.") and "\0" not in name:
             os.setxattr(fd, name, value)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -209,6 +209,24 @@ def test_a_name_that_comes_twice_is_written_once(tmp_path: Path, monkeypatch: py
     result = attempt(BytesSource(FileBytes(Path(), b"x" * 4096)), tmp_path / "out")
     assert isinstance(result, GetReport)
     assert [each.path for each in result.skipped] == ["/one"]
+
+
+@pytest.mark.parametrize("form", ["tar", "zip"])
+@pytest.mark.parametrize("is_twice", [True, False])
+def test_no_archive_has_a_file_below_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Literal["tar", "zip"], *, is_twice: bool
+) -> None:
+    again = [said('["door"]', "directory")] if is_twice else []
+    link = said('["door"]', "symlink", ',"target":"/etc"')
+    lying(monkeypatch, lambda fd: told(fd, TOP, link, *again, said('["door","evil"]')))
+    written: list[bytes] = []
+    getting = Getting(BytesSource(FileBytes(Path(), b"x" * 4096)), GetRequest("/", None, form))
+    if is_twice:
+        assert [each.path for each in getting.run(lambda data: written.append(bytes(data))).skipped] == ["/door"]
+    else:
+        with pytest.raises(Corrupt, match="below what is no directory"):
+            getting.run(lambda data: written.append(bytes(data)))
+    assert b"evil" not in b"".join(written)
 
 
 def half_a_message(fd: int) -> None:

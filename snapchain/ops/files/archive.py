@@ -6,6 +6,7 @@ a larger one fails in the middle the archive is cut short, with an error: nothin
 
 from __future__ import annotations
 
+import errno
 import stat
 import tarfile
 import time
@@ -109,6 +110,8 @@ class ZipWriter:
 
     def _info(self, path: Sequence[str], entry: Entry, mode: int, *, keep_mode: bool = True) -> zipfile.ZipInfo:
         name = "/".join([self._name, *path])
+        if "\\" in name:
+            raise OSError(errno.EINVAL, "its name has a backslash, which Windows takes for a slash")
         name.encode()  # raises UnicodeEncodeError for a name that is no text
         info = zipfile.ZipInfo(name, _zip_time(entry.mtime))
         info.compress_type, info.create_system = zipfile.ZIP_DEFLATED, 3

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
-from snapchain.errors import InvalidInput
+from snapchain.errors import Corrupt, InvalidInput
 from snapchain.files.records import Entry
 from snapchain.files.session import Found, Unreadable
 from snapchain.host.files import directory_of
@@ -155,9 +155,9 @@ class Getting:
             with opened.session.walk(
                 self._names, depth=_ALL, contents=True, attributes=self._request.keep, links=self._keeps_links
             ) as entries:
-                refused: set[tuple[str, ...]] = set()
+                names = _Names()
                 for found in entries:
-                    self._take(found, writer, counts, own, left_out, refused)
+                    self._take(found, writer, counts, own, left_out, names)
             skipped = (*skipped_of(opened.session, self._names), *own)
             if not counts.found:
                 raise opened.session.unread(self._names)
@@ -206,16 +206,15 @@ class Getting:
         counts: _Counts,
         skipped: list[Skipped],
         left_out: list[Skipped],
-        refused: set[tuple[str, ...]],
+        names: _Names,
     ) -> None:
-        """Write one entry. refused: directories that were skipped"""
+        """Write one entry; nothing of one whose directory was skipped."""
         entry, path = found.entry, found.entry.path
         shown = "/" + "/".join([*self._names, *path])
-        if path and path[:-1] in refused:
-            if entry.kind == "directory":
-                refused.add(path)
+        if not names.lies_in_directory(path):
             return
         try:
+            names.take(path)
             with _one_name(self._subject):
                 if entry.kind == "directory":
                     writer.directory(path, entry)
@@ -231,10 +230,12 @@ class Getting:
                     return
         except (Unreadable, _Refused) as error:
             if entry.kind == "directory":
-                refused.add(path)
+                names.refuse(path)
             _add(skipped, shown, str(error) if isinstance(error, _Refused) else error.message)
         else:
             counts.count(entry)
+            if entry.kind == "directory":
+                names.enter(path)
 
     @contextmanager
     def _writer(self, write: Callable[[memoryview], None] | None) -> Iterator[Writer]:
@@ -267,6 +268,46 @@ class Getting:
 
 class _Refused(Exception):
     """One name cannot be had where the files go."""
+
+
+class _Names:
+    """The directories above the entry at hand, each with the names that were met in it.
+
+    An archive with a link, and then a directory or a file under the same name, would be unpacked where the link leads.
+    """
+
+    def __init__(self) -> None:
+        self._path: tuple[str, ...] = ()
+        self._met: list[set[str]] = []
+        self._refused: tuple[str, ...] | None = None
+
+    def lies_in_directory(self, path: Sequence[str]) -> bool:
+        """Whether its directory was written, not refused. Raises Corrupt where there is no such directory."""
+        refused = self._refused
+        if refused is not None and len(path) > len(refused) and tuple(path[: len(refused)]) == refused:
+            return False
+        if path and (len(path) > len(self._met) or self._path[: len(path) - 1] != tuple(path[:-1])):
+            raise Corrupt("the reader of its file system tells of a file below what is no directory", subject=path[-1])
+        return True
+
+    def take(self, path: Sequence[str]) -> None:
+        """Raises _Refused for a name that was met before."""
+        if not path:
+            return
+        del self._met[len(path) :]
+        self._path = self._path[: len(path) - 1]
+        if path[-1] in self._met[-1]:
+            raise _Refused("its directory has another file of this name")
+        self._met[-1].add(path[-1])
+
+    def refuse(self, path: Sequence[str]) -> None:
+        """It is a directory, and was not written: what is below it follows at once."""
+        self._refused = tuple(path)
+
+    def enter(self, path: Sequence[str]) -> None:
+        """It is a directory, and was written."""
+        self._path = tuple(path)
+        self._met.append(set())
 
 
 @contextmanager
