@@ -14,8 +14,8 @@ _MOST_DEPTH = 256
 _Number = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Id = Annotated[int, Field(ge=0, lt=1 << 64)]
 _Time = Annotated[int, Field(gt=-(1 << 72), lt=1 << 72)]
-_Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")]
 _Names = Annotated[tuple[str, ...], Field(max_length=_MOST_DEPTH)]
+_Hexadecimal = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")]
 
 
 class _Said(BaseModel):
@@ -42,7 +42,7 @@ class Entry(_Said):
     crtime: _Time | None = None
     target: Annotated[str, Field(max_length=4096)] | None = None
     same_as: _Names | None = None
-    attributes: dict[str, _Hex] | None = None
+    attributes: dict[str, _Hexadecimal] | None = None
 
 
 class Problem(_Said):

@@ -185,5 +185,8 @@ class NewFile:
 def _set_attributes(fd: int, attributes: Mapping[str, bytes]) -> None:
     """Those of users only: others mean rights on this host."""
     for name, value in attributes.items():
-        if name.startswith("user.") and "\0" not in name:
-            os.setxattr(fd, name, value)
+        if not name.startswith("user."):
+            continue
+        if "\0" in name:
+            raise OSError(errno.EINVAL, "no attribute can have this name")
+        os.setxattr(fd, name, value)

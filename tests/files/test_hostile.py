@@ -7,7 +7,9 @@ from __future__ import annotations
 import os
 import random
 import stat
+import tarfile
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -227,6 +229,42 @@ def test_no_archive_has_a_file_below_a_link(
         with pytest.raises(Corrupt, match="below what is no directory"):
             getting.run(lambda data: written.append(bytes(data)))
     assert b"evil" not in b"".join(written)
+
+
+@pytest.mark.parametrize("form", ["tar", "zip"])
+def test_nothing_in_an_archive_is_below_a_link_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Literal["tar", "zip"]
+) -> None:
+    link = said('["door"]', "symlink", ',"target":"/etc"')
+    through = [said('["door"]', "directory"), said('["door"]')]
+    backslash = said('["..\\\\evil"]')
+    hard = [said('["hard"]', "file", ',"same_as":["door","passwd"]')] if form == "tar" else []
+    lying(monkeypatch, lambda fd: told(fd, TOP, link, *through, *hard, backslash, said('["good"]')))
+    archive = tmp_path / "out"
+    report = Getting(BytesSource(FileBytes(Path(), b"x" * 4096)), GetRequest("/a/..", archive, form)).run()
+    if form == "tar":
+        with tarfile.open(archive) as tar:
+            names = tar.getnames()
+    else:
+        with zipfile.ZipFile(archive) as zipped:
+            names = [each.rstrip("/") for each in zipped.namelist()]
+    own = ["root/..\\evil"] if form == "tar" else []  # a plain name, but on Windows
+    assert names == ["root", "root/door", *own, "root/good"]
+    assert len(report.skipped) == 3
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [('{"user.a\\u0000b":"00"}', GetReport), ('{"user.a":"no hex"}', Corrupt)],
+)
+def test_attributes_that_no_file_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attributes: str, expected: type
+) -> None:
+    lying(monkeypatch, lambda fd: told(fd, TOP, said('["a"]', "file", f',"attributes":{attributes}')))
+    result = attempt(BytesSource(FileBytes(Path(), b"x" * 4096)), tmp_path / "out")
+    assert isinstance(result, expected)
+    if isinstance(result, GetReport):
+        assert result.not_kept == ("attributes",)
 
 
 def half_a_message(fd: int) -> None:

@@ -1,5 +1,7 @@
 """Archives: a tar stream (POSIX pax, as GNU tar reads it) or a zip file, written from front to back.
 
+Programs that unpack it may follow links: nothing in it is below a symbolic link of it, or has the name of one.
+
 A file up to 16 MiB is read whole before its header is written, so that one which cannot be read is left out.  Where
 a larger one fails in the middle the archive is cut short, with an error: nothing is made up for the rest.
 """
@@ -25,17 +27,34 @@ _FIRST_YEAR, _LAST_YEAR = 1980, 2107
 """Of times in a zip file."""
 
 
+class _Links:
+    """The symbolic links of an archive, by hash: a guest may have millions."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def add(self, path: Sequence[str]) -> None:
+        self._seen.add(hash(tuple(path)))
+
+    def check(self, path: Sequence[str]) -> None:
+        """Raises FileExistsError for a path that is one of them, or leads through one."""
+        if self._seen and any(hash(tuple(path[:end])) in self._seen for end in range(len(path) + 1)):
+            raise FileExistsError(errno.EEXIST, "a symbolic link has its name, or that of a directory above it")
+
+
 class TarWriter:
     """See `Writer`. name: of the top, in the archive; keep: extended attributes too"""
 
     def __init__(self, file: Any, name: str, *, keep: bool) -> None:
         self.not_kept: set[str] = set()
         self._file, self._name, self._keep, self._written = file, name, keep, 0
+        self._links = _Links()
 
     def directory(self, path: Sequence[str], entry: Entry) -> None:
         self._add(path, entry, tarfile.DIRTYPE)
 
     def file(self, path: Sequence[str], found: Found) -> None:
+        self._links.check(path)
         content = _begun(found)
         self._add(path, found.entry, tarfile.REGTYPE, size=found.entry.size)
         try:
@@ -46,16 +65,19 @@ class TarWriter:
         self._write(bytes(-found.entry.size % tarfile.BLOCKSIZE))
 
     def link(self, path: Sequence[str], first: Sequence[str], entry: Entry) -> None:
+        self._links.check(first)
         self._add(path, entry, tarfile.LNKTYPE, target="/".join([self._name, *first]))
 
     def symlink(self, path: Sequence[str], target: str, entry: Entry) -> None:
         self._add(path, entry, tarfile.SYMTYPE, target=target)
+        self._links.add(path)
 
     def finish(self) -> None:
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self._written % tarfile.RECORDSIZE))
 
     def _add(self, path: Sequence[str], entry: Entry, kind: bytes, *, size: int = 0, target: str = "") -> None:
+        self._links.check(path)
         info = tarfile.TarInfo("/".join([self._name, *path]))
         info.type, info.size, info.linkname = kind, size, target
         info.mode = entry.mode if entry.mode is not None else 0o755 if kind == tarfile.DIRTYPE else 0o644
@@ -80,6 +102,7 @@ class ZipWriter:
         _ = keep
         self.not_kept: set[str] = set()
         self._name = name
+        self._links = _Links()
         self._zip = zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False)
 
     def directory(self, path: Sequence[str], entry: Entry) -> None:
@@ -88,8 +111,8 @@ class ZipWriter:
         self._zip.writestr(info, b"")
 
     def file(self, path: Sequence[str], found: Found) -> None:
-        content = _begun(found)
         info = self._info(path, found.entry, stat.S_IFREG | 0o644)
+        content = _begun(found)
         with self._zip.open(info, "w", force_zip64=True) as file:
             try:
                 for data in content:
@@ -104,15 +127,19 @@ class ZipWriter:
         self._zip.writestr(
             self._info(path, entry, stat.S_IFLNK | 0o777, keep_mode=False), target.encode("utf-8", "surrogateescape")
         )
+        self._links.add(path)
 
     def finish(self) -> None:
         self._zip.close()
 
     def _info(self, path: Sequence[str], entry: Entry, mode: int, *, keep_mode: bool = True) -> zipfile.ZipInfo:
         name = "/".join([self._name, *path])
-        if "\\" in name:
-            raise OSError(errno.EINVAL, "its name has a backslash, which Windows takes for a slash")
         name.encode()  # raises UnicodeEncodeError for a name that is no text
+        self._links.check(path)
+        if ".." in name.replace("\\", "/").split("/"):
+            raise OSError(errno.EINVAL, "Windows would take this name for a path that leads outside")
+        if name in self._zip.NameToInfo:
+            raise FileExistsError(errno.EEXIST, "the archive has this name already")
         info = zipfile.ZipInfo(name, _zip_time(entry.mtime))
         info.compress_type, info.create_system = zipfile.ZIP_DEFLATED, 3
         if keep_mode and entry.mode is not None:

@@ -240,6 +240,8 @@ class Getting:
     @contextmanager
     def _writer(self, write: Callable[[memoryview], None] | None) -> Iterator[Writer]:
         request, name = self._request, self._names[-1] if self._names else "root"
+        if name in {".", ".."}:  # followed in the guest; in an archive it would lead outside
+            name = "root"
         make = TarWriter if request.form == "tar" else ZipWriter
         if request.output is None:
             assert write is not None
