@@ -31,6 +31,7 @@ def traced():
         raise OSError(ctypes.get_errno(), "ptrace")
 work = {
     "open": lambda: os.open("/etc/passwd", os.O_RDONLY),
+    "stat": lambda: os.stat("/etc/passwd"),
     "create": lambda: os.open("/tmp/evil", os.O_WRONLY | os.O_CREAT),
     "unlink": lambda: os.unlink("/etc/hostname"),
     "socket": lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM),
@@ -58,7 +59,7 @@ def after() -> Any:
 
 
 @pytest.mark.parametrize(
-    "what", ["open", "create", "unlink", "socket", "unix", "fork", "exec", "kill", "ptrace", "mount", "memory"]
+    "what", ["open", "stat", "create", "unlink", "socket", "unix", "fork", "exec", "kill", "ptrace", "mount", "memory"]
 )
 def test_what_it_cannot_do(after: Any, what: str) -> None:
     assert after[0][what] == ("memory" if what == "memory" else 1)  # EPERM
