@@ -97,7 +97,6 @@ class _Copying:
         self._flushed_at = time.monotonic()
 
     def run(self, speed: int) -> None:
-        begin = self._monitor.mark()
         self._monitor.execute(
             "block-stream",
             {
@@ -119,7 +118,7 @@ class _Copying:
             if job.get("status") == "pending":
                 break
             if job.get("status") == "paused":
-                self._resume(begin)
+                self._resume()
             elif time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
                 self._flush()
             elif self._stalled and self._stalled % _STALLED_LOOKS == 0:
@@ -142,11 +141,13 @@ class _Copying:
         if total:
             self._on_event(Progress(PHASE, min(done, total), total))
 
-    def _resume(self, begin: int) -> None:
+    def _resume(self) -> None:
         """After an error: again and again, since the client in QEMU takes some seconds to connect again."""
+        if any(each.get("io-status") == "nospace" for each in self._monitor.rows("query-block-jobs")):
+            raise _not_written(self._image)
         self._revive()
         if self._tries >= _TRIES:
-            raise self._given_up(begin)
+            raise self._given_up()
         self._tries += 1
         time.sleep(_PAUSE)
         with suppress(Refused):
@@ -174,21 +175,25 @@ class _Copying:
             self._on_event(Notice.of(self._record.address, words))
         self._has_said = True
 
-    def _given_up(self, begin: int) -> SnapchainError:
-        failed = self._monitor.newest(lambda name, _data: name == "BLOCK_JOB_ERROR", after=begin) or {}
-        if failed.get("operation") == "write":
-            return Unavailable(
-                "the image cannot be written",
-                subject=self._image,
-                hint="is there room for it? Then run the command again: it continues",
-            )
+    def _given_up(self) -> SnapchainError:
+        # QEMU calls each error of a stream one of reading.
         words = last_note(self._record)
+        if words is None:
+            return _not_written(self._image)
         return Corrupt(
-            f"a part of the point cannot be read: {words or 'its server does not say why'}",
+            f"a part of the point cannot be read: {words}",
             subject=self._record.address,
             hint="nothing was filled with zeroes. `snapchain verify --read-data` and `snapchain repair` mend a "
             "repository; then run the command again: it continues",
         )
+
+
+def _not_written(image: Path) -> Unavailable:
+    return Unavailable(
+        "the image cannot be written",
+        subject=image,
+        hint="is there room for it, and is its disk well? Then run the command again: it continues",
+    )
 
 
 def _is_of_job(name: str, data: Any) -> bool:
