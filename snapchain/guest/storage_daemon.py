@@ -39,7 +39,8 @@ class StorageDaemon:
         self._directory = run_directory.make(name, token)
         socket = self._directory / "qmp.sock"
         argv = [PROGRAM, *(word for each in nodes for word in ("--blockdev", json.dumps(each)))]
-        argv += ["--chardev", f"socket,id=monitor,path={socket},server=on,wait=off", "--monitor", "chardev=monitor"]
+        doubled = str(socket).replace(",", ",,")
+        argv += ["--chardev", f"socket,id=monitor,path={doubled},server=on,wait=off", "--monitor", "chardev=monitor"]
         self._argv = argv
         self._ended: Future[Completed] = Future()
         self._thread = Thread(target=self._run, name=PROGRAM, daemon=True)

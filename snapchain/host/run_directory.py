@@ -29,7 +29,8 @@ _MADE = re.compile(r"-[0-9a-f]{8}\Z")
 
 def base() -> Path:
     """Where this user's are."""
-    if given := os.environ.get("XDG_RUNTIME_DIR", ""):
+    given = os.environ.get("XDG_RUNTIME_DIR", "")
+    if Path(given).is_absolute():  # another is void, says its specification
         return Path(given) / "snapchain"
     return Path("/run/snapchain") if os.geteuid() == 0 else Path(f"/tmp/snapchain-{os.geteuid()}")  # noqa: S108
 

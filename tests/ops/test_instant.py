@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -356,6 +356,49 @@ def test_an_image_of_another_record_is_not_done_while_a_guest_has_it_open(site: 
     assert site.holds() == [record.hold]
 
 
+def test_two_runs_begin_one_image_at_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fails would undo what the other has made."""
+    real, both = server.ensure, list[InstantReport]()
+    second = threading.Thread(target=lambda: both.append(site.run(later=True)))
+
+    def meanwhile(image: Path, passphrase: Any) -> bool:
+        if not second.ident:
+            second.start()
+            second.join(0.2)  # it waits, or begins
+        return real(image, passphrase)
+
+    monkeypatch.setattr(server, "ensure", meanwhile)
+    both.append(site.run(later=True))
+    second.join(HANG)
+    assert len({each.backing for each in both}) == 1
+    assert len(both) == 2
+    assert site.holds() == [record_of(site.image).hold]  # type: ignore[union-attr]
+    site.run()
+    site.check_done()
+
+
+@pytest.mark.root
+def test_a_full_file_system_is_no_lost_point(site: Site) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "none", site.image.parent], check=True)
+    try:
+        site.run(later=True)
+        with pytest.raises(Unavailable, match="the image cannot be written"):
+            site.run()
+        subprocess.run(["mount", "-o", "remount,size=20m", site.image.parent], check=True)
+        site.run()
+        site.check_done()
+    finally:
+        subprocess.run(["umount", site.image.parent], check=True)
+
+
+def test_a_run_directory_with_a_comma(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Path(os.environ["XDG_RUNTIME_DIR"]) / ","
+    place.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    site.run()
+    site.check_done()
+
+
 def test_another_content_under_the_same_number_is_not_served(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the image would be of the one, half of the other."""
     monkeypatch.setattr(site, "dest", f"dir:{site.folder}/replica")
@@ -556,24 +599,6 @@ def test_a_flush_waits_as_long_as_a_read_may(site: Site, monkeypatch: pytest.Mon
     assert waits
     assert all(each is not None and each > server.PATIENCE for each in waits)
     site.check_done()
-
-
-def test_a_full_file_system_is_not_called_damage(site: Site) -> None:
-    """QEMU calls it an error of reading: the copy is written by the filter that reads."""
-
-    class Full:
-        def newest(self, *_args: object, **_more: object) -> dict[str, str]:
-            return {"operation": "read"}
-
-        def rows(self, _command: str) -> list[dict[str, str]]:
-            return [{"io-status": "nospace"}]
-
-    site.run(later=True)
-    record = record_of(site.image)
-    assert record is not None
-    copying = hydrate._Copying(cast("Monitor", Full()), site.image, record, lambda: None, lambda _event: None)
-    assert isinstance(copying._given_up(0), Unavailable)
-    assert "the image cannot be written" in str(copying._given_up(0))
 
 
 def test_two_runs_that_begin_at_once_have_one_record(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ def test_a_short_read_is_an_error() -> None:
     reading: Any = SimpleNamespace(size=512, most_ahead=0, ready=lambda offset, _length: [(offset, 100, bytes(100))])
     unused: Any = None
     tree = PointTree(unused, None, files_of([]), unused, unused)
-    tree._handles[1] = _Handle("a", OpenedExport("a", reading, lambda: None), ReadAhead(0))
+    tree._handles[1] = _Handle("a", unused, OpenedExport("a", reading, lambda: None), ReadAhead(0))
     assert tree.read(1, 412, 4096) == bytes(100)
     with pytest.raises(OSError, match=r"Errno 5\] a"):
         tree.read(1, 0, 512)

@@ -100,7 +100,6 @@ class _Copying:
         self._flushed_at = time.monotonic()
 
     def run(self, speed: int) -> None:
-        begin = self._monitor.mark()
         self._monitor.execute(
             "block-stream",
             {
@@ -122,7 +121,7 @@ class _Copying:
             if job.get("status") == "pending":
                 break
             if job.get("status") == "paused":
-                self._resume(begin)
+                self._resume()
             elif not self._stalled and time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
                 self._flush()
             elif self._stalled and self._stalled % _STALLED_LOOKS == 0:
@@ -145,11 +144,14 @@ class _Copying:
         if total:
             self._on_event(Progress(PHASE, min(done, total), total))
 
-    def _resume(self, begin: int) -> None:
+    def _resume(self) -> None:
         """After an error: again and again, since the client in QEMU takes some seconds to connect again."""
+        # QEMU calls each error of a stream one of reading: the copy is written by the filter that reads.
+        if any(each.get("io-status") == _NO_ROOM for each in self._monitor.rows("query-block-jobs")):
+            raise _not_written(self._image)
         self._revive()
         if self._tries >= _TRIES:
-            raise self._given_up(begin)
+            raise self._given_up()
         self._tries += 1
         time.sleep(_PAUSE)
         with suppress(Refused):
@@ -177,16 +179,7 @@ class _Copying:
             self._on_event(Notice.of(self._record.address, words))
         self._has_said = True
 
-    def _given_up(self, begin: int) -> SnapchainError:
-        failed = self._monitor.newest(lambda name, _data: name == "BLOCK_JOB_ERROR", after=begin) or {}
-        jobs = self._monitor.rows("query-block-jobs")
-        # A write of the copied bytes is a part of the job's read: QEMU calls its error one of reading.
-        if failed.get("operation") == "write" or any(each.get("io-status") == _NO_ROOM for each in jobs):
-            return Unavailable(
-                "the image cannot be written",
-                subject=self._image,
-                hint="is there room for it? Then run the command again: it continues",
-            )
+    def _given_up(self) -> SnapchainError:
         words = last_note(self._record)
         if words is None:
             return Unavailable(
@@ -201,6 +194,14 @@ class _Copying:
             hint="nothing was filled with zeroes. `snapchain verify --read-data` and `snapchain repair` mend a "
             "repository; then run the command again: it continues",
         )
+
+
+def _not_written(image: Path) -> Unavailable:
+    return Unavailable(
+        "the image cannot be written: its file system is full",
+        subject=image,
+        hint="make room, then run the command again: it continues",
+    )
 
 
 def _is_of_job(name: str, data: Any) -> bool:

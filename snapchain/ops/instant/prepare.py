@@ -8,10 +8,12 @@ point, the same socket and the same overlay, also where `latest` would mean a ne
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +23,10 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import PointRecord
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
+from snapchain.host.directory import Directory
 from snapchain.host.files import UNCHANGED, Standing, remove_temporaries
 from snapchain.host.os_errors import os_errors
 from snapchain.host.path_resolution import place_to_change
-from snapchain.host.private import PrivateDirectory
-from snapchain.host.run_directory import base
 from snapchain.host.temporary_names import NEW
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.points import chosen_point
@@ -170,27 +171,43 @@ def prepare(
     """
     for each in images:
         destination.whole(each.disk, str(each.point.point))  # is not entered: raises where it cannot be done
-    # Two runs that begin at once get one record: an image of another socket than its record names could not go on.
-    with PrivateDirectory(base(), make=True) as place, place.locked():
+    with _alone_in(images[0].image.parent):
         records = _recorded(located, images, guest, guest_point)
-    for path, record in records.items():
-        check_point(destination, path, record)
-    records = {path: _held(destination, path, record, on_event) for path, record in records.items()}
-    first = next(iter(records))
-    try:
-        started = server.ensure(first, passphrase)
-    except SnapchainError:
-        if not any(os.path.lexists(path) for path in records):  # nothing depends on it yet
-            for path, record in records.items():
-                forget(destination, path, record, on_event)
-        raise
-    for path, record in records.items():
-        make_overlay(path, record, standing)
-        if not record.made:
-            records[path] = record.model_copy(update={"made": True})
-            record_file(path).write(records[path])
-    started |= server.ensure(first, passphrase)  # one that served images which are gone may have ended meanwhile
-    return Prepared(records, started)
+        for path, record in records.items():
+            check_point(destination, path, record)
+        records = {path: _held(destination, path, record, on_event) for path, record in records.items()}
+        first = next(iter(records))
+        try:
+            started = server.ensure(first, passphrase)
+        except SnapchainError:
+            if not any(os.path.lexists(path) for path in records):  # nothing depends on it yet
+                for path, record in records.items():
+                    forget(destination, path, record, on_event)
+            raise
+        for path, record in records.items():
+            make_overlay(path, record, standing)
+            if not record.made:
+                records[path] = record.model_copy(update={"made": True})
+                record_file(path).write(records[path])
+        started |= server.ensure(first, passphrase)  # one that served images which are gone may have ended meanwhile
+        return Prepared(records, started)
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """No other run makes images in the directory meanwhile: it would undo what this one has begun.
+
+    A lock on the directory; none where the file system has none.
+    """
+    with os_errors(directory), Directory.open(directory) as here:
+        fd = here.opened()
+        try:
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def _recorded(

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from snapchain.errors import NotFound, SnapchainError, Unavailable
+from snapchain.errors import Conflict, NotFound, SnapchainError, Unavailable
 from snapchain.host.detached import start_module
 from snapchain.host.directory import Directory
 from snapchain.host.files import open_or_make
@@ -58,10 +58,15 @@ def ensure(image: Path, passphrase: Callable[[], str | None]) -> bool:
     """Serve the images that are served together with this one; whether a server had to be started.
 
     passphrase: asked where a server is started
-    Raises Unavailable with the words of a server that could not be started.
+    Raises Unavailable with the words of a server that could not be started, Conflict where the record is gone.
     """
     record = record_of(image)
-    assert record is not None
+    if record is None:
+        raise Conflict(
+            "its record is gone: another run has finished it, or somebody has removed it",
+            subject=image,
+            hint="`qemu-img info` shows whether the image still has a backing file",
+        )
     if serves(record):
         return False
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
