@@ -24,7 +24,7 @@ from snapchain.guest.storage_daemon import StorageDaemon
 from snapchain.host.openers import OpenFiles
 from snapchain.image.qcow2.bitmap import read_bitmap
 from snapchain.image.qcow2.header import read_header
-from snapchain.model.events import Event, Notice
+from snapchain.model.events import Event, Notice, Progress
 from snapchain.ops.guest_points_merge import guest_at
 from snapchain.ops.instant import finish, hydrate, prepare, run as runs, server
 from snapchain.ops.instant.guest_images import GuestInstantReport, GuestInstantRequest, GuestInstantRestoration
@@ -641,4 +641,34 @@ def test_a_lost_record_does_not_end_the_server_under_an_image(site: Site) -> Non
     record_file(site.image).write(record)
     site.run()
     assert not server._depends(site.image, record, is_early=False)
+    site.check_done()
+
+
+def test_an_image_that_was_removed_is_made_anew_and_knows_nothing_of_the_former_one(site: Site) -> None:
+    """What a guest wrote there would excuse damage here."""
+    site.run(later=True)
+    record = record_of(site.image)
+    assert record is not None
+    as_a_guest(site.image, "write -P 9 0 64k")
+    record_file(site.image).write(finish.note_begin(site.image, record))
+    site.image.unlink()
+    site.run(later=True)
+    made = record_of(site.image)
+    assert made is not None
+    assert (made.made, made.written) == (True, None)
+    assert site.run().guest_bytes == 0
+    site.check_done()
+
+
+def test_an_image_is_removed_while_it_is_copied(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hydrate, "_LOOK_SECONDS", 0.0)
+
+    def heard(event: Event) -> None:
+        if isinstance(event, Progress) and event.phase == hydrate.PHASE:
+            site.image.unlink(missing_ok=True)
+            site.kill_server()
+
+    with pytest.raises(Conflict, match="was removed while it was copied"):
+        site.restoration(speed=MiB).run(on_event=heard)
+    site.run()
     site.check_done()

@@ -12,13 +12,14 @@ in QEMU needs some seconds to connect again.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from snapchain.errors import Corrupt, SnapchainError, ToolFailed, Unavailable
+from snapchain.errors import Conflict, Corrupt, SnapchainError, ToolFailed, Unavailable
 from snapchain.guest.qmp import Monitor, Refused
 from snapchain.guest.storage_daemon import StorageDaemon
 from snapchain.host.files import read_small
@@ -158,7 +159,14 @@ class _Copying:
             self._monitor.execute("job-resume", {"id": _JOB})
 
     def _revive(self) -> None:
-        """Start the server where it has gone. A store that is away is waited for."""
+        """Start the server where it has gone. A store that is away is waited for. Raises Conflict without an image."""
+        if not os.path.lexists(self._image):
+            raise Conflict(
+                "it was removed while it was copied",
+                subject=self._image,
+                hint="the same command begins anew; to give it up, release the hold that `snapchain hold --list` shows "
+                "and delete the record beside it",
+            )
         if server.serves(self._record):
             self._say("the destination does not answer, or is slow; waiting for it")
             return

@@ -241,6 +241,10 @@ def _recorded(
                 bitmap=BITMAP,
             )
             record_file(each.image).write(record)
+        elif record.made and not os.path.lexists(each.image):
+            # It was removed, and is made anew: what a guest wrote to the former one is not in it.
+            record = record.model_copy(update={"made": False, "written": None})
+            record_file(each.image).write(record)
         records[each.image] = record
     return records
 
