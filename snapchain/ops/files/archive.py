@@ -136,7 +136,7 @@ class ZipWriter:
         name = "/".join([self._name, *path])
         name.encode()  # raises UnicodeEncodeError for a name that is no text
         self._links.check(path)
-        if ".." in name.split("\\"):
+        if ".." in name.replace("\\", "/").split("/"):
             raise OSError(errno.EINVAL, "Windows would take this name for a path that leads outside")
         if name in self._zip.NameToInfo:
             raise FileExistsError(errno.EEXIST, "the archive has this name already")

@@ -170,6 +170,7 @@ class _Handle:
     """An open file. lock: of `ahead`, since a program may read from several threads."""
 
     name: str
+    entry: PointFile
     opened: OpenedExport
     ahead: ReadAhead
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -199,7 +200,15 @@ class PointTree:
 
     def status(self, path: str) -> Status:
         """See `Tree`. A point has its time and size, and takes what its map has as data, once that was read."""
-        entry = self._found(path)
+        try:
+            entry = self._found(path)
+        except FileNotFoundError:  # a point that was dropped is there for who has it open, as any file
+            name = path.removeprefix("/")
+            with self._lock:
+                opened = next((each.entry for each in self._handles.values() if each.name == name), None)
+            if opened is None:
+                raise
+            entry = opened
         if isinstance(entry, PointFile):
             record = entry.record
             stored = self._stored.get(_key(entry), record.virtual_size)
@@ -243,7 +252,7 @@ class PointTree:
         self._stored[key] = opened.reading.extents.data_bytes
         with self._lock:
             number = next(self._numbers)
-            self._handles[number] = _Handle(path.removeprefix("/"), opened, ReadAhead(opened.reading.most_ahead))
+            self._handles[number] = _Handle(path.removeprefix("/"), entry, opened, ReadAhead(opened.reading.most_ahead))
             self.tally.opened += 1
             if self._has_ended:
                 exports.end()
