@@ -104,7 +104,8 @@ def _of_group(name: str, group: Mapping[str, Any], starts: Mapping[str, int]) ->
     }
     volumes = []
     for label, volume in _section(group, "logical_volumes").items():
-        if "VISIBLE" not in volume.get("status", []):
+        status = volume.get("status")
+        if not isinstance(status, list) or "VISIBLE" not in status:
             continue
         segments = [each for key, each in volume.items() if key.startswith("segment") and isinstance(each, dict)]
         size = sum(_number(each, "extent_count") for each in segments) * extent

@@ -54,8 +54,9 @@ def chosen_point(disk: str, points: Sequence[P], wanted: str | None) -> P:
         for point in points:
             if str(point.point) == number:
                 return point
-        numbers = f"{points[0].point} to {points[-1].point}"
-        raise NotFound(f"the disk has no point {wanted[:40]}", subject=disk, hint=f"its points are {numbers}")
+        first, last = points[0].point, points[-1].point
+        they = f"its only point is {first}" if first == last else f"its points are {first} to {last}"
+        raise NotFound(f"the disk has no point {wanted[:40]}", subject=disk, hint=they)
     labelled = [point for point in points if wanted in point.labels]
     if labelled:
         return labelled[-1]

@@ -156,7 +156,7 @@ def test_nothing_that_exists_is_replaced(run: Run, image: Path, tmp_path: Path) 
     for name in ("precious", "link"):
         for more in ([], ["--tar"], ["--zip"]):
             said = run("files", "get", str(image), "/sparse", name, *more)
-            assert (said.status, "it exists" in said.err) == (2, True)
+            assert (said.status, "it exists" in said.err) == (4, True)
     assert (tmp_path / "precious").read_text() == "mine"
 
 

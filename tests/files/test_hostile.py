@@ -12,7 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,10 @@ from snapchain.errors import Corrupt, InvalidInput, SnapchainError, Unavailable
 from snapchain.files import messages, session as sessions
 from snapchain.files.messages import Kind
 from snapchain.files.session import Session
+from snapchain.ops.files import opening
 from snapchain.ops.files.getting import GetReport, GetRequest, Getting
+from snapchain.ops.files.history import find
+from snapchain.ops.files.listing import list_files
 from snapchain.ops.files.opening import Limits
 from tests.exhaustive import EXHAUSTIVE
 from tests.files.images import FileBytes, MiB, contents, kinds, make, plant
@@ -265,6 +268,21 @@ def test_attributes_that_no_file_can_have(
     assert isinstance(result, expected)
     if isinstance(result, GetReport):
         assert result.not_kept == ("attributes",)
+
+
+def test_a_list_takes_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _ = tmp_path
+    deep = said(str(["x" * 255] * 200).replace("'", '"'))
+    monkeypatch.setattr(opening, "MOST_HELD", 1 << 20)
+
+    def child(fd: int) -> None:
+        for _ in range(1000):
+            messages.send(fd, Kind.ENTRY, deep.encode())
+
+    for look in (partial(list_files, path="/", recursive=True), partial(find, name="*", hashes=False)):
+        lying(monkeypatch, child)
+        with pytest.raises(InvalidInput, match="more than 1 MiB of memory"):
+            look(BytesSource(FileBytes(Path(), b"x" * 4096)))
 
 
 def half_a_message(fd: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -74,6 +75,22 @@ def test_the_newest_description_of_a_group_counts() -> None:
 def test_any_text_is_parsed_or_malformed(text: str) -> None:
     with suppress(Malformed):
         parsed(text)
+
+
+@given(st.data())
+def test_any_value_is_understood_or_malformed(data: st.DataObject) -> None:
+    """One disk of a guest with such a text still shows its other volumes."""
+    tokens = re.findall(r'"[^"]*"|\S+', GROUP)
+    tokens[data.draw(st.integers(0, len(tokens) - 1))] = data.draw(
+        st.sampled_from(["5", "-1", '"x"', "[", "]", "{", "[]"])
+    )
+    with suppress(Malformed):
+        logical_volumes([PhysicalVolume("AAAAAA", 0, " ".join(tokens))])
+
+
+def test_a_status_that_is_no_list_is_not_visible() -> None:
+    text = "vg { seqno=1 extent_size=8192 logical_volumes { lv { status=5 } } }"
+    assert logical_volumes([PhysicalVolume("AAAAAA", 0, text)]) == []
 
 
 @contextmanager

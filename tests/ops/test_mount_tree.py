@@ -68,3 +68,15 @@ def test_a_short_read_is_an_error() -> None:
     with pytest.raises(OSError, match=r"Errno 5\] a"):
         tree.read(1, 0, 512)
     assert tree.read(1, 512, 4096) == b""
+
+
+def test_a_dropped_point_has_a_status_while_it_is_open() -> None:
+    unused: Any = None
+    tree = PointTree(unused, None, files_of([]), unused, unused)
+    entry = find(files_of([disk("a", datetime(2026, 11, 30, tzinfo=UTC))]).root, "/a/1.raw")
+    assert isinstance(entry, PointFile)
+    tree._handles[1] = _Handle("a/1.raw", entry, OpenedExport("a", unused, lambda: None), ReadAhead(0))
+    assert tree.status("/a/1.raw").size == entry.record.virtual_size
+    tree.close(1)
+    with pytest.raises(FileNotFoundError, match="/a/1.raw"):
+        tree.status("/a/1.raw")

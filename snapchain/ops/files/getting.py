@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
-from snapchain.errors import Corrupt, InvalidInput
+from snapchain.errors import Conflict, Corrupt, InvalidInput
 from snapchain.files.records import Entry
 from snapchain.files.session import Found, Unreadable
 from snapchain.host.files import directory_of
@@ -109,7 +109,7 @@ class Writer(Protocol):
 
 
 class Getting:
-    """One `get`. Raises InvalidInput for a source with several moments, and an output that exists."""
+    """One `get`. Raises InvalidInput for a request that makes no sense, Conflict for an output that exists."""
 
     def __init__(self, source: Source, request: GetRequest, *, on_event: OnEvent = ignore) -> None:
         (self._moment,) = source.moments()
@@ -122,7 +122,7 @@ class Getting:
         if request.output is not None:
             with directory_of(request.output) as above:
                 if above.has(request.output.name):
-                    raise InvalidInput("it exists", subject=request.output, hint="name a new file or directory")
+                    raise Conflict("it exists already", subject=request.output, hint="name a new file or directory")
 
     def plan(self) -> GetPlan:
         """What `run` would write; nothing is written. Raises as `Session.walk`."""

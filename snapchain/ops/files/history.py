@@ -10,7 +10,7 @@ from datetime import datetime
 from snapchain.errors import NotFound
 from snapchain.files.session import Unreadable
 from snapchain.model.events import OnEvent, ignore
-from snapchain.ops.files.opening import DEFAULT, Limits, Skipped, file_system, names_of, skipped_of, time_of
+from snapchain.ops.files.opening import DEFAULT, Held, Limits, Skipped, file_system, names_of, skipped_of, time_of
 from snapchain.ops.files.source import Moment, Source
 
 _ALL = 1 << 20
@@ -72,8 +72,10 @@ def find(
     moments = source.moments()
     seen: dict[str, dict[int, _Seen]] = {}
     skipped: list[Skipped] = []
+    held = Held(source.name)
     for number, moment in enumerate(moments):
         for path, what in _look(source, moment, name, volume, hashes, limits, on_event, skipped):
+            held.add((path,))
             seen.setdefault(path, {})[number] = what
     files = tuple(FileHistory(path, _versions(moments, seen[path])) for path in sorted(seen))
     return FindReport(source.name, name, len(moments), files, tuple(skipped))

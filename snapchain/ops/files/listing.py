@@ -12,6 +12,7 @@ from snapchain.model.events import OnEvent, ignore
 from snapchain.ops.files.opening import (
     DEFAULT,
     FileRow,
+    Held,
     Limits,
     Skipped,
     file_system,
@@ -91,12 +92,12 @@ def list_files(
     (moment,) = source.moments()
     names = names_of(path)
     with file_system(source, moment, volume, limits=limits, on_event=on_event) as opened:
+        rows, held = [], Held(moment.name)
         with opened.session.walk(names, depth=_ALL if recursive else 1) as entries:
-            rows = [
-                FileRow.of(found.entry, names)
-                for found in entries
-                if found.entry.path or found.entry.kind != "directory"
-            ]
+            for found in entries:
+                if found.entry.path or found.entry.kind != "directory":
+                    held.add(found.entry.path)
+                    rows.append(FileRow.of(found.entry, names))
         skipped = skipped_of(opened.session, names)
     rows.sort(key=lambda row: row.path)
     shown = "/" + "/".join(names)

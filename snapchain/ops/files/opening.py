@@ -16,6 +16,9 @@ from snapchain.ops.files.source import Moment, Source
 
 _LEAST = 1 << 30
 _SIZES = 4
+MOST_HELD = 4 << 30
+"""Bytes of memory, about, for what is listed."""
+_ROW = 600
 _NOT_HERE = "serve the point (`snapchain serve`), and mount it in a guest of your own"
 
 
@@ -36,6 +39,23 @@ class Limits:
 
 
 DEFAULT = Limits()
+
+
+class Held:
+    """What a command keeps in memory of the files that it was told of. A guest can have any number of long paths."""
+
+    def __init__(self, subject: str) -> None:
+        self._subject, self._bytes = subject, 0
+
+    def add(self, path: Sequence[str]) -> None:
+        """Raises InvalidInput where it becomes too much."""
+        self._bytes += _ROW + sum(map(len, path)) + len(path)
+        if self._bytes > MOST_HELD:
+            raise InvalidInput(
+                f"a list of so many files takes more than {MOST_HELD >> 20} MiB of memory",
+                subject=self._subject,
+                hint="name a directory further down, or a narrower pattern",
+            )
 
 
 @contextmanager
