@@ -9,7 +9,6 @@ disk are listed too, and each is open while a client reads it.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -40,6 +39,7 @@ from snapchain.ops.guest_records import read_record
 from snapchain.ops.readings import CACHE_BYTES, LEAST_CACHE, PATIENCE, PointReadings, ReadLog, check_cache
 
 SHARED_CACHE_BYTES = 4 << 30
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,8 @@ class Serving:
                 if self._request.once:
                     server.wait_for_last()
                 else:
-                    threading.Event().wait()
+                    while True:  # a signal that another thread gets does not wake this one
+                        time.sleep(_LOOK_SECONDS)
         return ServeReport(
             clients=server.clients,
             requests=server.tally.requests,

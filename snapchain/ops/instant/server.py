@@ -217,7 +217,9 @@ def _watch(served: Mapping[Path, InstantRecord]) -> None:
         _depends(image, record, is_early=time.monotonic() - began < _FIRST_SECONDS) for image, record in served.items()
     ):
         time.sleep(_LOOK_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGTERM)  # another thread that gets it would not wake that one
 
 
 def _depends(image: Path, record: InstantRecord, *, is_early: bool) -> bool:
