@@ -28,6 +28,7 @@ _DEVICE = Path("/dev/fuse")
 _EXTRA = "pip install 'snapchain[mount]'"
 _LIBRARY = "install libfuse: `apt-get install fuse3` on Debian and Ubuntu, `dnf install fuse3` on Fedora and RHEL"
 _END_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,8 @@ class Mount:
 
     def wait(self) -> None:
         """Until somebody unmounts it."""
-        self._has_ended.wait()
+        while not self._has_ended.wait(_LOOK_SECONDS):  # a signal that another thread gets does not wake this one
+            pass
 
     def _run(self) -> None:
         here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -23,6 +23,7 @@ MOST_CLIENTS = 400
 """Threads and descriptors: below the usual limit of 1,024 open files."""
 _NOT_ENOUGH = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _PAUSE = 0.2
+_LOOK_SECONDS = 1.0
 
 OnFault = Callable[[str, int, int, Exception], None]
 
@@ -78,7 +79,9 @@ class Server:
     def wait_for_last(self) -> None:
         """Wait until a client has opened an export, and no client has one open any more."""
         with self._changed:
-            self._changed.wait_for(lambda: self.clients > 0 and not self._served)
+            # A signal that another thread gets does not wake this one.
+            while not self._changed.wait_for(lambda: self.clients > 0 and not self._served, _LOOK_SECONDS):
+                pass
 
     @property
     def connected(self) -> int:
