@@ -232,6 +232,10 @@ def _recorded(
                 bitmap=BITMAP,
             )
             record_file(each.image).write(record)
+        elif record.made and not os.path.lexists(each.image):
+            # It is made anew: until then its server waits for it, and no guest has written to it.
+            record = record.model_copy(update={"made": False, "begun": datetime.now(UTC), "written": None})
+            record_file(each.image).write(record)
         records[each.image] = record
     return records
 
