@@ -242,8 +242,8 @@ def _recorded(
             )
             record_file(each.image).write(record)
         elif record.made and not os.path.lexists(each.image):
-            # It was removed, and is made anew: what a guest wrote to the former one is not in it.
-            record = record.model_copy(update={"made": False, "written": None})
+            # It is made anew: until then its server waits for it, and no guest has written to it.
+            record = record.model_copy(update={"made": False, "begun": datetime.now(UTC), "written": None})
             record_file(each.image).write(record)
         records[each.image] = record
     return records
