@@ -8,40 +8,34 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout, suppress
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, quantities, render, streams
+from snapchain.cli import options, quantities, restore_tables as tables, streams
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.quantities import duration, moment, size
 from snapchain.errors import InvalidInput, NotFound, PartialFailure, SnapchainError
-from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rich.console import Console
-
     from snapchain.destination.address import PointAddress
     from snapchain.destination.protocol import Destination
     from snapchain.ops.guest_points import GuestView
-    from snapchain.ops.instant.guest_images import GuestInstantReport, GuestInstantRequest
-    from snapchain.ops.instant.run import CopiedImage, InstantPlan, InstantRequest
+    from snapchain.ops.instant.guest_images import GuestInstantRequest
+    from snapchain.ops.instant.run import CopiedImage, InstantRequest
     from snapchain.ops.instant.under_guest import UnderQemu
-    from snapchain.ops.restore.guest import GuestRestorePlan, GuestRestoreReport, GuestRestoreRequest
+    from snapchain.ops.restore.guest import GuestRestoreRequest
     from snapchain.ops.restore.run import Restoration
-    from snapchain.ops.restore.several import SeveralPlan, SeveralReport, SeveralRequest
-    from snapchain.ops.restore.target import RestorePlan, RestoreReport
+    from snapchain.ops.restore.several import SeveralRequest
+    from snapchain.ops.restore.target import RestoreReport
 
 _GUEST = "Guests"
 _SEVERAL = "Several disks and guests"
 _INSTANT = "Instant restore"
-_STREAM = "-"
 
 
 @verb(
@@ -233,7 +227,7 @@ def restore(
         raise InvalidInput("--later goes with --instant", subject=source)
     if start and not instant:
         raise InvalidInput("--start goes with --instant", subject=source, hint="say --instant --start")
-    is_stream = str(out_path) == _STREAM
+    is_stream = str(out_path) == tables.STREAM
     for_guests = start or defines or connect is not None or new_name is not None or new_identity
     if match:
         if is_stream:
@@ -422,11 +416,11 @@ def _restore_several(place: Destination, request: SeveralRequest, out: Output) -
     if out.dry_run:
         plan = work.plan()
         status = 0 if plan.ok else PartialFailure.exit_code
-        out.plan(plan, _draw_several_plan, problems=_draw_failed, status=status)
+        out.plan(plan, tables.draw_several_plan, problems=tables.draw_failed, status=status)
         return
     report = work.run()
     status = 0 if report.ok else PartialFailure.exit_code
-    out.report(report, _draw_several, problems=_draw_failed, status=status)
+    out.report(report, tables.draw_several, problems=tables.draw_failed, status=status)
 
 
 def _is_directory(path: Path) -> bool:
@@ -466,32 +460,11 @@ def _restore_instant_guest(place: Destination, view: GuestView, request: GuestIn
 
     work = GuestInstantRestoration(place, view, request, on_event=out.on_event)
     if out.dry_run:
-        out.plan(work.plan(), _draw_guest_plan)
+        out.plan(work.plan(), tables.draw_guest_plan)
         return
     report = work.run(under_guest=_under_guest(request.passphrase, request.speed, out))
     status = PartialFailure.exit_code if any(each.unproven_bytes for each in report.disks) else 0
-    out.report(report, _draw_instant_guest, problems=_draw_unproven_disks, status=status)
-
-
-def _draw_instant_guest(console: Console, report: GuestInstantReport) -> None:
-    is_done = all(each.state == "done" for each in report.disks)
-    words = "restored" if is_done else "runs" if report.started else "can be started"
-    render.headline(console, f"{report.guest}, guest point {report.guest_point}, {words}: {report.directory}")
-    for each in report.disks:
-        state = "all of it" if each.state == "done" else "depends on the destination"
-        render.line(console, f"{each.output}  {each.disk}@{each.point}, {size(each.virtual_size)}, {state}", indent=2)
-    if report.definition is not None:
-        render.facts(console, [("definition", report.definition), ("defined", report.defined or "")])
-    if report.start_seconds is not None:
-        render.facts(console, [("started", f"after {duration(report.start_seconds)}")])
-    for words in report.lacking:
-        render.line(console, f"note: {words}", style="yellow")
-    _draw_unproven_disks(console, report)
-
-
-def _draw_unproven_disks(console: Console, report: GuestInstantReport) -> None:
-    for each in report.disks:
-        _draw_unproven(console, each)
+    out.report(report, tables.draw_instant_guest, problems=tables.draw_unproven_disks, status=status)
 
 
 def _restore_instant(place: Destination, request: InstantRequest, out: Output) -> None:
@@ -499,56 +472,28 @@ def _restore_instant(place: Destination, request: InstantRequest, out: Output) -
 
     work = InstantRestoration(place, request)
     if out.dry_run:
-        out.plan(work.plan(), _draw_instant_plan)
+        out.plan(work.plan(), tables.draw_instant_plan)
         return
     report = work.run(under_guest=_under_guest(request.passphrase, request.speed, out), on_event=out.on_event)
-    out.report(report, _draw_instant, problems=_draw_unproven, status=_status_of(report))
+    out.report(report, tables.draw_instant, problems=tables.draw_unproven, status=_status_of(report))
 
 
 def _status_of(report: CopiedImage) -> int:
     return PartialFailure.exit_code if report.unproven_bytes else 0
 
 
-def _draw_instant_plan(console: Console, plan: InstantPlan) -> None:
-    verb = "continue" if plan.begun else "make"
-    render.headline(console, f"would {verb} {plan.output}, an overlay on {plan.source}::{plan.disk}@{plan.point}")
-    rows = [("size", size(plan.virtual_size)), ("to copy", size(plan.data_bytes) if plan.copies else "nothing yet")]
-    render.facts(console, rows)
-
-
-def _draw_instant(console: Console, report: CopiedImage) -> None:
-    if report.state == "served":
-        render.headline(console, f"{report.output} can be used, and depends on {report.disk}@{report.point}")
-        render.facts(console, [("size", size(report.virtual_size)), ("backing", report.backing or "")])
-        return
-    render.headline(console, f"restored {report.output}: {report.disk}@{report.point}, all of it")
-    rows = [("size", size(report.virtual_size))]
-    if report.content_id is not None:
-        rows.append(("content", report.content_id))
-    if report.guest_bytes:
-        rows.append(("changed", f"{size(report.guest_bytes)} by a guest; all else is proven to be the point"))
-    render.facts(console, rows)
-    _draw_unproven(console, report)
-
-
-def _draw_unproven(console: Console, report: CopiedImage) -> None:
-    if report.unproven_bytes:
-        words = "differ from the point. A guest was killed, so nobody knows whether it wrote all of them"
-        render.line(console, f"{size(report.unproven_bytes)} {words}", style="yellow")
-
-
 def _restore_disk(work: Restoration, out: Output) -> None:
     if out.dry_run:
-        out.plan(work.plan(), _draw_plan)
+        out.plan(work.plan(), tables.draw_plan)
     else:
         _report(work.run(on_event=out.on_event), out)
 
 
 def _report(report: RestoreReport, out: Output) -> None:
     if report.damaged:
-        out.report(report, _draw_report, problems=_draw_damage, status=PartialFailure.exit_code)
+        out.report(report, tables.draw_report, problems=tables.draw_damage, status=PartialFailure.exit_code)
     else:
-        out.report(report, _draw_report)
+        out.report(report, tables.draw_report)
 
 
 def _check_stream(source: str, image_format: str | None, *, is_new_file: bool, dry_run: bool) -> None:
@@ -567,7 +512,7 @@ def _restore_stream(place: Destination, disk: str, point: str | None, *, allow_d
 
     work = StreamedRestoration(place, disk, point=point, allow_damaged=allow_damaged)
     if out.dry_run:
-        out.plan(work.plan(), _draw_plan)
+        out.plan(work.plan(), tables.draw_plan)
         return
     descriptor = streams.claim_stdout()
     report = work.run(partial(streams.write_all, descriptor), on_event=out.on_event)
@@ -580,159 +525,6 @@ def _restore_guest(place: Destination, view: GuestView, request: GuestRestoreReq
 
     work = GuestRestoration(place, view, request, on_event=out.on_event)
     if out.dry_run:
-        out.plan(work.plan(), _draw_guest_plan)
+        out.plan(work.plan(), tables.draw_guest_plan)
     else:
-        out.report(work.run(), _draw_guest_report)
-
-
-def _shown(output: str) -> str:
-    return "standard output" if output == _STREAM else output
-
-
-def _draw_plan(console: Console, plan: RestorePlan) -> None:
-    what = "replace" if plan.replaces else "write to" if plan.output == _STREAM else "make"
-    time = moment(datetime.fromisoformat(plan.time), zone=True)
-    render.headline(
-        console, f"would restore {plan.disk}, point {plan.point} of {time}, and {what} {_shown(plan.output)}"
-    )
-    render.facts(
-        console,
-        [("to write", size(plan.bytes_to_write)), ("to fetch", _to_fetch(plan)), ("content", plan.content_id)],
-    )
-    render.table(
-        console,
-        ["file", "format", "virtual size>", "data>", "on"],
-        [
-            (file.path, file.format, size(file.virtual_size), size(file.data_bytes), file.backing or "")
-            for file in plan.files
-        ],
-    )
-
-
-def _draw_several_plan(console: Console, plan: SeveralPlan) -> None:
-    disks = sum(len(each.disks) for each in plan.items)
-    where = render.place(plan.directory)
-    render.headline(console, f"would restore {counted(disks, 'disk')} of {render.place(plan.source)} to {where}")
-    render.facts(
-        console,
-        [
-            ("to write", f"{size(plan.bytes_to_write)}, {size(plan.bytes_free)} are free"),
-            ("to fetch", _to_fetch(plan)),
-            ("there already", ", ".join(plan.restored_before)),
-        ],
-    )
-    render.table(
-        console,
-        ["disk", "point>", "of", "virtual size>?", "data>", "file~"],
-        [
-            (
-                disk.disk,
-                str(disk.point),
-                moment(each.time),
-                size(disk.virtual_size),
-                size(disk.data_bytes),
-                render.place(disk.output),
-            )
-            for each in plan.items
-            for disk in each.disks
-        ],
-    )
-    if plan.bytes_to_write > plan.bytes_free:
-        render.line(console, "note: that is more than is free there", style="yellow")
-    _draw_failed(console, plan)
-
-
-def _draw_several(console: Console, report: SeveralReport) -> None:
-    count = len(report.disks) + sum(len(each.disks) for each in report.guests)
-    render.headline(console, f"restored {counted(count, 'disk')} to {render.place(report.directory)}")
-    render.facts(
-        console,
-        [
-            ("written", size(report.bytes_written)),
-            ("there already", ", ".join(report.restored_before)),
-            ("took", duration(report.seconds)),
-        ],
-    )
-    rows = [(each.disk, each.point, each.bytes_written, each.output) for each in report.disks]
-    rows += [(one.disk, one.point, one.bytes_written, one.output) for each in report.guests for one in each.disks]
-    render.table(
-        console,
-        ["disk", "point>", "written>", "file~"],
-        [(disk, str(point), size(written), render.place(output)) for disk, point, written, output in sorted(rows)],
-    )
-    render.facts(console, [("definition", each.definition or "") for each in report.guests])
-    for each in report.guests:
-        _draw_lacking(console, each.lacking)
-    _draw_failed(console, report)
-
-
-def _draw_failed(console: Console, done: SeveralPlan | SeveralReport) -> None:
-    shown: set[str] = set()
-    for each in done.failed:
-        render.line(console, f"{each.name} cannot be restored: {each.message}", style="red")
-        if each.hint and each.hint not in shown:
-            render.line(console, f"hint: {each.hint}", indent=2)
-            shown.add(each.hint)
-
-
-def _to_fetch(plan: RestorePlan | SeveralPlan) -> str:
-    if plan.bytes_to_fetch is None or plan.requests is None:
-        return ""
-    words = f"{size(plan.bytes_to_fetch)} by {counted(plan.requests, 'request')}"
-    return words if plan.seconds is None else f"{words}, in about {duration(plan.seconds)}"
-
-
-def _draw_report(console: Console, report: RestoreReport) -> None:
-    render.headline(console, f"restored {report.disk}, point {report.point}, to {_shown(report.output)}")
-    lower = ", ".join(report.files[:-1])
-    render.facts(
-        console, [("written", size(report.bytes_written)), ("content", report.content_id), ("on top of", lower)]
-    )
-    if report.damaged:
-        _draw_damage(console, report)
-
-
-def _draw_damage(console: Console, report: RestoreReport) -> None:
-    total = size(sum(each.length for each in report.damaged))
-    render.line(console, f"{total} of {report.disk}, point {report.point}, are lost, and are zeroes now:", style="red")
-    render.table(
-        console,
-        ["offset>", "length>", "reason~"],
-        [(str(each.offset), str(each.length), each.reason) for each in report.damaged],
-    )
-
-
-def _draw_guest_plan(console: Console, plan: GuestRestorePlan) -> None:
-    what = "" if plan.defines is None else f", and define {plan.defines}"
-    time = moment(plan.time, zone=True)
-    render.headline(
-        console, f"would restore {plan.guest}, guest point {plan.guest_point} of {time}, to {plan.directory}{what}"
-    )
-    render.facts(console, [("to write", size(plan.bytes_to_write)), ("consistency", plan.consistency.value)])
-    render.table(
-        console,
-        ["disk", "file", "virtual size>", "data>"],
-        [(each.name, each.output, size(each.virtual_size), size(each.data_bytes)) for each in plan.disks],
-    )
-    render.facts(console, [("besides", ", ".join(plan.files))])
-    _draw_lacking(console, plan.lacking)
-
-
-def _draw_guest_report(console: Console, report: GuestRestoreReport) -> None:
-    render.headline(console, f"restored {report.guest}, guest point {report.guest_point}, to {report.directory}")
-    render.facts(
-        console,
-        [
-            ("written", size(report.bytes_written)),
-            ("consistency", report.consistency.value),
-            ("disks", ", ".join(each.output for each in report.disks)),
-            ("definition", report.definition or ""),
-            ("defined", report.defined or ""),
-        ],
-    )
-    _draw_lacking(console, report.lacking)
-
-
-def _draw_lacking(console: Console, lacking: tuple[str, ...]) -> None:
-    for sentence in lacking:
-        render.line(console, f"note: {sentence}", style="yellow")
+        out.report(work.run(), tables.draw_guest_report)

@@ -82,7 +82,7 @@ class _Child:
         self._system: FileSystem | None = None
 
     def do(self, command: dict[str, Any]) -> None:
-        """One command. What goes wrong in it is told."""
+        """Carry out one command. A failure is sent to the parent."""
         try:
             commands: dict[str, Callable[..., Any]] = {"volumes": self._list, "open": self._open, "walk": self._walk}
             done = commands[command.pop("do")](**command)

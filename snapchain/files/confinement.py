@@ -1,4 +1,4 @@
-"""A process gives up its rights: what takes it over afterwards can compute, and answer over what it has open.
+"""A process gives up its rights: afterwards it can compute, and use the files and sockets that it has open.
 
 all               no new privileges; dies with its parent; limits: memory, processor time, no files, no processes
 root              becomes an unprivileged user, in a network namespace of its own

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol, Self
 
 from snapchain.destination.address import PointAddress
-from snapchain.destination.reading import BlobDisk, ReadableDestination
-from snapchain.errors import Conflict, InvalidInput
+from snapchain.destination.reading import ReadableDestination
+from snapchain.errors import InvalidInput
 from snapchain.files.session import Bytes
 from snapchain.image import ImageChain
 from snapchain.model.consistency import Consistency
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
 from snapchain.model.points import chosen_point
-from snapchain.nbd.cache import BlockCache, Loader
-from snapchain.nbd.reading import BlobReading, FileReading, Reading
+from snapchain.nbd.reading import FileReading, Reading
+from snapchain.ops.readings import PATIENCE, PointReadings
 from snapchain.source.at_rest import ImageAtRest
 
 CACHE_BYTES = 64 << 20
-PATIENCE = 120.0
-"""Seconds for which a read waits for a store that does not answer."""
 _CLEAN = {Consistency.OFFLINE, Consistency.APPLICATION, Consistency.FILESYSTEM}
 
 
@@ -76,22 +74,21 @@ class PointSource:
     ) -> None:
         if all_points and address.point is not None:
             raise InvalidInput("a point is named, and all points are asked for", subject=str(address))
-        self._destination, self._disk, self._on_event = destination, address.disk, on_event
+        self._destination, self._disk = destination, address.disk
         self.name = f"{address.dest}::{address.disk}"
         (record,) = destination.disks(address.disk)
         points = record.points if all_points else [chosen_point(address.disk, record.points, address.point)]
-        self._content = {each.point: each.content_id for each in points}
+        self._records = {each.point: each for each in points}
         self._moments = [
             Moment(f"{self.name}@{each.point}", each.point, each.time, each.consistency in _CLEAN) for each in points
         ]
-        self._loader: Loader | None = None
-        self._stack = ExitStack()
+        self._readings = PointReadings(cache=CACHE_BYTES, patience=PATIENCE, on_event=on_event)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._readings.__exit__()
 
     def moments(self) -> Sequence[Moment]:
         """See `Source`."""
@@ -99,22 +96,9 @@ class PointSource:
 
     @contextmanager
     def opened(self, moment: Moment) -> Iterator[Bytes]:
-        """See `Source`. Raises also Conflict where the point is another one by now."""
+        """See `Source`. Raises NotFound where the point is another one by now."""
         assert moment.point is not None
-        names_damage = self._destination.traits.names_damage
-        with self._destination.whole(
-            self._disk, str(moment.point), damaged=names_damage, on_event=self._on_event
-        ) as disk:
-            if disk.content_id != self._content[moment.point]:
-                raise Conflict("the point is another one by now", subject=moment.name, hint="run it again")
-            reading: Reading
-            if isinstance(disk, BlobDisk):
-                if self._loader is None:
-                    self._loader = Loader(BlockCache(CACHE_BYTES), disk.load)
-                    self._stack.callback(self._loader.close)
-                reading = BlobReading(disk, disk, self._loader, patience=PATIENCE)
-            else:
-                reading = FileReading(disk)
+        with self._readings.opened(self._destination, self._disk, self._records[moment.point]) as reading:
             yield _Read(reading)
 
 
